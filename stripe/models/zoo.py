@@ -1,0 +1,173 @@
+"""Networks by name and from files. No file is executed: pickles are read with `weights_only=True`."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from stripe.attention import ATTENTION, create_attention
+from stripe.models.resnet import BLOCKS, WIDTHS, ResNet, block_of, depth_of
+
+ARCHITECTURES: dict[str, type[ResNet]] = {"resnet": ResNet}
+HUBS = ("timm:", "torchvision:")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network and what its file says of it: epochs of training (None when unknown) and the writer's description."""
+
+    model: nn.Module
+    epoch: int | None = None
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+def create_model(arch: str, **options: Any) -> nn.Module:
+    """Build a network of random weights: "resnet" with ResNet's options, "timm:NAME", "torchvision:NAME".
+
+    Raises:
+        ValueError: the name or an option is unknown.
+    """
+    if arch.startswith(HUBS):
+        return _hub_model(arch, **options)
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"unknown arch '{arch}'; expected one of {', '.join(ARCHITECTURES)}, timm:NAME, torchvision:NAME"
+        )
+    return ARCHITECTURES[arch](**options)
+
+
+def load_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> nn.Module:
+    """Load a network, on the CPU, in eval mode; see `read_checkpoint`."""
+    return read_checkpoint(path_or_spec, arch).model
+
+
+def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkpoint:
+    """Load a network with what its file says of it.
+
+    Args:
+        path_or_spec: a file (this project's .pt, the reference code's .pth.tar, .safetensors), or
+            "timm:NAME[:pretrained]", "torchvision:NAME[:pretrained]".
+        arch: the network the file's weights belong to; None reads a CIFAR ResNet from the file's keys.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, holds code, or its weights do not fit.
+    """
+    if str(path_or_spec).startswith(HUBS):
+        return Checkpoint(_hub_model(str(path_or_spec)).eval())
+    path = Path(path_or_spec)
+    content = _read(path)
+    state = _weights(content, path)
+    epoch, description = content.get("epoch"), content.get("description")
+    description = description if isinstance(description, dict) else {}
+    config = description.get("model", {}) if arch is None else {"arch": arch}
+    if "arch" not in config:
+        config = {"arch": "resnet", **infer_config(state, path)}
+    try:
+        model = create_model(**config)
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path}: weights do not fit {config}: {_one_line(error)}") from error
+    return Checkpoint(model.eval(), epoch if isinstance(epoch, int) else None, description)
+
+
+def infer_config(state: Mapping[str, Tensor], source: object = "state dict") -> dict[str, Any]:
+    """Read a CIFAR ResNet's options from its weights' names and shapes.
+
+    Raises:
+        ValueError: these are not a CIFAR ResNet's weights.
+    """
+    keys = set(state)
+    if not {"conv1.weight", "layer1.0.conv1.weight", "layer3.0.conv1.weight", "fc.weight"} <= keys:
+        raise ValueError(
+            f"{source}: not a CIFAR ResNet's weights (no conv1, layer1..3, fc among {len(keys)} keys): "
+            "name the network with --arch"
+        )
+    block = block_of(keys)
+    norm = "bn3" if block == "bottleneck" else "bn2"
+    asr = f"layer1.0.{norm}.vector" in keys
+    gate = _below(state, "layer1.0.attention_module.")
+    attention = gate or _below(state, f"layer1.0.{norm}.attention_module.")
+    return {
+        "depth": depth_of(keys),
+        "block": block,
+        "module": _module_of(attention, WIDTHS[0] * BLOCKS[block].expansion, source) if attention else None,
+        "asr": asr,
+        "both": asr and bool(gate),
+        "num_classes": state["fc.weight"].shape[0],
+    }
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, torch.Size]:
+    return {key.removeprefix(prefix): value.shape for key, value in state.items() if key.startswith(prefix)}
+
+
+def _module_of(shapes: dict[str, torch.Size], channels: int, source: object) -> str:
+    for name in ATTENTION:
+        if _below(create_attention(name, channels).state_dict(), "") == shapes:
+            return name
+    raise ValueError(f"{source}: attention with keys {', '.join(sorted(shapes))} is none of {', '.join(ATTENTION)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file to a dict; a bare state dict comes back under "state_dict"."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint '{path}' not found; expected a file, or timm:NAME, torchvision:NAME")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused, it is not a file of tensors and plain values alone; its code was not run"
+        ) from error
+    except Exception as error:  # torch and safetensors raise many kinds on foreign bytes
+        raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign): {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of weights, received {type(content).__name__}")
+    return content if isinstance(content.get("state_dict"), dict) else {"state_dict": content}
+
+
+def _weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the state dict with the reference code's spellings undone: `module.` prefixes and `fused_bn` norms."""
+    state = {str(key).removeprefix("module."): value for key, value in content["state_dict"].items()}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: no weights inside; expected a state dict of tensors, alone or under 'state_dict'")
+    for key in [key for key in state if ".fused_bn." in key]:
+        layer, _, name = key.partition(".fused_bn.")
+        value = state.pop(key)
+        if f"{layer}.vector" not in state:
+            state[f"{layer}.{name}"] = value
+    return state
+
+
+def _hub_model(spec: str, **options: Any) -> nn.Module:
+    """Build "timm:NAME[:pretrained]" or "torchvision:NAME[:pretrained]"."""
+    library, name, *rest = spec.split(":")
+    if rest not in ([], ["pretrained"]):
+        raise ValueError(
+            f"unknown ending ':{':'.join(rest)}' of '{spec}'; expected {library}:NAME or {library}:NAME:pretrained"
+        )
+    try:
+        if library == "timm":
+            import timm
+
+            return cast(nn.Module, timm.create_model(name, pretrained=bool(rest), **options))
+        import torchvision
+
+        return cast(nn.Module, torchvision.models.get_model(name, weights="DEFAULT" if rest else None, **options))
+    except ImportError as error:
+        raise ValueError(f"'{spec}' needs {library}: pip install 'stripe-observation[hub]'") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot build '{spec}': {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
