@@ -1,0 +1,44 @@
+"""Record, measure and use the stripes of channel attention.
+
+Data flow: network -> `find_gates` -> `Recorder` -> a run (Parquet) -> `open_run` -> `stats.summarize` -> `plots`,
+and on the other side `asr.insert` -> training -> `asr.deploy` -> `asr.validate` against the run.
+Names are imported on first use, so that `import stripe` costs nothing and reading a run never loads torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stripe import asr, attention, data, models, plots, stats, store, training
+    from stripe.gates import Gate, find_gates
+    from stripe.recorder import Recorder
+    from stripe.store import Run, open_run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Gate": "stripe.gates",
+    "Recorder": "stripe.recorder",
+    "Run": "stripe.store",
+    "find_gates": "stripe.gates",
+    "open_run": "stripe.store",
+}
+_ROOMS = ("asr", "attention", "data", "models", "plots", "stats", "store", "training")
+
+__all__ = [
+    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "models", "open_run", "plots", "stats",
+    "store", "training",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return import_module(f"stripe.{name}")
+    raise AttributeError(f"module 'stripe' has no attribute '{name}'; expected one of {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

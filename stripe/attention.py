@@ -136,20 +136,24 @@ class TimmAttention(nn.Module):
             self.layer: nn.Module = timm.layers.create_attn(name, channels)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"timm has no attention layer '{name}' for {channels} channels: {error}") from error
-        if not isinstance(getattr(self.layer, "gate", None), nn.Module):
-            raise ValueError(
-                f"timm's '{name}' has no `.gate` submodule; expected one whose output is the gate: take another"
-            )
+        self.name = name
+        with torch.no_grad():
+            self.eval()(torch.zeros(1, channels, 2, 3))
+        self.train()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gate (N, C, 1, 1) that the layer multiplies x by."""
         seen: list[Tensor] = []
-        handle = self.layer.gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        gate = getattr(self.layer, "gate", None)
+        handle = (gate or self).register_forward_hook(lambda module, inputs, output: seen.append(output))
         try:
             self.layer(x)
         finally:
             handle.remove()
-        return seen[-1].reshape(x.shape[0], x.shape[1], 1, 1)
+        if len(seen) != 1 or seen[0].numel() != x.shape[0] * x.shape[1]:
+            shapes = [tuple(output.shape) for output in seen] or "nothing"
+            raise ValueError(f"timm's '{self.name}' gave {shapes} at `.gate`; expected one channel gate {x.shape[:2]}")
+        return seen[0].reshape(*x.shape[:2], 1, 1)
 
 
 ATTENTION: dict[str, type[nn.Module]] = {

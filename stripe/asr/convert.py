@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch.fx import Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 
-from stripe.asr.layers import PSI_INIT, ASRLayer, asr_layers, channels_of
+from stripe.asr.layers import PSI_INIT, asr_layers, channels_of, wrap
 from stripe.attention import create_attention
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -55,7 +56,8 @@ def insert(
     for name in names:
         for _ in range(repeats):
             layer = model.get_submodule(name)
-            model.set_submodule(name, ASRLayer(layer, create_attention(attention, channels_of(layer)), psi_init))
+            build = partial(create_attention, attention, channels_of(layer))
+            model.set_submodule(name, wrap(layer, build, psi_init))
     return model
 
 

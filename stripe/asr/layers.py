@@ -4,7 +4,8 @@ v multiplies the wrapped layer's weight and bias, not its output: the same numbe
 """
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 PSI_INIT = 0.1
+DRAWS = 100
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """Largest relative difference allowed between a layer in training form and deployed, by data type."""
 
@@ -39,7 +41,8 @@ class ASRLayer(nn.Module):
             TypeError: the layer's output channels cannot be scaled.
         """
         super().__init__()
-        like = next(plain_layer(bn).parameters(), torch.empty(0))
+        tensors = itertools.chain(plain_layer(bn).parameters(), plain_layer(bn).buffers())
+        like = next(tensors, torch.empty(0))
         psi = (
             torch.randn(1, channels_of(bn), 1, 1)
             if psi_init == "normal"
@@ -153,6 +156,22 @@ class ASRLayer(nn.Module):
 
 ASRBatchNorm2d = ASRLayer
 """The paper's case: ASRBatchNorm2d(bn, attention, psi_init=0.1)."""
+
+
+def wrap(bn: nn.Module, build: Callable[[], nn.Module], psi_init: float | Literal["normal"] = PSI_INIT) -> ASRLayer:
+    """Wrap `bn` with an attention module from `build`, drawn anew while psi gets no gradient from it.
+
+    A small module's ReLUs can all be off at psi (a quarter of the draws with two hidden units): psi could never learn.
+
+    Raises:
+        ValueError: psi got no finite gradient from any of DRAWS modules.
+    """
+    for _ in range(DRAWS):
+        layer = ASRLayer(bn, build(), psi_init)
+        (gradient,) = torch.autograd.grad(layer.learned_vector().sum(), layer.vector)
+        if gradient.isfinite().all() and gradient.any():
+            return layer
+    raise ValueError(f"psi gets no finite gradient from {type(layer.attention_module).__name__}: take another module")
 
 
 def asr_layers(model: nn.Module) -> Iterator[tuple[str, ASRLayer]]:

@@ -1,12 +1,13 @@
 """CIFAR ResNets with optional channel attention and ASR, in the key layout of the ASR reference code."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stripe.asr.layers import PSI_INIT, ASRLayer, asr_layers, channels_of
+from stripe.asr.layers import PSI_INIT, asr_layers, channels_of, wrap
 from stripe.attention import create_attention
 
 WIDTHS = (16, 32, 64)
@@ -137,7 +138,7 @@ class ResNet(nn.Module):
             norm = block.get_submodule(block.last_norm)
             channels = channels_of(norm)
             if asr:
-                block.set_submodule(block.last_norm, ASRLayer(norm, create_attention(name, channels), psi_init))
+                block.set_submodule(block.last_norm, wrap(norm, partial(create_attention, name, channels), psi_init))
             if both or not asr:
                 block.attention_module = create_attention(name, channels)
 

@@ -162,7 +162,7 @@ def _hub_model(spec: str, **options: Any) -> nn.Module:
             return cast(nn.Module, timm.create_model(name, pretrained=bool(rest), **options))
         import torchvision
 
-        return cast(nn.Module, torchvision.models.get_model(name, weights="DEFAULT" if rest else None, **options))
+        return torchvision.models.get_model(name, weights="DEFAULT" if rest else None, **options)
     except ImportError as error:
         raise ValueError(f"'{spec}' needs {library}: pip install 'stripe-observation[hub]'") from error
     except (OSError, RuntimeError, ValueError) as error:

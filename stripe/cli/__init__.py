@@ -1,0 +1,59 @@
+"""Every command once. A module here parses one command's words and calls the rooms; libraries load after parsing.
+
+Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stripe.cli import collect, demo, figures, stats, train, validate
+
+COMMANDS = {
+    "train": train,
+    "collect": collect,
+    "stats": stats,
+    "figures": figures,
+    "validate": validate,
+    "demo": demo,
+}
+BAD_INPUT = (ArithmeticError, OSError, RuntimeError, ValueError, TypeError)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "stripe") -> int:
+    """Run `argv` (default: the process's), a command's name first; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Record, measure and use the stripes of channel attention.",
+        epilog="example: stripe collect --ckpt runs/a/checkpoints/last.pt --samples 500 --out runs/probe",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        _configure(commands.add_parser(name, help=command.SUMMARY), command)
+    return _run(parser.parse_args(argv))
+
+
+def script(command: str) -> int:
+    """Run one command as a script of its own: `python scripts/train.py ...`."""
+    parser = argparse.ArgumentParser()
+    _configure(parser, COMMANDS[command])
+    return _run(parser.parse_args())
+
+
+def _configure(parser: argparse.ArgumentParser, command: object) -> None:
+    parser.description = command.SUMMARY
+    parser.epilog = f"example: {parser.prog} {command.EXAMPLE}"
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.set_defaults(run=command.run)
+    command.add_arguments(parser)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is valid and kept", file=sys.stderr)
+        return 130
+    except BAD_INPUT as error:
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2

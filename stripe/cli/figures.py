@@ -1,0 +1,90 @@
+"""`figures`: draw the stripe figures of runs."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stripe.cli import options
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from stripe.store import Run
+
+SUMMARY = "draw a run's figures: stripes before and after, gates x epochs, std, strength, drift"
+EXAMPLE = "runs/probe --out figures/probe --format png pdf"
+GATES, EPOCHS = 6, 6  # at most as many are drawn unless --gates names them
+FORMATS = ("png", "pdf", "svg")
+RESOLUTION = 200  # dots per inch of PNG
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("run_paths", nargs="+", type=Path, metavar="RUN", help="directories of runs")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the figures go")
+    parser.add_argument("--epoch", type=int, metavar="E", help="epoch of the stripe figure (default: the last)")
+    parser.add_argument("--gates", nargs="+", metavar="G", help=f"gates to draw (default: {GATES} from first to last)")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"], help="file formats")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples behind the intervals; 0: none")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw every figure of every run; several runs get a directory each."""
+    from stripe.store import open_run
+
+    for path in arguments.run_paths:
+        out = arguments.out / path.name if len(arguments.run_paths) > 1 else arguments.out
+        for name, figure in draw(open_run(path), arguments.gates, arguments.epoch, arguments.bootstrap):
+            for file in save(figure, out / name, arguments.format):
+                print(file)
+    return 0
+
+
+def draw(
+    run: "Run", gates: list[str] | None = None, epoch: int | None = None, bootstrap: int = 1000
+) -> Iterator[tuple[str, "Figure"]]:
+    """Yield (name, figure) of everything a run can show."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    from stripe import plots, stats
+
+    gates = gates or options.spread([gate.name for gate in run.gates], GATES)
+    epochs = options.spread(run.epochs, EPOCHS)
+    epoch = run.epochs[-1] if epoch is None else epoch
+    values = {gate: run.attention(gate, epoch) for gate in gates}
+    std = {gate: stats.Moments.of(attention).std for gate, attention in values.items()}
+    for gate, attention in values.items():
+        title = f"{gate}, epoch {epoch}"
+        if run.has_squeeze:
+            squeeze = run.squeeze(gate, epoch)
+            before_after = (stats.Moments.of(squeeze).std, std[gate])
+            yield f"stripe-{gate}", plots.before_after(squeeze, attention, std=before_after, title=title)
+        else:
+            yield f"stripe-{gate}", plots.stripe_heatmap(attention, title=title).get_figure()
+    grid = {(gate, e): run.attention(gate, e)[:100] for gate in gates for e in epochs}
+    yield "grid", plots.heatmap_grid(grid)
+    yield "std", plots.std_per_channel(std, title=f"epoch {epoch}").get_figure()
+    table = stats.summarize(run, bootstrap=bootstrap)
+    yield "strength", plots.strength_over_epochs(table).get_figure()
+    if len(run.epochs) > 1:
+        yield "drift", plots.drift_over_epochs(table).get_figure()
+    if (Path(run.path) / "metrics.csv").is_file():
+        metrics = pd.read_csv(Path(run.path) / "metrics.csv")
+        yield "training", plots.training_curves({Path(run.path).name: metrics})
+    plt.close("all")
+
+
+def save(figure: "Figure", path: Path, formats: list[str]) -> Iterator[Path]:
+    """Write a figure in each format, without dates, so that the same figure gives the same bytes; yield the files."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dateless = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    for kind in formats:
+        file = path.with_name(f"{path.name}.{kind}")
+        with plt.rc_context({"svg.hashsalt": "stripe", "pdf.fonttype": 42}):
+            figure.savefig(file, dpi=RESOLUTION, metadata=dateless[kind])
+        yield file
+    plt.close(figure)

@@ -1,0 +1,185 @@
+"""`train`: train a CIFAR ResNet, plain, with attention or with ASR, and record its attention after every epoch."""
+
+import argparse
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from stripe.cli import options
+
+SUMMARY = "train a network, plain, with attention or with ASR, and record its attention after every epoch"
+EXAMPLE = "--depth 20 --module senet --dataset hf:../shared/data/cifar10 --epochs 30 --record 1000 -c runs/se"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments; those of the ASR reference code keep its names."""
+    network = parser.add_argument_group("network")
+    network.add_argument("--arch", default="resnet", help="resnet, timm:NAME or torchvision:NAME")
+    network.add_argument("--depth", type=int, default=164, help="layers of the resnet: 9n+2 (bottleneck), 6n+2 (basicblock)")
+    network.add_argument("--block-name", default="bottleneck", help="bottleneck or basicblock")
+    network.add_argument("--module", default="none", help="attention module: senet, eca, ..., timm:NAME, or none")
+    network.add_argument("--use-asr", action="store_true", help="attention of a learned vector, merged into the norm")
+    network.add_argument("--use-both", action="store_true", help="with --use-asr: attention of the image as well")
+    data = parser.add_argument_group("data")
+    options.add_data(data)
+    data.add_argument("--train-samples", type=options.positive, metavar="N", help="use N training images (default: all)")
+    data.add_argument("--val-samples", type=int, metavar="N", help="hold N of them out for validation (default: a tenth)")
+    data.add_argument("--train-batch", type=options.positive, default=128, metavar="N", help="training batch")
+    data.add_argument("--test-batch", type=options.positive, default=100, metavar="N", help="evaluation batch")
+    data.add_argument("--workers", type=int, default=4, metavar="N", help="processes that decode images from disk")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=options.positive, default=164, metavar="N", help="epochs in all")
+    recipe.add_argument("--scheduler", default="step", help="step, cosine or onecycle")
+    recipe.add_argument("--schedule", type=int, nargs="*", default=[81, 122], metavar="E", help="epochs of the steps")
+    recipe.add_argument("--gamma", type=float, default=0.1, help="factor of each step")
+    recipe.add_argument("--lr", type=float, default=0.1, help="learning rate (the highest, for cosine and onecycle)")
+    recipe.add_argument("--momentum", type=float, default=0.9, help="SGD's momentum")
+    recipe.add_argument("--weight-decay", type=float, default=1e-4, help="of all weights")
+    recipe.add_argument("--psi-no-decay", action="store_true", help="no weight decay on ASR's learned vectors")
+    recipe.add_argument("--psi-init", type=_psi, default=0.1, metavar="X", help="what psi starts at: a number or normal")
+    recipe.add_argument("--amp", default="no", help="mixed precision: no, bf16 or fp16")
+    recipe.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="seed of weights, order, augmentation, split")
+    recipe.add_argument("--gpu-id", metavar="ID", help="CUDA device to use, as CUDA_VISIBLE_DEVICES takes it")
+    files = parser.add_argument_group("files")
+    files.add_argument("-c", "--checkpoint", type=Path, metavar="DIR", help="the run's directory (default: checkpoints/NAME)")
+    files.add_argument("--use-timestamp", action="store_true", help="append the time to the directory's name")
+    files.add_argument("--save-every", type=int, default=1, metavar="N", help="keep the weights of every N-th epoch; 0: none")
+    files.add_argument("--resume", type=Path, metavar="PATH", help="go on from this checkpoint (.../checkpoints/last.pt)")
+    files.add_argument("-e", "--evaluate", action="store_true", help="only test the checkpoint of --resume")
+    files.add_argument("--record", type=options.positive, metavar="N", help="record the attention of N images every epoch")
+    files.add_argument("--record-split", default="test", help="the split those images come from")
+    files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
+    files.add_argument("--overwrite", action="store_true", help="replace a training that the directory holds")
+    options.add_json(files)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or with -e only test."""
+    if arguments.gpu_id is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpu_id
+    return _test(arguments) if arguments.evaluate else _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from stripe.data import Loader, load_images
+    from stripe.models import create_model
+    from stripe.training import Recipe, evaluate, fit
+
+    recipe = Recipe(
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        momentum=arguments.momentum,
+        weight_decay=arguments.weight_decay,
+        scheduler=arguments.scheduler,
+        milestones=tuple(arguments.schedule),
+        gamma=arguments.gamma,
+        no_decay=("*.vector",) if arguments.psi_no_decay else (),
+        amp=arguments.amp,
+        seed=arguments.manualSeed,
+    )
+    directory = _directory(arguments)
+    images = load_images(arguments.dataset, "train", samples=arguments.train_samples, data_dir=arguments.data_dir)
+    held_out = len(images) // 10 if arguments.val_samples is None else arguments.val_samples
+    training, validation = images.hold_out(held_out, arguments.manualSeed) if held_out else (images, None)
+    test = load_images(arguments.dataset, "test", data_dir=arguments.data_dir)
+    torch.manual_seed(arguments.manualSeed)
+    network = _network(arguments, len(images.classes))
+    model = create_model(**network)
+    description = {"model": network, "data": training.describe(), "seed": arguments.manualSeed}
+    fit(
+        model,
+        Loader(training, arguments.train_batch, train=True, seed=arguments.manualSeed, workers=arguments.workers),
+        None if validation is None else Loader(validation, arguments.test_batch, workers=arguments.workers),
+        recipe,
+        directory=directory,
+        description=description,
+        callbacks=[_recording(arguments, directory, model, description)] if arguments.record else [],
+        resume=arguments.resume,
+        save_every=arguments.save_every,
+    )
+    print(f"{directory}: metrics.csv, checkpoints/")
+    return _report(arguments, evaluate(model, Loader(test, arguments.test_batch, workers=arguments.workers)))
+
+
+def _test(arguments: argparse.Namespace) -> int:
+    from stripe.data import Loader, load_images
+    from stripe.models import read_checkpoint
+    from stripe.training import evaluate
+
+    if arguments.resume is None:
+        raise ValueError("-e tests a trained network: name its checkpoint with --resume PATH")
+    checkpoint = read_checkpoint(arguments.resume)
+    images = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **options.constants(checkpoint.description))
+    return _report(arguments, evaluate(checkpoint.model, Loader(images, arguments.test_batch, workers=arguments.workers)))
+
+
+def _report(arguments: argparse.Namespace, evaluation: Any) -> int:
+    print(f"test: accuracy {evaluation.accuracy:.2f} %, loss {evaluation.loss:.4f}, {evaluation.samples} images")
+    options.write_json(arguments.json, vars(evaluation))
+    return 0
+
+
+def _network(arguments: argparse.Namespace, classes: int) -> dict[str, Any]:
+    """Return create_model's arguments."""
+    if arguments.arch != "resnet":
+        return {"arch": arguments.arch, "num_classes": classes}
+    return {
+        "arch": "resnet",
+        "depth": arguments.depth,
+        "block": arguments.block_name,
+        "module": None if arguments.module == "none" else arguments.module,
+        "asr": arguments.use_asr,
+        "both": arguments.use_both,
+        "num_classes": classes,
+        "psi_init": arguments.psi_init,
+    }
+
+
+def _directory(arguments: argparse.Namespace) -> Path:
+    """Return the run's directory; refuse one that holds a training, unless it is resumed or overwritten."""
+    parts = [f"{arguments.dataset.rstrip('/').rpartition('/')[2].replace(':', '-')}-{arguments.arch}{arguments.depth}"]
+    parts += [arguments.module] * (arguments.module != "none") + ["asr"] * arguments.use_asr + ["both"] * arguments.use_both
+    directory: Path = arguments.checkpoint or Path("checkpoints", "-".join(parts))
+    if arguments.use_timestamp:
+        directory = directory.with_name(f"{directory.name}-{datetime.now():%Y%m%dT%H%M%S}")
+    if (directory / "metrics.csv").exists() and not (arguments.resume or arguments.overwrite):
+        raise FileExistsError(
+            f"{directory} holds a training: go on with --resume {directory}/checkpoints/last.pt, or --overwrite it"
+        )
+    return directory
+
+
+def _recording(arguments: argparse.Namespace, directory: Path, model: Any, description: dict[str, Any]) -> Any:
+    """Return the callback that records the probe set into the run after every epoch."""
+    from stripe.data import Loader, load_images
+    from stripe.gates import find_gates
+    from stripe.recorder import RecorderCallback
+
+    images = load_images(
+        arguments.dataset,
+        arguments.record_split,
+        samples=arguments.record,
+        data_dir=arguments.data_dir,
+        **options.constants(description),
+    )
+    loader = Loader(images, arguments.test_batch, workers=arguments.workers)
+    gates = find_gates(model, next(iter(loader))[0][:2])
+    if not gates:
+        raise ValueError("--record: the network has no gate; train one with attention (--module senet), or do not record")
+    return RecorderCallback(
+        loader,
+        gates,
+        directory,
+        squeeze=arguments.squeeze,
+        model=description["model"],
+        data=images.describe(),
+        seeds={"manualSeed": arguments.manualSeed},
+        overwrite=arguments.overwrite or arguments.resume is not None,
+    )
+
+
+def _psi(text: str) -> float | str:
+    return text if text == "normal" else float(text)

@@ -1,0 +1,95 @@
+"""`validate`: compare learned vectors with the observed stripes of a run."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stripe.cli import options
+
+if TYPE_CHECKING:
+    from stripe.asr.validation import Validation
+
+SUMMARY = "learn constant vectors for a trained network and compare them with the stripes its run observed"
+EXAMPLE = "--ckpt runs/se/checkpoints/last.pt --run runs/probe --dataset hf:../shared/data/cifar10 --out figures/match"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--ckpt", required=True, metavar="PATH", help="the trained network that the run recorded")
+    parser.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
+    parser.add_argument("--run", dest="run_path", type=Path, required=True, metavar="RUN", help="directory of its run")
+    options.add_data(parser)
+    options.add_loading(parser)
+    parser.add_argument("--train-samples", type=options.positive, metavar="N", help="learn from N training images")
+    parser.add_argument("--test-samples", type=options.positive, metavar="N", help="test on N images")
+    parser.add_argument("--steps", type=options.positive, default=200, metavar="N", help="training steps of psi")
+    parser.add_argument("--protocol", default="same", help="same: psi in each gate's place in the frozen network")
+    parser.add_argument("--epoch", type=int, metavar="E", help="the run's epoch (default: the checkpoint's, else the last)")
+    parser.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="seed of the images' order")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where table, JSON and figures go")
+    parser.add_argument("--require-match", action="store_true", help="exit with 1 unless every gate matches")
+    options.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Validate; print and write what was found."""
+    from stripe.asr.validation import RULE, validate
+    from stripe.cli.figures import save
+    from stripe.data import Loader, load_images
+    from stripe.models import read_checkpoint
+    from stripe.store import open_run
+
+    observed = open_run(arguments.run_path)
+    checkpoint = read_checkpoint(arguments.ckpt, arguments.arch)
+    epoch = checkpoint.epoch if arguments.epoch is None and checkpoint.epoch in observed.epochs else arguments.epoch
+    constants = options.constants(checkpoint.description)
+    train, test = (
+        load_images(arguments.dataset, split, samples=samples, data_dir=arguments.data_dir, **constants)
+        for split, samples in (("train", arguments.train_samples), ("test", arguments.test_samples))
+    )
+    validation = validate(
+        checkpoint.model,
+        observed,
+        Loader(train, arguments.batch, train=True, seed=arguments.manualSeed, workers=arguments.workers),
+        steps=arguments.steps,
+        protocol=arguments.protocol,
+        test_loader=Loader(test, arguments.batch, workers=arguments.workers),
+        epoch=epoch,
+        progress=options.progress("psi"),
+    )
+    print_validation(validation)
+    print(RULE)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    validation.table.to_csv(arguments.out / "validation.csv", index=False)
+    options.write_json(arguments.out / "validation.json", validation.to_dict())
+    options.write_json(arguments.json, validation.to_dict())
+    for name, figure in draw(validation):
+        for file in save(figure, arguments.out / name, ["png"]):
+            print(file)
+    return 1 if arguments.require_match and not validation.matched else 0
+
+
+def print_validation(validation: "Validation") -> None:
+    """Print the table per gate and the accuracies."""
+    columns = ["gate", "r", "p_adjusted", "r_untrained", "r_best", "r2", "rmse", "mean_abs_z", "inside", "verdict"]
+    print(validation.table[columns].round(4).to_string(index=False))
+    names = {"attention": "with attention", "learned": "learned vector", "stripe": "observed stripe", "removed": "removed"}
+    print("test accuracy in %: " + ", ".join(f"{names[k]} {v:.2f}" for k, v in validation.accuracies.items()))
+
+
+def draw(validation: "Validation") -> "Iterator[tuple[str, Figure]]":
+    """Yield (name, figure): each gate's learned vector over its stripe, and all in one scatter."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from stripe import plots, stats
+
+    moments = {gate: stats.Moments.of(values) for gate, values in validation.observed.items()}
+    for gate, stripe in moments.items():
+        r = validation.table.set_index("gate").loc[gate, "r"]
+        ax = plots.learned_over_stripe(validation.learned[gate], stripe.mean, stripe.std, title=f"{gate}, r = {r:.2f}")
+        yield f"learned-{gate}", ax.get_figure()
+    learned = np.concatenate([validation.learned[gate] for gate in moments])
+    observed = np.concatenate([stripe.mean for stripe in moments.values()])
+    yield "learned-scatter", plots.learned_scatter(learned, observed, title="all gates").get_figure()
+    plt.close("all")

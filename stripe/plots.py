@@ -1,0 +1,341 @@
+"""Figures of stripes. Finished numbers in, Axes or Figure out: no statistic, no file, no global setting."""
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.9  # inches: one column and both columns of a printed page
+LABEL_SIZE, TICK_SIZE = 8, 7  # points
+HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey: not finite
+OBSERVED, LEARNED = "#0072B2", "#D55E00"  # blue and vermilion, told apart by every kind of colour vision
+LEGEND_ROOM = 8  # more gates than this are named by a colour bar
+
+Array = npt.NDArray[np.floating]
+
+
+# ---- image x channel -------------------------------------------------------------------------------------
+
+
+def stripe_heatmap(
+    values: npt.ArrayLike,
+    *,
+    ax: Axes | None = None,
+    title: str = "",
+    label: str = "attention",
+    vmin: float | None = 0.0,
+    vmax: float | None = 1.0,
+) -> Axes:
+    """Draw values (N, C) as image index x channel index; equal rows show as vertical stripes.
+
+    A pixel shows one measured value, never a mean of neighbours, which would make stripes look cleaner than
+    they are. Colours span [0, 1] so that figures compare; a limit of None is taken from the values.
+    """
+    ax = _axes(ax, height=2.4)
+    image = _draw_heatmap(ax, _matrix("values", values), vmin, vmax)
+    _dress(ax, "channel index", "image index", title)
+    _add_colorbar([image], [ax], label)
+    return ax
+
+
+def before_after(
+    squeeze: npt.ArrayLike,
+    attention: npt.ArrayLike,
+    *,
+    std: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
+    images: int = 20,
+    channels: int = 60,
+    title: str = "",
+) -> Figure:
+    """Draw the first images and channels of one gate's squeeze (N, C) beside those of its attention (N, C).
+
+    A squeeze has no fixed range, so by one rule for both each panel's colours span the values it shows, as
+    its colour bar says: neither side looks calmer for a wider scale. `std`, the standard deviations over
+    images of both, (C,) each, is drawn below as a share of that colour range, on one axis for both.
+    """
+    before, after = _matrix("squeeze", squeeze), _matrix("attention", attention)
+    if before.shape != after.shape:
+        raise ValueError(f"squeeze {before.shape} and attention {after.shape} differ: pass one gate and epoch")
+    heights = (2,) if std is None else (2, 1)
+    size = PAGE_WIDTH, 1.0 + 1.2 * len(heights)
+    fig, axes = plt.subplots(
+        len(heights), 2, figsize=size, squeeze=False, sharex=True, sharey="row", height_ratios=heights
+    )
+    fig.set_layout_engine("constrained", wspace=0.12)
+    fig.suptitle(title, fontsize=LABEL_SIZE, wrap=True)
+    panels = (("Before", "squeeze", before), ("After", "attention", after))
+    for column, (moment, label, values) in enumerate(panels):
+        top, bottom = axes[0, column], axes[-1, column]
+        image = _draw_heatmap(top, values[:images, :channels], None, None)
+        _dress(top, "", "image index", f"{moment} attention module")
+        _add_colorbar([image], [top], label)
+        if std is not None:
+            deviation, _ = _vectors(**{f"std of {label}": std[column], label: values[0]})
+            low, high = image.get_clim()
+            std_per_channel({label: deviation[:channels] / (high - low or 1.0)}, ax=bottom)
+            bottom.set_ylabel("std over images\n/ colour range")
+        bottom.set_xlabel("channel index", fontsize=LABEL_SIZE)
+    for ax in axes.flat:
+        ax.label_outer()
+    return fig
+
+
+def heatmap_grid(
+    panels: Mapping[tuple[str, int], npt.ArrayLike],
+    *,
+    title: str = "",
+    label: str = "attention",
+    vmin: float = 0.0,
+    vmax: float = 1.0,
+) -> Figure:
+    """Draw {(gate, epoch): values (N, C)} as gates (down) x epochs (across) on one colour scale.
+
+    Gates keep their order in `panels`; a combination that is missing there stays empty.
+    """
+    if not panels:
+        raise ValueError("panels is empty; expected {(gate, epoch): values (images, channels)}")
+    matrices = {key: _matrix(f"panels[{key}]", values) for key, values in panels.items()}
+    channels = {gate: values.shape[1] for (gate, _), values in matrices.items()}
+    epochs = sorted({epoch for _, epoch in matrices})
+    size = max(PAGE_WIDTH, 2 + 0.25 * len(epochs)), 0.9 + 0.8 * len(channels)
+    fig, axes = plt.subplots(len(channels), len(epochs), figsize=size, squeeze=False)
+    fig.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    images = []
+    for row, gate, name in zip(axes, channels, _short_names(list(channels)), strict=True):
+        for ax, epoch in zip(row, epochs, strict=True):
+            if (gate, epoch) in matrices:
+                images.append(_draw_heatmap(ax, matrices[gate, epoch], vmin, vmax))
+            else:
+                ax.set_frame_on(False)
+            ax.set(xticks=[], yticks=[])
+        row_label = f"{name}\n{channels[gate]} channels"
+        row[0].set_ylabel(row_label, rotation=0, ha="right", va="center", fontsize=TICK_SIZE)
+    for ax, epoch in zip(axes[0], epochs, strict=True):
+        ax.set_title(epoch, fontsize=TICK_SIZE)
+    fig.suptitle(f"{title}\nepoch" if title else "epoch", fontsize=LABEL_SIZE, wrap=True)
+    fig.supxlabel("channel index", fontsize=LABEL_SIZE)
+    fig.supylabel("image index", fontsize=LABEL_SIZE)
+    _add_colorbar(images, axes.ravel().tolist(), label, aspect=8 * len(channels))
+    return fig
+
+
+# ---- one value a channel ---------------------------------------------------------------------------------
+
+
+def std_per_channel(std: Mapping[str, npt.ArrayLike], *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Draw standard deviations over images, {label: (C,)}, against the channel index."""
+    ax = _axes(ax, height=2.0)
+    for (label, values), color in zip(std.items(), _sequence(len(std)), strict=True):
+        (deviation,) = _vectors(**{label: values})
+        ax.stairs(deviation, np.arange(deviation.size + 1) - 0.5, color=color, label=label)
+    ax.margins(x=0)
+    _dress(ax, "channel index", "std over images", title)
+    if len(std) > 1:
+        _legend_below(ax, columns=3)
+    return ax
+
+
+def learned_over_stripe(
+    learned: npt.ArrayLike,
+    mean: npt.ArrayLike,
+    std: npt.ArrayLike,
+    *,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Draw a learned vector (C,) over the observed stripe's mean (C,) +- std (C,), channels sorted."""
+    learned, mean, std = _vectors(learned=learned, mean=mean, std=std)
+    ax = _axes(ax, height=2.4)
+    order, rank = np.argsort(mean, kind="stable"), np.arange(mean.size)
+    learned, mean, std = learned[order], mean[order], std[order]
+    ax.plot(rank, learned, color=LEARNED, linestyle="", marker=".", markersize=3, label="learned vector")
+    ax.plot(rank, mean, color=OBSERVED, linewidth=1, label="observed stripe")
+    ax.fill_between(rank, mean - std, mean + std, color=OBSERVED, alpha=0.25, linewidth=0, label="\u00b1 1 std")
+    _dress(ax, "channel, sorted by observed stripe", "attention", title)
+    _legend_below(ax, columns=3)
+    return ax
+
+
+def learned_scatter(learned: npt.ArrayLike, mean: npt.ArrayLike, *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Draw a learned vector (C,) against the observed stripe's mean (C,), with the line where they agree."""
+    learned, mean = _vectors(learned=learned, mean=mean)
+    ax = _axes(ax, height=COLUMN_WIDTH)
+    ax.plot(mean, learned, color=LEARNED, linestyle="", marker=".", markersize=4)
+    limits = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
+    ax.plot(limits, limits, color="0.5", linewidth=0.8, zorder=1)
+    ax.set(xlim=limits, ylim=limits, aspect="equal")
+    _dress(ax, "observed stripe", "learned vector", title)
+    return ax
+
+
+# ---- one value a gate and epoch --------------------------------------------------------------------------
+
+
+def strength_by_gate(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Draw stripe strength with its interval, one row a gate, from one epoch's rows of `stripe.stats.summarize`."""
+    if table["gate"].duplicated().any():
+        epochs = table["epoch"].unique().tolist()
+        raise ValueError(f"table holds epochs {epochs}; expected one row a gate: select one epoch")
+    ax = _axes(ax, height=0.8 + 0.14 * len(table))
+    rows, names = np.arange(len(table)), _short_names(list(table["gate"]))
+    ax.hlines(rows, table["strength_low"], table["strength_high"], color=OBSERVED, linewidth=1)
+    ax.plot(table["strength"], rows, color=OBSERVED, linestyle="", marker="o", markersize=3)
+    ax.set(xlim=(0, 1), ylim=(len(table) - 0.5, -0.5))
+    ax.set_yticks(rows, names)
+    _dress(ax, "stripe strength", "gate", title)
+    return ax
+
+
+def strength_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Draw stripe strength with its interval, one line a gate, from the rows of `stripe.stats.summarize`."""
+    ax = _axes(ax, height=2.6)
+    _draw_by_gate(ax, table, "strength", interval=("strength_low", "strength_high"))
+    _dress(ax, "epoch", "stripe strength", title)
+    ax.set_ylim(0, 1)
+    return ax
+
+
+def drift_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Draw drift on a logarithmic axis, one line a gate, from the rows of `stripe.stats.summarize`.
+
+    A drift of exactly 0 leaves a gap. Raises ValueError when no row has a drift: it takes two recorded epochs.
+    """
+    if not table["drift"].notna().any():
+        raise ValueError("table holds no drift; expected at least two recorded epochs of a gate: record one more")
+    ax = _axes(ax, height=2.6)
+    _draw_by_gate(ax, table, "drift")
+    if (table["drift"] > 0).any():
+        ax.set_yscale("log", nonpositive="mask")
+        ax.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+    _dress(ax, "epoch", "drift of the stripe", title)
+    return ax
+
+
+def training_curves(metrics: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure:
+    """Draw loss and accuracy over epochs from {label: rows of a run's metrics.csv}."""
+    fig, axes = plt.subplots(1, 2, figsize=(PAGE_WIDTH, 2.8), layout="constrained")
+    for split, name, style in (("train", "training", "--"), ("val", "validation", "-")):
+        for (label, rows), color in zip(metrics.items(), _sequence(len(metrics)), strict=True):
+            for ax, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+                curve = rows[f"{split}_{quantity}"]
+                ax.plot(rows["epoch"], curve, style, color=color, linewidth=1, label=f"{label}, {name}")
+    for ax, label in zip(axes, ("loss", "accuracy (%)"), strict=True):
+        _tick_integers(ax.xaxis)
+        _dress(ax, "epoch", label, "")
+    fig.suptitle(title, fontsize=LABEL_SIZE, wrap=True)
+    handles = axes[0].get_lines()
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=TICK_SIZE, frameon=False)
+    return fig
+
+
+# ---- parts -----------------------------------------------------------------------------------------------
+
+
+def _axes(ax: Axes | None, *, height: float) -> Axes:
+    """Return `ax`, or the Axes of a new figure of one column's width."""
+    return ax or plt.subplots(figsize=(COLUMN_WIDTH, height), layout="constrained")[1]
+
+
+def _matrix(name: str, values: npt.ArrayLike) -> Array:
+    matrix = np.asarray(values, dtype=float)
+    if matrix.ndim != 2 or not matrix.size:
+        raise ValueError(f"{name} has shape {matrix.shape}; expected (images, channels), neither of them 0")
+    return matrix
+
+
+def _vectors(**vectors: npt.ArrayLike) -> list[Array]:
+    arrays = [np.asarray(values, dtype=float) for values in vectors.values()]
+    if any(array.ndim != 1 or array.size != arrays[0].size for array in arrays):
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(vectors, arrays, strict=True))
+        raise ValueError(f"{shapes}; expected (channels,), the same for each")
+    return arrays
+
+
+def _dress(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    ax.set_xlabel(xlabel, fontsize=LABEL_SIZE)
+    ax.set_ylabel(ylabel, fontsize=LABEL_SIZE)
+    ax.set_title(title, fontsize=LABEL_SIZE, wrap=True)
+    ax.tick_params(which="both", labelsize=TICK_SIZE)
+
+
+def _draw_heatmap(ax: Axes, values: Array, vmin: float | None, vmax: float | None) -> AxesImage:
+    image = ax.imshow(values, cmap=HEATMAP, vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
+    for axis in (ax.xaxis, ax.yaxis):
+        _tick_integers(axis)
+    return image
+
+
+def _add_colorbar(images: Sequence[AxesImage], axes: Sequence[Axes], label: str, aspect: int = 20) -> None:
+    """Explain the colours of images that share limits: pointed where values go beyond, a note on grey."""
+    values = np.concatenate([np.asarray(image.get_array(), dtype=float).ravel() for image in images])
+    finite = values[np.isfinite(values)]
+    low, high = images[0].get_clim()
+    ends = bool((finite < low).any()), bool((finite > high).any())
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[ends]
+    bar = axes[0].figure.colorbar(images[0], ax=axes, extend=extend, aspect=aspect)
+    note = "\n(grey: not finite)" if finite.size < values.size else ""
+    bar.set_label(label + note, fontsize=LABEL_SIZE)
+    bar.ax.tick_params(labelsize=TICK_SIZE)
+
+
+def _sequence(count: int) -> Array:
+    """Return `count` colours (count, 4) from dark to light, short of a yellow too pale for a line."""
+    return colormaps["viridis"](np.linspace(0, 0.85, count))
+
+
+def _draw_by_gate(ax: Axes, table: pd.DataFrame, column: str, interval: tuple[str, str] | None = None) -> None:
+    """Draw a line a gate, dark to light in order of first appearance; name them by legend or colour bar."""
+    gates = list(table["gate"].unique())
+    names, colors = _short_names(gates), _sequence(len(gates))
+    for gate, name, color in zip(gates, names, colors, strict=True):
+        rows = table[table["gate"] == gate].sort_values("epoch")
+        ax.plot(rows["epoch"], rows[column], color=color, linewidth=0.8, marker=".", markersize=2.5, label=name)
+        if interval:
+            low, high = (rows[bound] for bound in interval)
+            paler_when_many = 0.5 / (1 + len(gates) ** 0.5)
+            ax.fill_between(rows["epoch"], low, high, color=color, alpha=paler_when_many, linewidth=0.5)
+    _tick_integers(ax.xaxis)
+    if len(gates) <= LEGEND_ROOM:
+        _legend_below(ax, columns=2)
+        return
+    mappable = ScalarMappable(Normalize(0.5, len(gates) + 0.5), ListedColormap(colors))
+    bar = ax.figure.colorbar(mappable, ax=ax, ticks=np.linspace(1, len(gates), 5).round())
+    bar.set_label(f"gate 1: {names[0]}\ngate {len(gates)}: {names[-1]}", fontsize=LABEL_SIZE)
+    bar.ax.tick_params(labelsize=TICK_SIZE)
+
+
+def _short_names(gates: Sequence[str]) -> list[str]:
+    """Leave out the last parts of the module paths where all gates share them."""
+    paths = [gate.split(".") for gate in gates]
+    ends = zip(*(path[:0:-1] for path in paths), strict=False)
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, ends))) if len(gates) > 1 else 0
+    return [".".join(path[: len(path) - shared]) for path in paths]
+
+
+def _tick_integers(axis: Axis) -> None:
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+
+
+def _legend_below(ax: Axes, columns: int) -> None:
+    """Place the legend under the x label, where it hides no data."""
+    ax.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        borderaxespad=4.2,
+        ncols=columns,
+        columnspacing=1.2,
+        handlelength=1.2,
+        fontsize=TICK_SIZE,
+        frameon=False,
+    )

@@ -1,0 +1,461 @@
+"""One explicit training loop and one evaluation; a resumed run continues as if it had never stopped.
+
+Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint
+holds weights, optimizer state and metrics and nothing else has to be saved. Device and several processes are
+Accelerate's business. Imports nothing of stripe.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast, reduce
+from torch import Tensor, nn
+from tqdm import tqdm
+
+REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
+METRICS = "metrics.csv"
+CHECKPOINTS = "checkpoints"
+RESUMABLE = {"epoch", "state_dict", "optimizer", "scaler", "metrics"}  # what a checkpoint to resume must hold
+
+
+# ---- recipe ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are the reference recipe for CIFAR.
+
+    Attributes:
+        epochs: passes over the training set.
+        lr: highest learning rate.
+        momentum: of SGD.
+        weight_decay: of SGD, on every parameter but those in `no_decay`.
+        nesterov: use Nesterov's momentum.
+        scheduler: "step", "cosine" or "onecycle".
+        milestones: epochs after which "step" multiplies the rate by gamma.
+        gamma: see `milestones`.
+        no_decay: patterns of parameter names without weight decay, such as "*.psi".
+        amp: "no", "bf16" or "fp16" mixed precision.
+        channels_last: memory layout of the network, usually the faster one.
+        seed: of every random number drawn while training.
+    """
+
+    epochs: int = 164
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+    scheduler: str = "step"
+    milestones: tuple[int, ...] = (81, 122)
+    gamma: float = 0.1
+    no_decay: tuple[str, ...] = ()
+    amp: str = "no"
+    channels_last: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no training can use."""
+        for name, choices in (("scheduler", _SCHEDULES), ("amp", _PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} '{getattr(self, name)}': expected one of {', '.join(choices)}")
+        if self.epochs < 1 or not self.lr > 0 or self.seed < 0:
+            raise ValueError(
+                f"epochs {self.epochs}, lr {self.lr}, seed {self.seed}: expected at least 1, above 0, at least 0"
+            )
+
+    def learning_rate(self, elapsed: float) -> float:
+        """Return the rate after `elapsed` epochs of training, 0 <= elapsed < epochs."""
+        return _SCHEDULES[self.scheduler](self, elapsed)
+
+
+def _step(recipe: Recipe, elapsed: float) -> float:
+    return recipe.lr * recipe.gamma ** bisect_right(sorted(recipe.milestones), elapsed)
+
+
+def _cosine(recipe: Recipe, elapsed: float) -> float:
+    return recipe.lr * (1 + math.cos(math.pi * elapsed / recipe.epochs)) / 2
+
+
+def _onecycle(recipe: Recipe, elapsed: float) -> float:
+    """Rise from lr/25 over the first 30 % of training, then fall to lr/250,000 (Smith and Topin 2019)."""
+    peak = 0.3 * recipe.epochs
+    rising = elapsed < peak
+    low = recipe.lr / (25 if rising else 250_000)
+    share = elapsed / peak if rising else (recipe.epochs - elapsed) / (recipe.epochs - peak)
+    return low + (recipe.lr - low) * (1 - math.cos(math.pi * share)) / 2
+
+
+_SCHEDULES: dict[str, Callable[[Recipe, float], float]] = {
+    "step": _step,
+    "cosine": _cosine,
+    "onecycle": _onecycle,
+}
+_PRECISIONS: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---- what the loop works with ------------------------------------------------------------------------------
+
+
+class Batches(Protocol):
+    """Batches of (images (n, ...), labels int64 (n,), ...); whatever follows the labels is ignored."""
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        """Yield the batches of one pass."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of batches, in training the same for every process."""
+        ...
+
+
+class TrainingBatches(Batches, Protocol):
+    """Batches whose order and augmentation follow from the epoch."""
+
+    @property
+    def samples(self) -> int:
+        """Return how many samples an epoch gives to this process."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        ...
+
+
+class Callback(Protocol):
+    """Something to do after each epoch, on every process."""
+
+    def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Look at the model after `epoch` epochs, in eval mode and full precision, before it is saved.
+
+        After a crash the epoch may be trained and reported again, with the same result.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross entropy and top-1 accuracy in percent over a number of samples."""
+
+    loss: float
+    accuracy: float
+    samples: int
+
+
+# ---- evaluate -----------------------------------------------------------------------------------------------
+
+
+def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Evaluation:
+    """Evaluate in eval mode on the model's device; several processes add up their parts.
+
+    Every module's training flag is put back. Raises ValueError when there is no sample.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    scores = []
+    try:
+        with torch.no_grad():
+            for images, labels, *_ in tqdm(loader, "evaluating", unit="batch", leave=False, disable=not progress):
+                scores.append(_score(model(images.to(device)), labels.to(device)))
+    finally:
+        for module in training:
+            module.training = True
+    return _evaluation(scores)
+
+
+def _score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (summed loss, correct predictions, samples) of a batch, shape (3,); the loss is differentiable."""
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    correct = (logits.argmax(1) == labels).sum()
+    return torch.stack([loss, correct.float(), torch.ones_like(loss) * len(labels)])
+
+
+def _evaluation(scores: Iterable[Tensor]) -> Evaluation:
+    """Add up the scores of all batches and processes."""
+    totals = sum((score.cpu().double() for score in scores), torch.zeros(3, dtype=torch.float64))
+    state = PartialState()
+    if state.num_processes > 1:
+        totals = reduce(totals.to(state.device), "sum")
+    loss, correct, samples = totals.tolist()
+    if samples == 0:
+        raise ValueError("the loader gave no samples to score: expected at least one batch")
+    return Evaluation(loss / samples, 100 * correct / samples, int(samples))
+
+
+# ---- fit ----------------------------------------------------------------------------------------------------
+
+
+def fit(
+    model: nn.Module,
+    train_loader: TrainingBatches,
+    validation_loader: Batches | None,
+    recipe: Recipe,
+    *,
+    directory: str | Path,
+    description: Mapping[str, Any],
+    callbacks: Sequence[Callback] = (),
+    resume: str | Path | None = None,
+    save_every: int = 1,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train in place and return the metrics, one row per epoch; epoch k is the state after k epochs.
+
+    The model ends on the training device, in eval mode, with the last epoch's weights. In `directory`:
+    metrics.csv (losses are means, accuracies percent, lr that of the epoch's first step), and in checkpoints/
+    last.pt (resumable), best.pt (best validation accuracy; none without validation) and epoch=0012.pt. Every
+    file appears whole or not at all, last.pt after the others.
+
+    Args:
+        model: images to logits; changed in place.
+        train_loader: see `TrainingBatches`.
+        validation_loader: held-out images that choose best.pt, or None.
+        recipe: how to train.
+        directory: where to write; without `resume` it must not hold another training.
+        description: plain values, saved in every checkpoint, from which the caller can rebuild the model.
+        callbacks: called after each epoch.
+        resume: a last.pt to continue from; the recipe given here governs what follows.
+        save_every: epochs between two files epoch=NNNN.pt; 0 for none.
+        progress: show a bar per epoch.
+
+    Raises:
+        FileExistsError: `directory` holds another training.
+        FileNotFoundError: no checkpoint to resume from.
+        FloatingPointError: the training loss is no longer finite.
+        TypeError: the description holds more than plain values.
+        ValueError: nothing to train, or a checkpoint that cannot be resumed.
+    """
+    directory = Path(directory)
+    plain = json.loads(json.dumps(description))
+    if resume is None and (directory / METRICS).exists():
+        raise FileExistsError(f"'{directory}' holds a training already: resume its last.pt, or use another folder")
+    (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    trainer = _Trainer(model, recipe)
+    history = [] if resume is None else trainer.restore(Path(resume))
+    if history and trainer.accelerator.is_main_process:
+        _write_metrics(directory, history)  # what a killed run noted after its last checkpoint is forgotten
+    for epoch in range(len(history) + 1, recipe.epochs + 1):
+        trained = trainer.train(train_loader, epoch, progress)
+        validated = trainer.validate(validation_loader)
+        metrics = {
+            "epoch": epoch,
+            "lr": recipe.learning_rate(epoch - 1),
+            "train_loss": trained.loss,
+            "train_accuracy": trained.accuracy,
+            "val_loss": validated.loss,
+            "val_accuracy": validated.accuracy,
+        }
+        for callback in callbacks:
+            callback.on_epoch_end(model, epoch, metrics)
+        history.append(metrics)
+        if trainer.accelerator.is_main_process:
+            _save(directory, history, plain, trainer.state(), save_every)
+    return pd.DataFrame(history)
+
+
+class _Trainer:
+    """A model with all that an epoch of training changes."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.accelerator = Accelerator(mixed_precision="no")  # its own setting would hold for the whole process
+        self.model.to(self.accelerator.device)
+        if recipe.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        device, precision = self.accelerator.device.type, _PRECISIONS[recipe.amp]
+        self.autocast = functools.partial(torch.autocast, device, precision, enabled=precision is not None)
+        self.objective = self.accelerator.prepare(_Objective(model, self.autocast))
+        self.optimizer = _optimizer(model, recipe)
+        self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == "fp16")
+
+    def train(self, loader: TrainingBatches, epoch: int, progress: bool) -> Evaluation:
+        """Train one epoch, leaving the model in eval mode."""
+        loader.set_epoch(epoch)
+        entropy = (self.recipe.seed, epoch, self.accelerator.process_index)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        self.model.train()
+        scores: list[Tensor] = []
+        hidden = not (progress and self.accelerator.is_main_process)
+        title = f"epoch {epoch}/{self.recipe.epochs}"
+        with tqdm(total=loader.samples, desc=title, unit=" images", disable=hidden) as bar:
+            for step, (images, labels, *_) in enumerate(loader):
+                rate = self.recipe.learning_rate(epoch - 1 + step / len(loader))
+                scores.append(self._step(images, labels, rate))
+                bar.update(len(labels))
+                if (step + 1) % REPORT_EVERY == 0 or step + 1 == len(loader):
+                    bar.set_postfix(loss=_finite_loss(scores[-1], epoch, rate), refresh=False)
+        broadcast(list(self.model.buffers()))  # batch-norm statistics differ by process: take the first one's
+        self.model.eval()
+        return _evaluation(scores)
+
+    def validate(self, loader: Batches | None) -> Evaluation:
+        """Evaluate in the recipe's precision; without a loader the scores are not numbers."""
+        if loader is None:
+            return Evaluation(math.nan, math.nan, 0)
+        with self.autocast():
+            return evaluate(self.model, loader)
+
+    def _step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
+        """Take one step at a learning rate; return the batch's scores (3,)."""
+        device = self.accelerator.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        scores: Tensor = self.objective(images.to(device), labels.to(device))
+        self.optimizer.zero_grad()
+        self.accelerator.backward(self.scaler.scale(scores[0] / len(labels)))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return scores.detach()
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, the metrics apart."""
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "recipe": asdict(self.recipe),
+        }
+
+    def restore(self, path: Path) -> list[dict[str, float]]:
+        """Load a last.pt and return the metrics of the epochs it has behind it."""
+        saved = _read_checkpoint(path)
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        try:
+            self.model.load_state_dict(saved["state_dict"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            problem = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"checkpoint '{path}' does not fit this network and recipe ({problem}): "
+                "resume with the options it was trained with"
+            ) from error
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)  # the recipe of this run, not the checkpoint's
+        return list(saved["metrics"])
+
+
+class _Objective(nn.Module):
+    """Images and labels in, scores out: what Accelerate wraps, so that the model itself stays unwrapped."""
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], torch.autocast]) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        with self.autocast():
+            logits = self.model(images)
+        return _score(logits, labels)
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """Make SGD over the parameters that ask for gradients, some of them without weight decay."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if not trained:
+        raise ValueError("the network has no parameter with requires_grad: there is nothing to train")
+    exempt: set[str] = set()
+    for pattern in recipe.no_decay:
+        matches = fnmatch.filter(trained, pattern)
+        if not matches:
+            raise ValueError(
+                f"no_decay pattern '{pattern}' matches no trained parameter, such as '{next(iter(trained))}'"
+            )
+        exempt.update(matches)
+    decaying = [weight for name, weight in trained.items() if name not in exempt]
+    groups = [
+        {"params": decaying, "weight_decay": recipe.weight_decay},
+        {"params": [trained[name] for name in trained if name in exempt], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True
+    )  # fused takes a quarter of the loop's time, also on a processor
+
+
+def _finite_loss(scores: Tensor, epoch: int, rate: float) -> float:
+    loss, _, samples = scores.tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"training loss is {loss} in epoch {epoch} at learning rate {rate:.3g}: "
+            "lower the rate, or resume an earlier checkpoint with one"
+        )
+    return float(loss / samples)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a resumable checkpoint without executing anything in it."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a foreign or truncated file fails in many ways
+        raise ValueError(
+            f"'{path}' is no checkpoint, or was cut short: resume from the last.pt of a training"
+        ) from error
+    missing = RESUMABLE - (saved.keys() if isinstance(saved, dict) else set())
+    if missing:
+        raise ValueError(f"'{path}' lacks {', '.join(sorted(missing))}: only a training's last.pt can be resumed")
+    return dict(saved)
+
+
+def _save(
+    directory: Path,
+    history: list[dict[str, float]],
+    description: dict[str, Any],
+    state: dict[str, Any],
+    save_every: int,
+) -> None:
+    """Write the files of the epoch just finished, last.pt after all others."""
+    checkpoints = directory / CHECKPOINTS
+    epoch = len(history)
+    accuracies = [row["val_accuracy"] for row in history]
+    best = float(np.fmax.reduce(accuracies))  # not a number where nothing was validated
+    network = {
+        "epoch": epoch,
+        "state_dict": state["state_dict"],
+        "acc": accuracies[-1],
+        "best_acc": best,
+        "description": description,
+    }
+    if accuracies[-1] == best and best not in accuracies[:-1]:
+        _write(checkpoints / "best.pt", functools.partial(torch.save, network))
+    if save_every and epoch % save_every == 0:
+        _write(checkpoints / f"epoch={epoch:04d}.pt", functools.partial(torch.save, network))
+    _write_metrics(directory, history)
+    _write(checkpoints / "last.pt", functools.partial(torch.save, network | state | {"metrics": history}))
+
+
+def _write_metrics(directory: Path, history: list[dict[str, float]]) -> None:
+    table = pd.DataFrame(history).to_csv(index=False).encode()
+    _write(directory / METRICS, lambda file: file.write(table))
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name, then rename it: it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,461 @@
+"""Figures: what is drawn is what came in, and every text of every figure can be read."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import combinations
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from stripe import plots
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def attention(images: int, channels: int, noise: float = 0.3, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return 1 / (1 + np.exp(-1.2 * rng.normal(size=channels) - noise * rng.normal(size=(images, channels))))
+
+
+def squeeze(images: int, channels: int) -> np.ndarray:
+    return 3 * np.random.default_rng(1).normal(size=(images, channels)) - 2
+
+
+def summary(gates: int, epochs: int, name: str = "layer{}.{}.attention_module") -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [(epoch, name.format(gate // 3 + 1, gate % 3)) for epoch in range(1, epochs + 1) for gate in range(gates)]
+    table = pd.DataFrame(rows, columns=["epoch", "gate"])
+    table["strength"] = rng.uniform(0.3, 0.9, len(table))
+    table["strength_low"], table["strength_high"] = table["strength"] - 0.05, table["strength"] + 0.03
+    table["drift"] = np.where(table["epoch"] == 1, np.nan, 0.1 * np.exp(-table["epoch"] / 3.0))
+    return table
+
+
+def metrics(epochs: int) -> pd.DataFrame:
+    epoch = np.arange(1, epochs + 1)
+    loss = {"train_loss": 2 / epoch, "val_loss": 2.5 / epoch}
+    return pd.DataFrame({"epoch": epoch, **loss, "train_accuracy": 90 - 60 / epoch, "val_accuracy": 80 - 60 / epoch})
+
+
+def pair(channels: int) -> tuple[np.ndarray, np.ndarray]:
+    return squeeze(30, channels).std(axis=0), attention(30, channels).std(axis=0)
+
+
+LONG = "features.{}.{}.block.2.scale_activation"
+FIGURES: dict[str, Callable[[], Axes | Figure]] = {
+    "heatmap": lambda: plots.stripe_heatmap(attention(200, 64), title="layer1.0.attention_module, epoch 10"),
+    "heatmap, one image": lambda: plots.stripe_heatmap(attention(1, 8)),
+    "heatmap, not finite": lambda: plots.stripe_heatmap(np.full((5, 8), np.nan)),
+    "heatmap, long title": lambda: plots.stripe_heatmap(attention(9, 9), title=f"{LONG} of efficientnet_b0, epoch 12"),
+    "before and after": lambda: plots.before_after(squeeze(30, 64), attention(30, 64), std=pair(64), title="layer1.0"),
+    "before and after, 8": lambda: plots.before_after(squeeze(30, 8), attention(30, 8), std=pair(8)),
+    "before and after alone": lambda: plots.before_after(squeeze(30, 64), attention(30, 64)),
+    "grid": lambda: plots.heatmap_grid(
+        {(f"layer{g}.se", e): attention(20, 16 * g) for g in (1, 2, 3) for e in (1, 5)}, title="digits"
+    ),
+    "grid, 20 epochs": lambda: plots.heatmap_grid(
+        {(LONG.format(1, 0), epoch): attention(20, 16) for epoch in range(101, 121)}
+    ),
+    "std": lambda: plots.std_per_channel({"attention": attention(30, 256).std(axis=0)}, title="layer1.0"),
+    "std, 5 epochs": lambda: plots.std_per_channel({f"epoch {e}": attention(30, 8).std(axis=0) for e in range(5)}),
+    "by gate, 54": lambda: plots.strength_by_gate(summary(54, 1), title="epoch 1"),
+    "by gate, 1": lambda: plots.strength_by_gate(summary(1, 1, LONG)),
+    "strength, 6 gates": lambda: plots.strength_over_epochs(summary(6, 10), title="digits"),
+    "strength, 8 gates, 1 epoch": lambda: plots.strength_over_epochs(summary(8, 1, LONG)),
+    "strength, 54 gates": lambda: plots.strength_over_epochs(summary(54, 20), title="digits"),
+    "drift, 6 gates": lambda: plots.drift_over_epochs(summary(6, 10), title="digits"),
+    "drift, 1 gate": lambda: plots.drift_over_epochs(summary(1, 3)),
+    "drift, 54 gates": lambda: plots.drift_over_epochs(summary(54, 20, LONG)),
+    "learned": lambda: plots.learned_over_stripe(*attention(3, 256), title="layer1.0, r = 0.82"),
+    "learned, 8 channels": lambda: plots.learned_over_stripe(*attention(3, 8)),
+    "scatter": lambda: plots.learned_scatter(*attention(2, 64), title="layer1.0, r = 0.82"),
+    "training": lambda: plots.training_curves({name: metrics(20) for name in ("plain", "SE", "ASR(SE)")}, title="a"),
+}
+
+
+def figure_of(drawn: Axes | Figure) -> Figure:
+    return drawn if isinstance(drawn, Figure) else drawn.get_figure()
+
+
+def drawn_texts(fig: Figure, monkeypatch: pytest.MonkeyPatch) -> list[Text]:
+    """Draw `fig` and return the texts that were really drawn: ticks out of view are not."""
+    texts: list[Text] = []
+    original = Text.draw
+
+    def spy(self: Text, renderer: object) -> None:
+        if self.get_visible() and self.get_text().strip():
+            texts.append(self)
+        original(self, renderer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "draw", spy)
+        fig.canvas.draw()
+    return texts
+
+
+def clipped(fig: Figure, texts: list[Text]) -> list[str]:
+    width, height = fig.bbox.size
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    return [t for t, b in boxes if b.x0 < 0 or b.y0 < 0 or b.x1 > width or b.y1 > height]
+
+
+def overlapping(texts: list[Text]) -> list[tuple[str, str]]:
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    return [(a, b) for (a, first), (b, second) in combinations(boxes, 2) if first.overlaps(second)]
+
+
+# ---- every figure ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_text_is_readable_and_no_global_setting_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings_before = mpl.rcParams.copy()
+    fig = figure_of(FIGURES[name]())
+    texts = drawn_texts(fig, monkeypatch)
+    assert mpl.rcParams == settings_before
+    assert texts
+    assert min(text.get_fontsize() for text in texts) >= 7
+    assert not [text.get_text() for text in texts if "$" in text.get_text()], "exponents are drawn below 7 points"
+    assert clipped(fig, texts) == []
+    assert overlapping(texts) == []
+    assert fig.get_figwidth() == pytest.approx(3.3) or fig.get_figwidth() >= 6.9
+    for ax in fig.axes:
+        if ax.get_legend():
+            assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())
+
+
+def test_the_readability_check_sees_clipped_and_overlapping_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    fig = plt.figure(figsize=(2, 2))
+    fig.text(0.9, 0.5, "runs out of the figure")
+    fig.text(0.1, 0.5, "one")
+    fig.text(0.12, 0.5, "other")
+    texts = drawn_texts(fig, monkeypatch)
+    assert clipped(fig, texts) == ["runs out of the figure"]
+    assert overlapping(texts) == [("one", "other")]
+
+
+@pytest.mark.parametrize("name", ["before and after", "strength, 6 gates"])
+def test_a_figure_renders_to_the_same_bytes_twice(name: str) -> None:
+    def png() -> bytes:
+        buffer = io.BytesIO()
+        figure_of(FIGURES[name]()).savefig(buffer, format="png")
+        return buffer.getvalue()
+
+    assert png() == png()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda ax: plots.stripe_heatmap(attention(5, 8), ax=ax),
+        lambda ax: plots.std_per_channel({"a": [1, 2]}, ax=ax),
+        lambda ax: plots.learned_over_stripe([1, 2], [1, 2], [1, 2], ax=ax),
+        lambda ax: plots.learned_scatter([1, 2], [1, 2], ax=ax),
+        lambda ax: plots.strength_by_gate(summary(2, 1), ax=ax),
+        lambda ax: plots.strength_over_epochs(summary(2, 2), ax=ax),
+        lambda ax: plots.drift_over_epochs(summary(2, 2), ax=ax),
+    ],
+)
+def test_given_axes_are_drawn_on_and_returned(draw: Callable[[Axes], Axes]) -> None:
+    _, (left, right) = plt.subplots(1, 2)
+    assert draw(right) is right
+    assert right.has_data()
+    assert not left.has_data()
+    assert len(plt.get_fignums()) == 1
+
+
+def test_importing_plots_does_not_import_torch() -> None:
+    code = "import sys, stripe.plots; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- image x channel -------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=20)
+@given(arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=st.floats(0, 1, width=32)))
+def test_heatmap_shows_the_values_on_the_fixed_scale(values: np.ndarray) -> None:
+    ax = plots.stripe_heatmap(values)
+    (image,) = ax.get_images()
+    np.testing.assert_array_equal(image.get_array(), values)
+    assert image.get_clim() == (0, 1)
+    assert image.get_interpolation() == "nearest"
+    assert image.get_cmap().name == "viridis"
+    plt.close("all")
+
+
+def test_first_image_is_the_top_row() -> None:
+    ax = plots.stripe_heatmap(attention(5, 8), title="layer1.0")
+    assert ax.get_ylim() == (4.5, -0.5)
+    assert ax.get_xlim() == (-0.5, 7.5)
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("channel index", "image index", "layer1.0")
+
+
+def colorbar_of(ax: Axes) -> mpl.colorbar.Colorbar:
+    return ax.get_images()[0].colorbar
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "extend"), [(0, 1, "neither"), (-0.1, 1, "min"), (0, 1.1, "max"), (-0.1, 1.1, "both")]
+)
+def test_colour_bar_points_where_values_go_beyond_the_scale(low: float, high: float, extend: str) -> None:
+    bar = colorbar_of(plots.stripe_heatmap([[low, high]]))
+    assert bar.extend == extend
+    assert bar.ax.get_ylabel() == "attention"
+
+
+def test_values_that_are_not_finite_are_grey_and_named() -> None:
+    ax = plots.stripe_heatmap([[0.1, np.nan], [np.inf, 0.9]])
+    (image,) = ax.get_images()
+    colors = image.to_rgba(image.get_array())
+    grey = np.all(colors[..., :3] == 0.75, axis=-1)
+    np.testing.assert_array_equal(grey, [[False, True], [True, False]])
+    assert "grey: not finite" in colorbar_of(ax).ax.get_ylabel()
+    assert colorbar_of(ax).extend == "neither"
+
+
+def test_heatmap_limits_of_none_fit_the_values() -> None:
+    ax = plots.stripe_heatmap([[-3, 5]], vmin=None, vmax=None, label="squeeze")
+    assert ax.get_images()[0].get_clim() == (-3, 5)
+    assert colorbar_of(ax).ax.get_ylabel() == "squeeze"
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.5], np.zeros((0, 8)), np.zeros((2, 3, 4))])
+def test_heatmap_refuses_what_is_not_a_matrix(values: object) -> None:
+    with pytest.raises(ValueError, match=r"values has shape \(.*\); expected \(images, channels\)"):
+        plots.stripe_heatmap(values)
+
+
+def test_before_after_shows_the_first_images_and_channels() -> None:
+    before, after = squeeze(30, 64), attention(30, 64)
+    fig = plots.before_after(before, after, std=pair(64), title="layer1.0")
+    left, right, *_ = fig.axes
+    np.testing.assert_array_equal(left.get_images()[0].get_array(), before[:20, :60])
+    np.testing.assert_array_equal(right.get_images()[0].get_array(), after[:20, :60])
+    assert (left.get_title(), right.get_title()) == ("Before attention module", "After attention module")
+    assert [colorbar_of(ax).ax.get_ylabel() for ax in (left, right)] == ["squeeze", "attention"]
+    assert fig.get_suptitle() == "layer1.0"
+
+
+def test_before_after_colours_both_sides_by_one_rule_and_compares_their_std_on_one_axis() -> None:
+    values, std = (squeeze(30, 64), attention(30, 64)), pair(64)
+    fig = plots.before_after(*values, std=std, images=10, channels=12)
+    for top, bottom, shown, deviation in zip(fig.axes[:2], fig.axes[2:4], values, std, strict=True):
+        part = shown[:10, :12]
+        assert top.get_images()[0].get_clim() == (part.min(), part.max())
+        drawn = bottom.patches[0].get_data().values
+        np.testing.assert_allclose(drawn, deviation[:12] / (part.max() - part.min()))
+        assert bottom.get_xlim() == top.get_xlim() == (-0.5, 11.5)
+    left, right = fig.axes[2:4]
+    assert left.get_ylabel() == "std over images\n/ colour range"
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] == 0
+    assert left.get_ylim()[1] >= max(ax.patches[0].get_data().values.max() for ax in (left, right))
+
+
+def test_before_after_without_std_has_no_lower_panels() -> None:
+    fig = plots.before_after(squeeze(30, 64), attention(30, 64))
+    assert [len(ax.get_images()) for ax in fig.axes[:2]] == [1, 1]
+    assert not any(ax.patches and ax.get_ylabel().startswith("std") for ax in fig.axes)
+
+
+def test_before_after_draws_a_constant_gate() -> None:
+    fig = plots.before_after(np.zeros((5, 8)), np.full((5, 8), 0.5), std=(np.zeros(8), np.zeros(8)))
+    np.testing.assert_array_equal(fig.axes[2].patches[0].get_data().values, np.zeros(8))
+    fig.canvas.draw()
+
+
+def test_before_after_refuses_two_gates() -> None:
+    with pytest.raises(ValueError, match=r"squeeze \(5, 8\) and attention \(5, 9\) differ"):
+        plots.before_after(squeeze(5, 8), attention(5, 9))
+    with pytest.raises(ValueError, match=r"std of attention \(3,\), attention \(8,\)"):
+        plots.before_after(squeeze(5, 8), attention(5, 8), std=(np.ones(8), np.ones(3)))
+
+
+def test_grid_is_gates_by_epochs_on_one_scale() -> None:
+    panels = {
+        (gate, epoch): attention(4, channels, seed=epoch)
+        for gate, channels in (("layer2.se", 16), ("layer10.se", 8))
+        for epoch in (10, 2)
+    }
+    del panels["layer10.se", 2]
+    fig = plots.heatmap_grid(panels)
+    *cells, bar = fig.axes
+    shown = [ax.get_images()[0].get_array() if ax.get_images() else None for ax in cells]
+    expected = [panels["layer2.se", 2], panels["layer2.se", 10], None, panels["layer10.se", 10]]
+    for drawn, values in zip(shown, expected, strict=True):
+        np.testing.assert_array_equal(drawn, values)
+    assert {image.get_clim() for ax in cells for image in ax.get_images()} == {(0, 1)}
+    assert [cells[0].get_ylabel(), cells[2].get_ylabel()] == ["layer2\n16 channels", "layer10\n8 channels"]
+    assert [cells[0].get_title(), cells[1].get_title()] == ["2", "10"]
+    assert bar.get_ylabel() == "attention"
+    assert not cells[2].get_frame_on()
+
+
+def test_grid_refuses_nothing_and_names_the_bad_panel() -> None:
+    with pytest.raises(ValueError, match="panels is empty"):
+        plots.heatmap_grid({})
+    with pytest.raises(ValueError, match=r"panels\[\('a', 3\)\] has shape \(8,\)"):
+        plots.heatmap_grid({("a", 3): np.ones(8)})
+
+
+# ---- one value a channel ---------------------------------------------------------------------------------
+
+
+def test_std_steps_span_each_channel_from_zero() -> None:
+    ax = plots.std_per_channel({"epoch 1": [0.3, 0.1], "epoch 2": [0.2, 0.05]})
+    first, second = (patch.get_data() for patch in ax.patches)
+    np.testing.assert_array_equal(first.values, [0.3, 0.1])
+    np.testing.assert_array_equal(second.values, [0.2, 0.05])
+    np.testing.assert_array_equal(first.edges, [-0.5, 0.5, 1.5])
+    assert ax.get_ylim()[0] == 0
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["epoch 1", "epoch 2"]
+
+
+def test_one_std_needs_no_legend() -> None:
+    assert plots.std_per_channel({"attention": [0.3, 0.1]}).get_legend() is None
+
+
+def test_learned_vector_lies_over_the_band_in_the_order_of_the_stripe() -> None:
+    learned, mean, std = np.array([0.1, 0.9, 0.4]), np.array([0.5, 0.2, 0.3]), np.array([0.03, 0.01, 0.02])
+    ax = plots.learned_over_stripe(learned, mean, std)
+    points, line = ax.get_lines()
+    np.testing.assert_array_equal(points.get_ydata(), [0.9, 0.4, 0.1])
+    np.testing.assert_array_equal(line.get_ydata(), [0.2, 0.3, 0.5])
+    outline = ax.collections[0].get_paths()[0].vertices
+    for rank, (low, high) in enumerate([(0.19, 0.21), (0.28, 0.32), (0.47, 0.53)]):
+        heights = outline[outline[:, 0] == rank, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((low, high))
+
+
+def test_scatter_has_one_scale_for_both_and_the_line_of_equality() -> None:
+    learned, mean = np.array([0.1, 0.9]), np.array([0.3, 0.4])
+    ax = plots.learned_scatter(learned, mean)
+    points, equality = ax.get_lines()
+    np.testing.assert_array_equal(points.get_xydata(), [[0.3, 0.1], [0.4, 0.9]])
+    np.testing.assert_array_equal(equality.get_xdata(), equality.get_ydata())
+    assert ax.get_xlim() == ax.get_ylim()
+    assert ax.get_xlim()[0] < 0.1 < 0.9 < ax.get_xlim()[1]
+
+
+def test_vectors_of_different_length_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"learned \(3,\), mean \(2,\); expected \(channels,\)"):
+        plots.learned_scatter([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match=r"std \(1, 2\)"):
+        plots.learned_over_stripe([1, 2], [1, 2], [[1, 2]])
+
+
+# ---- one value a gate and epoch --------------------------------------------------------------------------
+
+
+def test_strength_lines_and_bands_are_the_table() -> None:
+    table = summary(3, 5)
+    ax = plots.strength_over_epochs(table.sample(frac=1, random_state=0).sort_values("gate"))
+    for line, band, (_, rows) in zip(ax.get_lines(), ax.collections, table.groupby("gate"), strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), rows[["epoch", "strength"]])
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (rows["strength_low"].min(), rows["strength_high"].max())
+    assert ax.get_ylim() == (0, 1)
+
+
+def test_few_gates_have_a_legend_without_the_part_all_names_share() -> None:
+    ax = plots.strength_over_epochs(summary(4, 2))
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["layer1.0", "layer1.1", "layer1.2", "layer2.0"]
+
+
+@pytest.mark.parametrize(
+    ("gates", "shown"),
+    [
+        (["layer1.0.se"], ["layer1.0.se"]),
+        (["se", "layer1.se"], ["se", "layer1.se"]),
+        (["layer1.se", "layer1.se#1"], ["layer1.se", "layer1.se#1"]),
+        (["a.0.se.gate", "b.0.se.gate"], ["a", "b"]),
+    ],
+)
+def test_shortened_names_stay_different(gates: list[str], shown: list[str]) -> None:
+    table = summary(len(gates), 1).assign(gate=gates)
+    labels = plots.strength_by_gate(table).get_yticklabels()
+    assert [label.get_text() for label in labels] == shown
+
+
+def test_many_gates_have_a_colour_bar_from_the_first_to_the_last() -> None:
+    ax = plots.strength_over_epochs(summary(54, 3))
+    bar = ax.get_figure().axes[1]
+    assert ax.get_legend() is None
+    assert bar.get_ylabel() == "gate 1: layer1.0\ngate 54: layer18.2"
+    ticks = bar.get_yticks()
+    assert (ticks[0], ticks[-1]) == (1, 54)
+    luminance = [np.dot(mpl.colors.to_rgb(line.get_color()), [0.2126, 0.7152, 0.0722]) for line in ax.get_lines()]
+    assert (np.diff(luminance) > 0).all(), "depth is told by lightness, whatever the colour vision"
+
+
+def test_strength_without_interval_or_dead_leaves_gaps() -> None:
+    table = summary(2, 3).assign(strength_low=np.nan, strength_high=np.nan)
+    table.loc[0, "strength"] = np.nan
+    ax = plots.strength_over_epochs(table)
+    assert np.isnan(ax.get_lines()[0].get_ydata()[0])
+    plots.strength_by_gate(table[table["epoch"] == 1])
+    ax.get_figure().canvas.draw()
+
+
+def test_strength_by_gate_has_a_row_a_gate_from_the_top() -> None:
+    table = summary(5, 1)
+    ax = plots.strength_by_gate(table)
+    np.testing.assert_array_equal(ax.get_lines()[0].get_xydata()[:, 0], table["strength"])
+    intervals = np.array([segment[:, 0] for segment in ax.collections[0].get_segments()])
+    np.testing.assert_array_equal(intervals, table[["strength_low", "strength_high"]])
+    assert ax.get_ylim() == (4.5, -0.5)
+    assert ax.get_xlim() == (0, 1)
+
+
+def test_strength_by_gate_refuses_several_epochs() -> None:
+    with pytest.raises(ValueError, match=r"holds epochs \[1, 2\]; expected one row a gate"):
+        plots.strength_by_gate(summary(5, 2))
+
+
+def test_drift_is_the_table_on_a_logarithmic_axis() -> None:
+    table = summary(2, 4)
+    ax = plots.drift_over_epochs(table)
+    for line, (_, rows) in zip(ax.get_lines(), table.groupby("gate"), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), rows["drift"])
+    assert ax.get_yscale() == "log"
+
+
+def test_drift_of_nothing_but_zero_is_drawn_on_a_linear_axis() -> None:
+    ax = plots.drift_over_epochs(summary(2, 4).assign(drift=0.0))
+    assert ax.get_yscale() == "linear"
+
+
+def test_drift_refuses_a_single_epoch() -> None:
+    with pytest.raises(ValueError, match="no drift; expected at least two recorded epochs"):
+        plots.drift_over_epochs(summary(2, 1))
+
+
+def test_training_curves_are_the_metrics() -> None:
+    runs = {"SE": metrics(4), "ASR": metrics(6)}
+    fig = plots.training_curves(runs, title="digits")
+    for ax, quantity in zip(fig.axes, ("loss", "accuracy"), strict=True):
+        drawn = {line.get_label(): line for line in ax.get_lines()}
+        for name, rows in runs.items():
+            for split, label in (("train", "training"), ("val", "validation")):
+                line = drawn[f"{name}, {label}"]
+                np.testing.assert_array_equal(line.get_xydata(), rows[["epoch", f"{split}_{quantity}"]])
+                assert line.get_linestyle() == {"train": "--", "val": "-"}[split]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == list(drawn)
+    assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "accuracy (%)"]
