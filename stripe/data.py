@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,10 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -30,8 +30,9 @@ CIFAR_STD = (0.2023, 0.1994, 0.2010)
 MEMORY_LIMIT = 2**30  # bytes of decoded images held in memory; larger sets are decoded batch by batch
 LARGEST_NATURAL_SIZE = 224  # encoded images are shrunk to this side unless the caller says otherwise
 PADDING = 4  # black pixels around an image before its random crop
-DECODED_AT_ONCE = 256  # images a worker decodes before it hands them over
+DECODED_AT_ONCE = 256  # images a thread decodes before it hands them over
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program
 FOLDER_SPLITS = ("train", "test", "val")
 MEASURED_IMAGES = 64  # images opened to learn the size of an encoded set
 
@@ -61,9 +62,16 @@ class Encoded:
         return len(self.rows), 3, self.size, self.size
 
     def decode(self) -> Tensor:
-        """Decode to uint8 (N, 3, size, size); a broken image raises ValueError with its name."""
-        images = [_decode(name, file, self.size) for name, file in self.read(self.rows)]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        """Decode to uint8 (N, 3, size, size): shorter side resized to `size`, centre cropped.
+
+        A broken image raises ValueError with its name.
+        """
+        strip = Image.new("RGB", (self.size, self.size * len(self.rows)))  # one below the other
+        for number, (name, file) in enumerate(self.read(self.rows)):
+            with _open_image(name, file) as image:
+                strip.paste(_square(image.convert("RGB"), self.size), (0, self.size * number))
+        pixels = np.asarray(strip).reshape(-1, self.size, self.size, 3)
+        return torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +118,10 @@ class ImageSet:
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint or run must know to feed a network the same way, as plain values."""
-        size = self.images.shape[-1]
         return {
             "uri": self.uri,
             "split": self.split,
-            "size": size,
+            "size": self.images.shape[-1],
             "mean": list(self.mean),
             "std": list(self.std),
         }
@@ -138,22 +145,22 @@ def load_images(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> ImageSet:
-    """Load a split of a data set.
+    """Load a split of a data set, small ones into memory.
 
     Args:
         uri: `digits`, `cifar10`, `cifar100`, `stl10`, `imagefolder:DIR` or `hf:NAME_OR_DIR`.
         split: one of the set's splits, such as train or test.
-        size: side of the images in pixels; by default their own, encoded ones shrunk to 224 at most.
+        size: side of the images in pixels; by default their own, for encoded ones 224 at most.
         samples: how many to load, spread evenly over the split; by default all.
-        data_dir: folder that holds torchvision's data sets.
-        mean: normalisation of a checkpoint or pretrained network, per channel in 0..1, together with `std`;
-            by default the published constants of CIFAR, or those of the set's own training split.
+        data_dir: folder of torchvision's data sets.
+        mean: with `std`, another network's normalisation, per channel in 0..1; by default CIFAR's published
+            constants or those of the set's own training split.
         std: see `mean`.
 
     Raises:
-        ValueError: unknown URI or split, too few samples, a broken image, unusable mean and std.
         FileNotFoundError: the data are not there.
         ModuleNotFoundError: `hf:` without the package `datasets`.
+        ValueError: unknown URI or split, too few samples, a broken image, unusable mean and std.
     """
     source = _open(uri, str(data_dir))
     if split not in source.splits:
@@ -208,7 +215,7 @@ class Loader:
     ) -> None:
         """Prepare batches of `batch_size` for process `rank` of `world_size`.
 
-        `workers` processes decode images that are not in memory.
+        `workers` threads decode images that are not in memory.
         """
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -280,18 +287,18 @@ def _augment(pixels: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def _pixels(images: Tensor | Encoded, batches: list[Tensor], workers: int) -> Iterator[Tensor]:
-    """Yield uint8 (n, 3, H, W) for each batch of positions, decoded by `workers` processes if need be."""
+    """Yield uint8 (n, 3, H, W) for each batch of positions; threads decode up to `workers` batches ahead."""
     if isinstance(images, Tensor):
         yield from (images[rows] for rows in batches)
         return
-    processes = min(workers, _processors()) if len(batches) > 1 else 0
-    encoded: Any = [images[rows] for rows in batches]
-    decode: Any = Encoded.decode
-    try:
-        yield from DataLoader(encoded, batch_size=None, collate_fn=decode, num_workers=processes)
-    except ValueError as error:  # a worker's error comes inside its traceback, whose last line is the message
-        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        raise ValueError(message) from error
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for rows in batches:
+            waiting.append(pool.submit(images[rows].decode))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 # ---- from stored to decoded ------------------------------------------------------------------------------
@@ -323,11 +330,6 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def _processors() -> int:
-    """Count the processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _check_count(available: int, asked: int, uri: str, split: str) -> None:
     if available < 2:
         raise ValueError(f"'{uri}' has {available} samples in split '{split}': at least 2 are needed")
@@ -345,23 +347,22 @@ def _spread(total: int, samples: int | None, uri: str, split: str) -> Tensor:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Name the image in whatever error its decoding raises (Pillow's decoders raise many types)."""
+def _open_image(name: str, file: str | BytesIO) -> Iterator[Image.Image]:
+    """Open an image and name it in whatever error its decoding raises (Pillow's decoders raise many types)."""
     try:
-        yield
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            yield image
     except Exception as error:
         raise ValueError(f"broken image '{name}' ({error}): replace or remove it") from error
 
 
-def _decode(name: str, file: str | BytesIO, size: int) -> NDArray[np.uint8]:
-    """Decode one image to (size, size, 3): shorter side resized to `size`, centre cropped."""
-    with _naming(name), Image.open(file) as encoded:
-        image = encoded.convert("RGB")
-        if image.size != (size, size):
-            side = min(image.size)
-            left, top = ((length - side) / 2 for length in image.size)
-            image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-        return np.asarray(image)
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """Return the central square of an image, `size` pixels wide."""
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
 def _natural_size(part: _Split, uri: str, split: str) -> int:
@@ -370,7 +371,7 @@ def _natural_size(part: _Split, uri: str, split: str) -> int:
     assert not isinstance(part.stored, Tensor)
     sides = []
     for name, file in part.stored(_spread(total, min(total, MEASURED_IMAGES), uri, split)):
-        with _naming(name), Image.open(file) as image:
+        with _open_image(name, file) as image:
             sides.append(min(image.size))
     return min(LARGEST_NATURAL_SIZE, int(np.median(sides)))
 
@@ -398,7 +399,7 @@ def _in_memory(images: Tensor | Encoded, uri: str) -> Tensor | Encoded:
 def _decoded(images: Tensor | Encoded, uri: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (positions, uint8 images) in order, with a progress bar when it takes long."""
     parts = list(torch.split(torch.arange(images.shape[0]), DECODED_AT_ONCE))
-    pixels = _pixels(images, parts, _processors())
+    pixels = _pixels(images, parts, os.cpu_count() or 1)
     bar = tqdm(pixels, f"reading {uri}", len(parts), leave=False, delay=2, unit="batch")
     yield from zip(parts, bar, strict=True)
 
@@ -485,26 +486,29 @@ def _open_torchvision(uri: str, data_dir: str) -> _Source:
 
 def _open_folder(uri: str, data_dir: str) -> _Source:
     """Open DIR/SPLIT/CLASS/image, or DIR/CLASS/image, which then serves as every split."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
     root = Path(uri.partition(":")[2]).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"'{uri}': there is no folder '{root}'; expected DIR/SPLIT/CLASS/image")
     folders = {split: root / split for split in FOLDER_SPLITS if (root / split).is_dir()}
     folders = folders or dict.fromkeys(FOLDER_SPLITS, root)
     classes = sorted({entry.name for folder in folders.values() for entry in folder.iterdir() if entry.is_dir()})
+    extensions = {ending for ending, form in Image.registered_extensions().items() if form in IMAGE_FORMATS}
 
     def open_split(split: str) -> _Split:
-        labels_by_class = {name: label for label, name in enumerate(classes) if (folders[split] / name).is_dir()}
-        found = make_dataset(folders[split], labels_by_class, IMG_EXTENSIONS, allow_empty=True)
-        paths, labels = [path for path, _ in found], [label for _, label in found]
-        return _Split(functools.partial(_files, paths), torch.tensor(labels, dtype=torch.int64), tuple(classes))
+        found = [
+            (str(path), label)
+            for label, name in enumerate(classes)
+            for path in sorted((folders[split] / name).rglob("*"))
+            if path.suffix.lower() in extensions
+        ]
+
+        def read(rows: Tensor) -> list[tuple[str, str | BytesIO]]:
+            return [(found[row][0], found[row][0]) for row in rows.tolist()]
+
+        labels = torch.tensor([label for _, label in found], dtype=torch.int64)
+        return _Split(read, labels, tuple(classes))
 
     return _Source(tuple(folders), open_split)
-
-
-def _files(paths: list[str], rows: Tensor) -> list[tuple[str, str | BytesIO]]:
-    return [(paths[row], paths[row]) for row in rows.tolist()]
 
 
 def _open_hub(uri: str, data_dir: str) -> _Source:
@@ -530,10 +534,16 @@ def _open_hub(uri: str, data_dir: str) -> _Source:
 
     def open_split(split: str) -> _Split:
         table = splits[split]
-        labels = table.select_columns(label).with_format("numpy")[:][label]
         encoded = table.select_columns(image).cast_column(image, datasets.Image(decode=False))
-        reader = functools.partial(_table_rows, encoded, image, f"{uri} {split}")
-        return _Split(reader, torch.from_numpy(labels).long(), tuple(features[label].names))
+
+        def read(rows: Tensor) -> list[tuple[str, str | BytesIO]]:
+            return [
+                (f"{uri} {split} row {row}", BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
+                for row, stored in zip(rows.tolist(), encoded[rows.tolist()][image], strict=True)
+            ]
+
+        labels = table.select_columns(label).with_format("numpy")[:][label]
+        return _Split(read, torch.from_numpy(labels).long(), tuple(features[label].names))
 
     return _Source(tuple(splits), open_split)
 
@@ -543,14 +553,6 @@ def _column(features: Mapping[str, object], kind: type, uri: str) -> str:
         if isinstance(feature, kind):
             return name
     raise ValueError(f"'{uri}' has no column of type {kind.__name__}, only {', '.join(features)}")
-
-
-def _table_rows(table: Any, column: str, name: str, rows: Tensor) -> list[tuple[str, str | BytesIO]]:
-    images = table[rows.tolist()][column]
-    return [
-        (f"{name} row {row}", image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
-        for row, image in zip(rows.tolist(), images, strict=True)
-    ]
 
 
 _TORCHVISION: dict[str, tuple[str, int, Constants | None]] = {

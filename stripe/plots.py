@@ -136,13 +136,14 @@ def heatmap_grid(
 def std_per_channel(std: Mapping[str, npt.ArrayLike], *, ax: Axes | None = None, title: str = "") -> Axes:
     """Draw standard deviations over images, {label: (C,)}, against the channel index."""
     ax = _axes(ax, height=2.0)
-    for (label, values), color in zip(std.items(), _sequence(len(std)), strict=True):
+    for (label, values), name, color in zip(std.items(), _short_names(list(std)), _sequence(len(std)), strict=True):
         (deviation,) = _vectors(**{label: values})
-        ax.stairs(deviation, np.arange(deviation.size + 1) - 0.5, color=color, label=label)
+        ax.stairs(deviation, np.arange(deviation.size + 1) - 0.5, baseline=None, color=color, label=name)
+    ax.update_datalim([(0, 0)])  # the axis holds 0: how small a std is shows only against it
     ax.margins(x=0)
     _dress(ax, "channel index", "std over images", title)
     if len(std) > 1:
-        _legend_below(ax, columns=3)
+        _legend_below(ax)
     return ax
 
 
@@ -163,7 +164,7 @@ def learned_over_stripe(
     ax.plot(rank, mean, color=OBSERVED, linewidth=1, label="observed stripe")
     ax.fill_between(rank, mean - std, mean + std, color=OBSERVED, alpha=0.25, linewidth=0, label="\u00b1 1 std")
     _dress(ax, "channel, sorted by observed stripe", "attention", title)
-    _legend_below(ax, columns=3)
+    _legend_below(ax)
     return ax
 
 
@@ -267,6 +268,7 @@ def _dress(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
     ax.set_ylabel(ylabel, fontsize=LABEL_SIZE)
     ax.set_title(title, fontsize=LABEL_SIZE, wrap=True)
     ax.tick_params(which="both", labelsize=TICK_SIZE)
+    ax.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
 
 
 def _draw_heatmap(ax: Axes, values: Array, vmin: float | None, vmax: float | None) -> AxesImage:
@@ -285,8 +287,7 @@ def _add_colorbar(images: Sequence[AxesImage], axes: Sequence[Axes], label: str,
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[ends]
     bar = axes[0].figure.colorbar(images[0], ax=axes, extend=extend, aspect=aspect)
     note = "\n(grey: not finite)" if finite.size < values.size else ""
-    bar.set_label(label + note, fontsize=LABEL_SIZE)
-    bar.ax.tick_params(labelsize=TICK_SIZE)
+    _dress(bar.ax, "", label + note, "")
 
 
 def _sequence(count: int) -> Array:
@@ -307,12 +308,11 @@ def _draw_by_gate(ax: Axes, table: pd.DataFrame, column: str, interval: tuple[st
             ax.fill_between(rows["epoch"], low, high, color=color, alpha=paler_when_many, linewidth=0.5)
     _tick_integers(ax.xaxis)
     if len(gates) <= LEGEND_ROOM:
-        _legend_below(ax, columns=2)
+        _legend_below(ax)
         return
     mappable = ScalarMappable(Normalize(0.5, len(gates) + 0.5), ListedColormap(colors))
     bar = ax.figure.colorbar(mappable, ax=ax, ticks=np.linspace(1, len(gates), 5).round())
-    bar.set_label(f"gate 1: {names[0]}\ngate {len(gates)}: {names[-1]}", fontsize=LABEL_SIZE)
-    bar.ax.tick_params(labelsize=TICK_SIZE)
+    _dress(bar.ax, "", f"gate 1: {names[0]}\ngate {len(gates)}: {names[-1]}", "")
 
 
 def _short_names(gates: Sequence[str]) -> list[str]:
@@ -327,13 +327,14 @@ def _tick_integers(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
-def _legend_below(ax: Axes, columns: int) -> None:
-    """Place the legend under the x label, where it hides no data."""
+def _legend_below(ax: Axes) -> None:
+    """Place the legend under the x label, where it hides no data, in as many columns as its names allow."""
+    longest = max(len(label) for label in ax.get_legend_handles_labels()[1])
     ax.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
         borderaxespad=4.2,
-        ncols=columns,
+        ncols=max(1, min(3, 45 // longest)),  # about 45 letters fit a column's width
         columnspacing=1.2,
         handlelength=1.2,
         fontsize=TICK_SIZE,

@@ -103,8 +103,7 @@ class Moments:
             lowest, highest = block.min(axis=0), block.max(axis=0)
             np.minimum(low, lowest, out=low)
             np.maximum(high, highest, out=high)
-            reaching = block[:, (lowest <= NEAR_BOUND) | (highest >= 1 - NEAR_BOUND)]
-            near_bounds += int(np.count_nonzero(np.abs(np.abs(reaching - 0.5) - 0.5) <= NEAR_BOUND))
+            near_bounds += _count_near_bounds(block[:, (lowest <= NEAR_BOUND) | (highest >= 1 - NEAR_BOUND)])
             total += deviations.sum(axis=0)
             squares += np.einsum("nc,nc->c", deviations, deviations)
         mean = np.where(low == high, low, shift + total / count)
@@ -115,7 +114,10 @@ class Moments:
         return cls(count, mean, m2, low, high, near_bounds, nonfinite)
 
     def merge(self, other: Moments) -> Moments:
-        """Combine with the moments of other samples of the same channels (Chan, Golub, LeVeque 1983)."""
+        """Combine with the moments of other samples of the same channels (Chan, Golub, LeVeque 1983).
+
+        Exact but for the rounding of the means: m2 is within about 1e-16 mean / std of one pass over all samples.
+        """
         if self.mean.shape != other.mean.shape:
             raise ValueError(
                 f"moments of {self.mean.size} and of {other.mean.size} channels cannot merge: merge per gate"
@@ -255,7 +257,8 @@ def bootstrap_strength(
 def _resampled_strengths(values: Array, mean: Array, resamples: int, rng: np.random.Generator) -> Array:
     count, channels = values.shape
     draws = rng.integers(count, size=(resamples, count))
-    counts = np.stack([np.bincount(draw, minlength=count) for draw in draws]).astype(np.float64)
+    drawn = [np.bincount(draw, minlength=count) for draw in draws]
+    counts = np.stack(drawn, dtype=np.float64, casting="unsafe")
     sums, squares = np.zeros((resamples, channels)), np.zeros(resamples)
     for rows, deviations in _deviation_blocks(values, mean):
         sums += counts[:, rows] @ deviations
@@ -321,12 +324,13 @@ def drift(before: Moments, after: Moments) -> float:
     return _mean(change[np.isfinite(change)])
 
 
-def settled_epoch(epochs: Sequence[int], drifts: Sequence[float], tolerance: float) -> int | None:
+def settled_epoch(epochs: npt.ArrayLike, drifts: npt.ArrayLike, tolerance: float) -> int | None:
     """First epoch after which drift stays under the tolerance; None if it never does.
 
     ``drifts[i]`` leads from ``epochs[i - 1]`` to ``epochs[i]``, so ``drifts[0]`` is NaN; NaN is under no
     tolerance.
     """
+    epochs = np.asarray(epochs)
     moving = np.flatnonzero(~(np.asarray(drifts, dtype=np.float64) < tolerance))
     last = int(moving[-1]) if moving.size else 0
     return int(epochs[last]) if last < len(epochs) - 1 else None
@@ -487,6 +491,14 @@ def _deviation_blocks(values: Array, centre: Array) -> Iterator[tuple[slice, Arr
         np.copyto(deviations, values[rows])  # cast first: subtracting mixed precisions is slower than both
         deviations -= centre
         yield rows, deviations
+
+
+def _count_near_bounds(values: Array) -> int:
+    distance = values - 0.5  # then in place: | |x - 1/2| - 1/2 | is the distance to the nearer of 0 and 1
+    np.abs(distance, out=distance)
+    distance -= 0.5
+    np.abs(distance, out=distance)
+    return int(np.count_nonzero(distance <= NEAR_BOUND))
 
 
 def _portions(total: int, width: int) -> Iterator[int]:

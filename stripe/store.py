@@ -16,7 +16,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +45,7 @@ _STAGING = ".unfinished"
 _LOCK = ".lock"
 _PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
 _DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
+_SAMPLE_RULE = "sample ids must differ within an epoch (drop what a padding sampler repeats)"
 _MAX_MANIFEST_BYTES = 64 * 2**20  # this and the next two refuse a hostile manifest, far above any real one
 _MAX_CHANNELS = 2**20
 _MAX_COUNT = 2**50
@@ -100,7 +101,7 @@ class Epoch:
         """Refuse a number that is no epoch, an epoch without parts, and a part named twice (ValueError)."""
         _require_count(self.epoch, 0, _MAX_COUNT, "epoch")
         _require(self.parts, f"epoch {self.epoch} has no parts")
-        _require_unique((part.name for part in self.parts), f"parts of epoch {self.epoch}")
+        _require_unique((part.name for part in self.parts), "part names must differ")
 
 
 @dataclass(frozen=True)
@@ -120,32 +121,33 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Refuse fields of the wrong type, an unknown dtype and repeated names (ValueError)."""
-        _require(self.schema == SCHEMA_VERSION, f"schema version {self.schema!r:.80}; expected {SCHEMA_VERSION}")
+        _require_count(self.schema, SCHEMA_VERSION, SCHEMA_VERSION, "schema version")
         for field, kind in {"created": str, "squeeze": bool, "dtype": str}.items():
             _require(type(getattr(self, field)) is kind, f"'{field}': expected {kind.__name__}")
         for field in ("versions", "model", "data", "seeds"):
             _require(type(getattr(self, field)) is dict, f"'{field}': expected an object")
         _require(self.dtype in VALUE_TYPES, f"dtype '{self.dtype:.80}'; expected one of {_listing(VALUE_TYPES)}")
         _require(self.gates, "no gates; expected at least one")
-        _require_unique((gate.name for gate in self.gates), "gates")
-        _require_unique((epoch.epoch for epoch in self.epochs), "epochs")
+        _require_unique((gate.name for gate in self.gates), "gate names must differ")
+        _require_unique((epoch.epoch for epoch in self.epochs), "epochs must differ")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Parse run.json strictly: anything but a manifest of this version is a ValueError of one line."""
         try:
             record = json.loads(text)
-            version = record["schema"]
-            if type(version) is int and version > SCHEMA_VERSION:
-                raise ValueError(f"schema version {version!r:.80} is newer than this stripe: upgrade stripe")
-            record["gates"] = tuple(GateColumn(**gate) for gate in record["gates"])
-            record["epochs"] = tuple(
+            _require_count(record["schema"], SCHEMA_VERSION, SCHEMA_VERSION, "schema version")
+            gates = tuple(GateColumn(**gate) for gate in record["gates"])
+            epochs = tuple(
                 Epoch(**{**epoch, "parts": tuple(Part(**part) for part in epoch["parts"])})
                 for epoch in record["epochs"]
             )
-            return cls(**record)
+            return cls(**{**record, "gates": gates, "epochs": epochs})
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{_MANIFEST} is not readable: {_one_line(error)}") from error
+            why = f"it lacks {error}" if isinstance(error, KeyError) else _one_line(error)
+            raise ValueError(
+                f"{_MANIFEST} is not usable ({why}): restore it, upgrade stripe, or record anew"
+            ) from error
 
     def to_json(self) -> str:
         """Write run.json; TypeError or ValueError for a description that is not plain JSON."""
@@ -171,25 +173,25 @@ def _require_count(value: object, low: int, high: int, what: str) -> None:
     _require(type(value) is int and low <= value <= high, f"{what}: {value!r:.80}; expected {low} to {high}")
 
 
-def _require_unique(values: Iterable[object], what: str) -> None:
+def _require_unique(values: Iterable[object], rule: str) -> None:
     repeated = [value for value, times in Counter(values).items() if times > 1]
-    _require(not repeated, f"{what} given twice: {_listing(repeated)}")
+    _require(not repeated, f"{rule}, given twice: {_listing(repeated)}")
 
 
 def _listing(names: Iterable[object]) -> str:
     texts = [f"{name!s:.80}" for name in names]
-    return ", ".join(texts) if len(texts) <= 10 else f"{', '.join(texts[:10])}, ... ({len(texts)} in all)"
+    more = f", ... ({len(texts)} in all)" if len(texts) > 10 else ""
+    return ", ".join(texts[:10]) + more if texts else "none"
 
 
-def _differences(first: Collection[str], second: Collection[str]) -> tuple[str, str]:
-    """List what only the first holds and what only the second holds; "none" and "none" when they agree."""
-    return tuple(
-        _listing([name for name in a if name not in b]) or "none" for a, b in ((first, second), (second, first))
-    )
+def _only(first: Iterable[str], second: Iterable[str]) -> str:
+    """List what only the first holds."""
+    known = set(second)
+    return _listing(name for name in first if name not in known)
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return " ".join(str(error).split())[:300]
 
 
 def _versions() -> dict[str, str]:
@@ -267,11 +269,11 @@ class _Directory:
             why = f"it holds no {_MANIFEST}" if self.holds("") else "no such directory"
             raise FileNotFoundError(f"'{self.path}' is not a run ({why}): pass the directory of a recording")
         try:
-            _require(info.size <= _MAX_MANIFEST_BYTES, f"{_MANIFEST} has {info.size} bytes, too many for one")
+            _require_count(info.size, 0, _MAX_MANIFEST_BYTES, f"bytes of {_MANIFEST}")
             with self.files.open_input_file(_MANIFEST) as stream:
                 return Manifest.from_json(stream.read())
         except ValueError as error:
-            raise ValueError(f"run '{self.path}': {error}; restore the file or record into another run") from error
+            raise ValueError(f"run '{self.path}': {error}") from error
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replace run.json by one rename, after everything it names is on the disk."""
@@ -348,12 +350,13 @@ class RunWriter:
             squeeze=squeeze,
             gates=tuple(gates),
         )
+        wanted = Manifest.from_json(wanted.to_json())  # as a reader will see it
         self._directory = _Directory(path)
         self._overwrite, self._rank, self._barrier = overwrite, rank, barrier
         with ExitStack() as held:
             if rank == 0:
                 held.enter_context(self._directory.sole_writer())
-                self._begin(Manifest.from_json(wanted.to_json()))  # as a reader will see it
+                self._begin(wanted)
             barrier()
             self._manifest = self._directory.read_manifest()
             self._held = held.pop_all()
@@ -424,10 +427,11 @@ class RunWriter:
         for field in ("dtype", "squeeze", "data"):
             old, new = getattr(found, field), getattr(wanted, field)
             _require(old == new, f"{run} has {field} {old}, this recording {new}: choose another run")
-        old, new = _differences(*([f"{gate.name} ({gate.channels})" for gate in m.gates] for m in (found, wanted)))
+        old, new = ([f"{gate.name} ({gate.channels})" for gate in each.gates] for each in (found, wanted))
         _require(
-            old == new,
-            f"{run} has gates (channels) {old} that this recording lacks, and lacks {new}: choose another run",
+            set(old) == set(new),
+            f"{run} has gates (channels) that this recording lacks: {_only(old, new)}; and lacks: {_only(new, old)}: "
+            "choose another run",
         )
 
     def _publish(self, number: int) -> None:
@@ -462,8 +466,10 @@ class RunWriter:
         ids = []
         for path in staged:
             with self._directory.files.open_input_file(path) as stream:
-                ids += pq.read_table(stream, columns=["sample"])["sample"].to_pylist()
-        _require_unique(ids, "samples of two ranks")
+                ids.append(pq.read_table(stream, columns=["sample"])["sample"].to_numpy())
+        values, times = np.unique(np.concatenate(ids), return_counts=True)
+        repeated = values[times > 1].tolist()
+        _require(not repeated, f"two ranks recorded samples {_listing(repeated)}: give each sample to one rank")
 
 
 class EpochWriter:
@@ -475,7 +481,7 @@ class EpochWriter:
         values = [field.type for field in schema if pa.types.is_fixed_size_list(field.type)]
         row_bytes = sum(kind.list_size * kind.value_type.bit_width // 8 for kind in values)
         self._capacity, self._filled = max(1, ROW_GROUP_BYTES // row_bytes), 0
-        self._block, self._spare = ({field.name: _empty(field, self._capacity) for field in schema} for _ in "ab")
+        self._block, self._spare = ({field.name: _empty(field, self._capacity) for field in schema} for _ in range(2))
         self._seen: set[int] = set()
         self._pending: Future[None] | None = None
 
@@ -497,7 +503,7 @@ class EpochWriter:
         for kind, vectors in zip(KINDS, (attention, squeeze or {}), strict=True):
             batch |= {f"{kind}:{gate}": np.asarray(values) for gate, values in vectors.items()}
         self._require_columns(batch, rows=len(ids))
-        _require_unique([*ids.tolist(), *self._seen.intersection(ids.tolist())], "samples of one epoch")
+        _require_unique([*ids.tolist(), *self._seen.intersection(ids.tolist())], _SAMPLE_RULE)
         self._seen.update(ids.tolist())
         self._copy(batch, rows=len(ids))
 
@@ -508,11 +514,10 @@ class EpochWriter:
         self._wait()
 
     def _require_columns(self, batch: _Block, rows: int) -> None:
-        missing, unknown = _differences(self._block, batch)
         _require(
-            missing == unknown,
-            f"the batch lacks {missing} and brings unknown {unknown}: append every gate of the run, and squeeze "
-            "only where the run records it",
+            batch.keys() == self._block.keys(),
+            f"the batch lacks {_only(self._block, batch)} and brings unknown {_only(batch, self._block)}: append every "
+            "gate of the run, and squeeze only where the run records it",
         )
         for name, values in batch.items():
             expected = (rows, *self._block[name].shape[1:])
@@ -526,8 +531,7 @@ class EpochWriter:
         while start < rows:
             stop = min(rows, start + self._capacity - self._filled)
             for name, column in self._block.items():
-                with np.errstate(over="raise"):
-                    column[self._filled : self._filled + stop - start] = batch[name][start:stop]
+                column[self._filled : self._filled + stop - start] = _cast(batch[name][start:stop], column.dtype, name)
             start, self._filled = stop, self._filled + stop - start
             if self._filled == self._capacity:
                 self._hand_over()
@@ -569,10 +573,9 @@ class _PartWriter:
     def write(self, block: _Block, rows: int) -> None:
         """Write the first ``rows`` rows of a block as a row group."""
         with self._directory.writing():
-            if not self._writer:
-                self._open()
+            writer = self._writer or self._open()
             arrays = [_to_arrow(field, block[field.name][:rows]) for field in self._schema]
-            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=rows)
+            writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=rows)
         if self._sink.tell() >= PART_BYTES:
             self.close()
 
@@ -585,21 +588,23 @@ class _PartWriter:
                 self._directory.sync(self._name)
             self._writer, self._sequence = None, self._sequence + 1
 
-    def _open(self) -> None:
+    def _open(self) -> pq.ParquetWriter:
         self._name = f"{_STAGING}/part-{self._rank:04d}-{self._sequence:03d}"
         self._directory.files.create_dir(_STAGING, recursive=True)
         self._sink = self._directory.files.open_output_stream(self._name)
-        split = [f"{field.name}.list.element" for field in self._schema if _is_vectors(field, pa.float32())]
+        vectors = [field for field in self._schema if pa.types.is_fixed_size_list(field.type)]
         self._writer = pq.ParquetWriter(
             self._sink,
             self._schema,
             compression="zstd",
             compression_level=1,
             use_dictionary=False,
-            use_byte_stream_split=split,  # not for float16: DuckDB cannot read the two together
+            # DuckDB does not read float16 in this encoding
+            use_byte_stream_split=[f"{f.name}.list.element" for f in vectors if f.type.value_type == pa.float32()],
             write_statistics=["sample", "label"],
             write_page_checksum=True,
         )
+        return self._writer
 
 
 def _empty(field: pa.Field, rows: int) -> NDArray[Any]:
@@ -614,6 +619,14 @@ def _to_arrow(field: pa.Field, values: NDArray[Any]) -> pa.Array:
     if pa.types.is_fixed_size_list(field.type):
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type)
     return pa.array(values, mask=values < 0 if field.nullable else None)
+
+
+def _cast(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    try:
+        with np.errstate(over="raise"):
+            return values.astype(dtype, copy=False)
+    except FloatingPointError as error:
+        raise ValueError(f"'{name}' holds values beyond {dtype}: record with dtype float32") from error
 
 
 def _integers(values: ArrayLike, dtype: type[np.signedinteger[Any]], what: str) -> NDArray[Any]:
@@ -656,8 +669,8 @@ class Run:
         """Summarise the run in one line."""
         channels = sum(gate.channels for gate in self.gates)
         recorded = " and ".join(KINDS if self.manifest.squeeze else KINDS[:1])
-        epochs = f"{len(self.epochs)} epochs" + (f" ({self.epochs[0]} to {self.epochs[-1]})" if self.epochs else "")
-        return f"Run('{self.path}': {epochs}, {len(self.gates)} gates, {channels} channels, {recorded})"
+        what = f"{recorded} of {len(self.gates)} gates, {channels} channels; epochs {_listing(self.epochs)}"
+        return f"Run('{self.path}': {what})"
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample ids (N,) in the order recorded, rank after rank."""
@@ -680,7 +693,7 @@ class Run:
     def batches(
         self, epoch: int, gates: Sequence[str] | None = None, kind: str = "attention"
     ) -> Iterator[dict[str, NDArray[np.float32]]]:
-        """Yield each row group as gate name -> (n, C), read-only; memory stays at one row group.
+        """Iterate over row groups, each gate name -> (n, C), read-only; memory stays at one row group.
 
         ``kind`` is attention or squeeze, ``gates`` all by default. ValueError lists the right names.
         """
@@ -693,8 +706,8 @@ class Run:
             kind != "squeeze" or self.manifest.squeeze,
             f"run '{self.path}' holds no squeeze: record it with --squeeze (squeeze=True)",
         )
-        for table in self._tables(epoch, [f"{kind}:{gate}" for gate in chosen]):
-            yield {gate: _to_numpy(table[f"{kind}:{gate}"], channels[gate]) for gate in chosen}
+        tables = self._tables(epoch, [f"{kind}:{gate}" for gate in chosen])
+        return ({gate: _to_numpy(table[f"{kind}:{gate}"], channels[gate]) for gate in chosen} for table in tables)
 
     def to_pandas(self, gate: str, epoch: int) -> pd.DataFrame:
         """Return a tidy frame, one row per sample and channel.
@@ -703,13 +716,12 @@ class Run:
         """
         attention = self.attention(gate, epoch)
         samples, channels = attention.shape
-        labels = pd.array(self.labels(epoch), dtype="Int64")
-        labels[labels == UNKNOWN_LABEL] = pd.NA
+        labels = np.repeat(self.labels(epoch), channels)
         columns = {
             "epoch": epoch,
             "gate": gate,
             "sample": np.repeat(self.samples(epoch), channels),
-            "label": labels.repeat(channels),
+            "label": pd.arrays.IntegerArray(labels, labels == UNKNOWN_LABEL),
             "channel": np.tile(np.arange(channels), samples),
             "attention": attention.reshape(-1),
         }
@@ -726,33 +738,28 @@ class Run:
         return moments(self, epochs, gates)
 
     def _tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield the row groups of an epoch; ValueError names a part that is missing, cut or damaged."""
+        """Iterate over the row groups of an epoch; ValueError for an epoch that was not recorded."""
         parts = {found.epoch: found.parts for found in self.manifest.epochs}
-        _require(
-            epoch in parts, f"run '{self.path}' has no epoch {epoch}; it has {_listing(self.epochs) or 'none yet'}"
-        )
-        for part in parts[epoch]:
-            name = f"{_folder(epoch)}/{part.name}"
-            try:
-                yield from self._row_groups(name, part, columns)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    f"run '{self.path}' lacks {name}: open it again, or record epoch {epoch} again"
-                ) from error
-            except (OSError, pa.ArrowException) as error:
-                raise ValueError(
-                    f"run '{self.path}': {name} is damaged ({_one_line(error)}): record epoch {epoch} again with --overwrite"
-                ) from error
+        _require(epoch in parts, f"run '{self.path}' has no epoch {epoch}; it has {_listing(self.epochs)}")
+        return (table for part in parts[epoch] for table in self._row_groups(epoch, part, columns))
 
-    def _row_groups(self, name: str, part: Part, columns: Sequence[str]) -> Iterator[pa.Table]:
-        with self._directory.files.open_input_file(name) as stream:
-            if stream.size() != part.bytes:
-                raise OSError(f"{stream.size()} bytes; expected {part.bytes}")
-            file = pq.ParquetFile(stream, page_checksum_verification=True)
-            if file.metadata.num_rows != part.rows or not file.schema_arrow.equals(self.manifest.arrow_schema()):
-                raise OSError(f"its rows or columns are not those of {_MANIFEST}")
-            for index in range(file.num_row_groups):
-                yield file.read_row_group(index, columns)
+    def _row_groups(self, epoch: int, part: Part, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Read a part, refusing one that is missing, cut, damaged, or not what the manifest says."""
+        name = f"{_folder(epoch)}/{part.name}"
+        try:
+            with self._directory.files.open_input_file(name) as stream:
+                _require(stream.size() == part.bytes, f"{stream.size()} bytes; expected {part.bytes}")
+                file = pq.ParquetFile(stream, page_checksum_verification=True)
+                _require(file.metadata.num_rows == part.rows, f"{file.metadata.num_rows} rows; expected {part.rows}")
+                _require(file.schema_arrow.equals(self.manifest.arrow_schema()), "other columns than the manifest's")
+                for index in range(file.num_row_groups):
+                    yield file.read_row_group(index, columns)
+        except FileNotFoundError as error:
+            message = f"run '{self.path}' lacks {name}: open the run again, or record epoch {epoch} again"
+            raise FileNotFoundError(message) from error
+        except (OSError, ValueError, pa.ArrowException) as error:
+            message = f"{name} is damaged ({_one_line(error)}): record epoch {epoch} again with --overwrite"
+            raise ValueError(f"run '{self.path}': {message}") from error
 
 
 def _to_numpy(column: pa.ChunkedArray, channels: int) -> NDArray[np.float32]:

@@ -121,7 +121,9 @@ def trace(model: nn.Module, images: Images) -> Trace:
     """
     example = list(_tensors(images))
     if not example:
-        raise ValueError(f"images must be a tensor, or a tuple or mapping with tensors; received {type(images).__name__}")
+        raise ValueError(
+            f"images must be a tensor, or a tuple or mapping with tensors; received {type(images).__name__}"
+        )
     recorder = _Recorder(model, example)
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model))

@@ -156,6 +156,14 @@ class Evaluation:
     samples: int
 
 
+def processes() -> PartialState:
+    """Return which of how many processes this is (`process_index`, `num_processes`) and its device.
+
+    Joins the others on first use. Without an accelerator Accelerate must be told so, or it overlooks them.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 # ---- evaluate -----------------------------------------------------------------------------------------------
 
 
@@ -188,9 +196,9 @@ def _score(logits: Tensor, labels: Tensor) -> Tensor:
 def _evaluation(scores: Iterable[Tensor]) -> Evaluation:
     """Add up the scores of all batches and processes."""
     totals = sum((score.cpu().double() for score in scores), torch.zeros(3, dtype=torch.float64))
-    state = PartialState()
-    if state.num_processes > 1:
-        totals = reduce(totals.to(state.device), "sum")
+    team = processes()
+    if team.num_processes > 1:
+        totals = reduce(totals.to(team.device), "sum")
     loss, correct, samples = totals.tolist()
     if samples == 0:
         raise ValueError("the loader gave no samples to score: expected at least one batch")
@@ -215,26 +223,25 @@ def fit(
 ) -> pd.DataFrame:
     """Train in place and return the metrics, one row per epoch; epoch k is the state after k epochs.
 
-    The model ends on the training device, in eval mode, with the last epoch's weights. In `directory`:
-    metrics.csv (losses are means, accuracies percent, lr that of the epoch's first step), and in checkpoints/
-    last.pt (resumable), best.pt (best validation accuracy; none without validation) and epoch=0012.pt. Every
-    file appears whole or not at all, last.pt after the others.
+    The model ends on the training device, in eval mode, with the last weights. `directory` gets metrics.csv
+    (mean losses, accuracies in percent, the epoch's first lr) and in checkpoints/ best.pt (by validation, so
+    none without it), epoch=0012.pt every `save_every` epochs (0 for none) and, after all others, last.pt.
 
     Args:
         model: images to logits; changed in place.
-        train_loader: see `TrainingBatches`.
+        train_loader: what to train on.
         validation_loader: held-out images that choose best.pt, or None.
         recipe: how to train.
         directory: where to write; without `resume` it must not hold another training.
-        description: plain values, saved in every checkpoint, from which the caller can rebuild the model.
+        description: plain values from which the caller can rebuild the model, saved in every checkpoint.
         callbacks: called after each epoch.
-        resume: a last.pt to continue from; the recipe given here governs what follows.
-        save_every: epochs between two files epoch=NNNN.pt; 0 for none.
+        resume: a last.pt to continue from, by the recipe given here.
+        save_every: see above.
         progress: show a bar per epoch.
 
     Raises:
         FileExistsError: `directory` holds another training.
-        FileNotFoundError: no checkpoint to resume from.
+        FileNotFoundError: no checkpoint at `resume`.
         FloatingPointError: the training loss is no longer finite.
         TypeError: the description holds more than plain values.
         ValueError: nothing to train, or a checkpoint that cannot be resumed.
@@ -273,7 +280,8 @@ class _Trainer:
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
-        self.accelerator = Accelerator(mixed_precision="no")  # its own setting would hold for the whole process
+        processes()
+        self.accelerator = Accelerator(mixed_precision="no")  # it could be set only once in a process
         self.model.to(self.accelerator.device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -392,7 +400,7 @@ def _finite_loss(scores: Tensor, epoch: int, rate: float) -> float:
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"training loss is {loss} in epoch {epoch} at learning rate {rate:.3g}: "
-            "lower the rate, or resume an earlier checkpoint with one"
+            "lower the learning rate, resuming from last.pt if there is one"
         )
     return float(loss / samples)
 

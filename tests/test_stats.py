@@ -501,6 +501,13 @@ def test_the_table_equals_slow_references(run):
         previous[row.gate] = means
 
 
+def test_the_table_gives_settled_epochs(run):
+    table = stats.summarize(run, bootstrap=0)
+    rows = table[table["gate"] == "layer2.se"]
+    assert stats.settled_epoch(rows["epoch"], rows["drift"], rows["drift"].max() * 1.01) == 1
+    assert stats.settled_epoch(rows["epoch"], rows["drift"], rows["drift"].iloc[-1]) is None
+
+
 def test_the_table_can_be_narrowed_and_do_without_the_interval(run):
     table = stats.summarize(run, epochs=[1, 5], gates=["layer2.se"], bootstrap=0)
     assert table.epoch.tolist() == [1, 5]

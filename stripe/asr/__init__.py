@@ -1,14 +1,32 @@
 """ASR: train with a learned vector in place of the image, merge it into a plain layer, validate it."""
 
-from stripe.asr.convert import deploy, fuse, insert, switch_to_deploy, switch_to_train
-from stripe.asr.layers import ASRBatchNorm2d, ASRLayer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stripe.asr.convert import deploy, fuse, insert, switch_to_deploy, switch_to_train
+    from stripe.asr.layers import ASRBatchNorm2d, ASRLayer
+    from stripe.asr.validation import Validation, validate
+
+_HOMES = {
+    "ASRBatchNorm2d": "layers",
+    "ASRLayer": "layers",
+    "Validation": "validation",
+    "deploy": "convert",
+    "fuse": "convert",
+    "insert": "convert",
+    "switch_to_deploy": "convert",
+    "switch_to_train": "convert",
+    "validate": "validation",
+}
 
 __all__ = [
-    "ASRBatchNorm2d",
-    "ASRLayer",
-    "deploy",
-    "fuse",
-    "insert",
-    "switch_to_deploy",
-    "switch_to_train",
-]
+    "ASRBatchNorm2d", "ASRLayer", "Validation", "deploy", "fuse", "insert", "switch_to_deploy", "switch_to_train", "validate",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home, so that the rooms here can be imported one by one."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stripe.asr' has no attribute '{name}'; expected one of {', '.join(__all__)}")
+    return getattr(import_module(f"stripe.asr.{_HOMES[name]}"), name)

@@ -20,11 +20,10 @@ from torch.nn import functional as F
 from stripe import stats
 from stripe.asr.layers import PSI_INIT
 from stripe.store import Run
-from stripe.training import evaluate
+from stripe.training import Batches, evaluate
 
 Vectors = dict[str, npt.NDArray[np.float64]]  # by gate, (channels,)
 Observed = Mapping[str, npt.NDArray[Any]]  # by gate, (samples, channels)
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, sample ids
 Progress = Callable[[Iterable[int]], Iterable[int]]
 MATCH_R, MATCH_P = 0.5, 0.05
 RULE = f"match: r >= {MATCH_R}, adjusted p < {MATCH_P}, and RMSE below the untrained psi's"
@@ -77,7 +76,8 @@ class PsiGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return attention(psi) for each of the N samples of x: (N, C, 1, 1)."""
-        return self.attention_module(self.vector).expand(len(x), -1, -1, -1)
+        gate: Tensor = self.attention_module(self.vector)
+        return gate.expand(len(x), -1, -1, -1)
 
     def values(self) -> npt.NDArray[np.float64]:
         """Return attention(psi) as (C,)."""
@@ -167,7 +167,7 @@ def _same_network(
     best = {name: _fit_psi(copy.deepcopy(module), observed[name]) for name, module in modules.items()}
     network = _replace(frozen, gates, modules)
     optimizer = torch.optim.Adam([module.vector for module in modules.values()], lr=PSI_RATE)
-    for _, (images, labels, _) in zip(progress(range(steps)), batches, strict=False):
+    for _, (images, labels, *_) in zip(progress(range(steps)), batches, strict=False):
         loss = F.cross_entropy(network(images.to(device)), labels.to(device))
         optimizer.zero_grad()
         loss.backward()

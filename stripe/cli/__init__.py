@@ -6,10 +6,25 @@ Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Protocol, cast
 
 from stripe.cli import collect, demo, figures, stats, train, validate
 
-COMMANDS = {
+
+class Command(Protocol):
+    """What a module of this package offers."""
+
+    SUMMARY: str
+    EXAMPLE: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments."""
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do it; return the exit code."""
+
+
+COMMANDS: dict[str, Command] = {
     "train": train,
     "collect": collect,
     "stats": stats,
@@ -40,7 +55,7 @@ def script(command: str) -> int:
     return _run(parser.parse_args())
 
 
-def _configure(parser: argparse.ArgumentParser, command: object) -> None:
+def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.description = command.SUMMARY
     parser.epilog = f"example: {parser.prog} {command.EXAMPLE}"
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
@@ -50,7 +65,7 @@ def _configure(parser: argparse.ArgumentParser, command: object) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        return arguments.run(arguments)
+        return cast(int, arguments.run(arguments))
     except KeyboardInterrupt:
         print("interrupted: what was finished is valid and kept", file=sys.stderr)
         return 130

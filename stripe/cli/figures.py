@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from stripe.cli import options
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from stripe.store import Run
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epoch", type=int, metavar="E", help="epoch of the stripe figure (default: the last)")
     parser.add_argument("--gates", nargs="+", metavar="G", help=f"gates to draw (default: {GATES} from first to last)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"], help="file formats")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples behind the intervals; 0: none")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,23 +58,29 @@ def draw(
     std = {gate: stats.Moments.of(attention).std for gate, attention in values.items()}
     for gate, attention in values.items():
         title = f"{gate}, epoch {epoch}"
-        if run.has_squeeze:
+        if run.manifest.squeeze:
             squeeze = run.squeeze(gate, epoch)
             before_after = (stats.Moments.of(squeeze).std, std[gate])
             yield f"stripe-{gate}", plots.before_after(squeeze, attention, std=before_after, title=title)
         else:
-            yield f"stripe-{gate}", plots.stripe_heatmap(attention, title=title).get_figure()
+            yield f"stripe-{gate}", figure_of(plots.stripe_heatmap(attention, title=title))
     grid = {(gate, e): run.attention(gate, e)[:100] for gate in gates for e in epochs}
     yield "grid", plots.heatmap_grid(grid)
-    yield "std", plots.std_per_channel(std, title=f"epoch {epoch}").get_figure()
+    yield "std", figure_of(plots.std_per_channel(std, title=f"epoch {epoch}"))
     table = stats.summarize(run, bootstrap=bootstrap)
-    yield "strength", plots.strength_over_epochs(table).get_figure()
+    yield "strength", figure_of(plots.strength_by_gate(table[table["epoch"] == epoch], title=f"epoch {epoch}"))
     if len(run.epochs) > 1:
-        yield "drift", plots.drift_over_epochs(table).get_figure()
+        yield "strength-over-epochs", figure_of(plots.strength_over_epochs(table))
+        yield "drift", figure_of(plots.drift_over_epochs(table))
     if (Path(run.path) / "metrics.csv").is_file():
         metrics = pd.read_csv(Path(run.path) / "metrics.csv")
         yield "training", plots.training_curves({Path(run.path).name: metrics})
     plt.close("all")
+
+
+def figure_of(ax: "Axes") -> "Figure":
+    """Return the figure that a plot of one Axes made."""
+    return cast("Figure", ax.get_figure(root=True))
 
 
 def save(figure: "Figure", path: Path, formats: list[str]) -> Iterator[Path]:

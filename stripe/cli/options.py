@@ -2,29 +2,37 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Parser = argparse.ArgumentParser | argparse._ArgumentGroup
+T = TypeVar("T")
 
 
-def add_data(parser: argparse.ArgumentParser, split: str | None = None) -> None:
+def add_data(parser: Parser, split: str | None = None) -> None:
     """Add --dataset and --data-dir, and --split when `split` gives its default."""
     parser.add_argument(
-        "--dataset", default="digits", metavar="URI", help="digits, cifar10, cifar100, stl10, imagefolder:DIR, hf:NAME_OR_DIR"
+        "--dataset",
+        default="digits",
+        metavar="URI",
+        help="digits, cifar10, cifar100, stl10, imagefolder:DIR, hf:NAME_OR_DIR",
     )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where torchvision's sets lie")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where torchvision's sets lie"
+    )
     if split is not None:
         parser.add_argument("--split", default=split, help="which split of the data set")
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
+def add_loading(parser: Parser) -> None:
     """Add --batch and --workers."""
     parser.add_argument("--batch", type=positive, default=100, metavar="N", help="images per batch")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="processes that decode images from disk")
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: Parser) -> None:
     """Add --json FILE."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the printed figures there too")
 
@@ -50,7 +58,7 @@ def constants(description: dict[str, Any]) -> dict[str, Any]:
     return {key: data[key] for key in ("size", "mean", "std") if key in data}
 
 
-def progress(description: str) -> Callable[[Iterable[int]], Iterable[int]]:
+def progress(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
     """Return a wrapper that shows a progress bar on stderr."""
     from tqdm import tqdm
 

@@ -12,7 +12,7 @@ EXAMPLE = "runs/probe --csv strength.csv"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run_path", type=Path, metavar="RUN", help="directory of a run")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples behind the interval; 0: none")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no interval")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there")
     options.add_json(parser)
 

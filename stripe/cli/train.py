@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; those of the ASR reference code keep its names."""
     network = parser.add_argument_group("network")
     network.add_argument("--arch", default="resnet", help="resnet, timm:NAME or torchvision:NAME")
-    network.add_argument("--depth", type=int, default=164, help="layers of the resnet: 9n+2 (bottleneck), 6n+2 (basicblock)")
+    network.add_argument("--depth", type=int, default=164, help="of the resnet: 9n+2 (bottleneck), 6n+2 (basicblock)")
     network.add_argument("--block-name", default="bottleneck", help="bottleneck or basicblock")
     network.add_argument("--module", default="none", help="attention module: senet, eca, ..., timm:NAME, or none")
     network.add_argument("--use-asr", action="store_true", help="attention of a learned vector, merged into the norm")
     network.add_argument("--use-both", action="store_true", help="with --use-asr: attention of the image as well")
     data = parser.add_argument_group("data")
     options.add_data(data)
-    data.add_argument("--train-samples", type=options.positive, metavar="N", help="use N training images (default: all)")
-    data.add_argument("--val-samples", type=int, metavar="N", help="hold N of them out for validation (default: a tenth)")
+    data.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
+    data.add_argument("--val-samples", type=int, metavar="N", help="of them held out for validation (default: 1/10)")
     data.add_argument("--train-batch", type=options.positive, default=128, metavar="N", help="training batch")
     data.add_argument("--test-batch", type=options.positive, default=100, metavar="N", help="evaluation batch")
     data.add_argument("--workers", type=int, default=4, metavar="N", help="processes that decode images from disk")
@@ -37,20 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--momentum", type=float, default=0.9, help="SGD's momentum")
     recipe.add_argument("--weight-decay", type=float, default=1e-4, help="of all weights")
     recipe.add_argument("--psi-no-decay", action="store_true", help="no weight decay on ASR's learned vectors")
-    recipe.add_argument("--psi-init", type=_psi, default=0.1, metavar="X", help="what psi starts at: a number or normal")
+    recipe.add_argument("--psi-init", type=_psi, default=0.1, metavar="X", help="psi starts at this number, or normal")
     recipe.add_argument("--amp", default="no", help="mixed precision: no, bf16 or fp16")
-    recipe.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="seed of weights, order, augmentation, split")
+    recipe.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="of weights, order, crops, split")
     recipe.add_argument("--gpu-id", metavar="ID", help="CUDA device to use, as CUDA_VISIBLE_DEVICES takes it")
     files = parser.add_argument_group("files")
-    files.add_argument("-c", "--checkpoint", type=Path, metavar="DIR", help="the run's directory (default: checkpoints/NAME)")
+    files.add_argument("-c", "--checkpoint", type=Path, metavar="DIR", help="the run (default: checkpoints/NAME)")
     files.add_argument("--use-timestamp", action="store_true", help="append the time to the directory's name")
-    files.add_argument("--save-every", type=int, default=1, metavar="N", help="keep the weights of every N-th epoch; 0: none")
-    files.add_argument("--resume", type=Path, metavar="PATH", help="go on from this checkpoint (.../checkpoints/last.pt)")
+    files.add_argument(
+        "--save-every", type=int, default=1, metavar="N", help="keep every N-th epoch's weights; 0: none"
+    )
+    files.add_argument("--resume", type=Path, metavar="PATH", help="go on from this .../checkpoints/last.pt")
     files.add_argument("-e", "--evaluate", action="store_true", help="only test the checkpoint of --resume")
-    files.add_argument("--record", type=options.positive, metavar="N", help="record the attention of N images every epoch")
+    files.add_argument("--record", type=options.positive, metavar="N", help="record N images' attention every epoch")
     files.add_argument("--record-split", default="test", help="the split those images come from")
     files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
-    files.add_argument("--overwrite", action="store_true", help="replace a training that the directory holds")
     options.add_json(files)
 
 
@@ -112,8 +114,10 @@ def _test(arguments: argparse.Namespace) -> int:
     if arguments.resume is None:
         raise ValueError("-e tests a trained network: name its checkpoint with --resume PATH")
     checkpoint = read_checkpoint(arguments.resume)
-    images = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **options.constants(checkpoint.description))
-    return _report(arguments, evaluate(checkpoint.model, Loader(images, arguments.test_batch, workers=arguments.workers)))
+    constants = options.constants(checkpoint.description)
+    images = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **constants)
+    loader = Loader(images, arguments.test_batch, workers=arguments.workers)
+    return _report(arguments, evaluate(checkpoint.model, loader, progress=True))
 
 
 def _report(arguments: argparse.Namespace, evaluation: Any) -> int:
@@ -139,16 +143,14 @@ def _network(arguments: argparse.Namespace, classes: int) -> dict[str, Any]:
 
 
 def _directory(arguments: argparse.Namespace) -> Path:
-    """Return the run's directory; refuse one that holds a training, unless it is resumed or overwritten."""
-    parts = [f"{arguments.dataset.rstrip('/').rpartition('/')[2].replace(':', '-')}-{arguments.arch}{arguments.depth}"]
-    parts += [arguments.module] * (arguments.module != "none") + ["asr"] * arguments.use_asr + ["both"] * arguments.use_both
+    """Return the run's directory."""
+    data = re.split("[/:]", arguments.dataset.rstrip("/"))[-1]
+    parts = [data, f"{arguments.arch.replace(':', '-')}{arguments.depth if arguments.arch == 'resnet' else ''}"]
+    parts += [arguments.module.replace(":", "-")] * (arguments.module != "none")
+    parts += ["asr"] * arguments.use_asr + ["both"] * arguments.use_both
     directory: Path = arguments.checkpoint or Path("checkpoints", "-".join(parts))
     if arguments.use_timestamp:
         directory = directory.with_name(f"{directory.name}-{datetime.now():%Y%m%dT%H%M%S}")
-    if (directory / "metrics.csv").exists() and not (arguments.resume or arguments.overwrite):
-        raise FileExistsError(
-            f"{directory} holds a training: go on with --resume {directory}/checkpoints/last.pt, or --overwrite it"
-        )
     return directory
 
 
@@ -168,16 +170,16 @@ def _recording(arguments: argparse.Namespace, directory: Path, model: Any, descr
     loader = Loader(images, arguments.test_batch, workers=arguments.workers)
     gates = find_gates(model, next(iter(loader))[0][:2])
     if not gates:
-        raise ValueError("--record: the network has no gate; train one with attention (--module senet), or do not record")
+        raise ValueError("--record: the network has no gate; train one with --module senet, or do not record")
     return RecorderCallback(
         loader,
         gates,
         directory,
         squeeze=arguments.squeeze,
-        model=description["model"],
+        description=description["model"],
         data=images.describe(),
         seeds={"manualSeed": arguments.manualSeed},
-        overwrite=arguments.overwrite or arguments.resume is not None,
+        overwrite=arguments.resume is not None,
     )
 
 

@@ -1,12 +1,15 @@
 """`validate`: compare learned vectors with the observed stripes of a run."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stripe.cli import options
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from stripe.asr.validation import Validation
 
 SUMMARY = "learn constant vectors for a trained network and compare them with the stripes its run observed"
@@ -24,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-samples", type=options.positive, metavar="N", help="test on N images")
     parser.add_argument("--steps", type=options.positive, default=200, metavar="N", help="training steps of psi")
     parser.add_argument("--protocol", default="same", help="same: psi in each gate's place in the frozen network")
-    parser.add_argument("--epoch", type=int, metavar="E", help="the run's epoch (default: the checkpoint's, else the last)")
+    parser.add_argument("--epoch", type=int, metavar="E", help="of the run (default: the checkpoint's, else the last)")
     parser.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="seed of the images' order")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where table, JSON and figures go")
     parser.add_argument("--require-match", action="store_true", help="exit with 1 unless every gate matches")
@@ -73,23 +76,24 @@ def print_validation(validation: "Validation") -> None:
     """Print the table per gate and the accuracies."""
     columns = ["gate", "r", "p_adjusted", "r_untrained", "r_best", "r2", "rmse", "mean_abs_z", "inside", "verdict"]
     print(validation.table[columns].round(4).to_string(index=False))
-    names = {"attention": "with attention", "learned": "learned vector", "stripe": "observed stripe", "removed": "removed"}
-    print("test accuracy in %: " + ", ".join(f"{names[k]} {v:.2f}" for k, v in validation.accuracies.items()))
+    accuracies = ", ".join(f"{gates} {percent:.2f}" for gates, percent in validation.accuracies.items())
+    print(f"test accuracy in % by what the gates give: {accuracies}")
 
 
-def draw(validation: "Validation") -> "Iterator[tuple[str, Figure]]":
+def draw(validation: "Validation") -> Iterator[tuple[str, "Figure"]]:
     """Yield (name, figure): each gate's learned vector over its stripe, and all in one scatter."""
     import matplotlib.pyplot as plt
     import numpy as np
 
     from stripe import plots, stats
+    from stripe.cli.figures import figure_of
 
     moments = {gate: stats.Moments.of(values) for gate, values in validation.observed.items()}
     for gate, stripe in moments.items():
-        r = validation.table.set_index("gate").loc[gate, "r"]
+        r = validation.table.set_index("gate")["r"][gate]
         ax = plots.learned_over_stripe(validation.learned[gate], stripe.mean, stripe.std, title=f"{gate}, r = {r:.2f}")
-        yield f"learned-{gate}", ax.get_figure()
+        yield f"learned-{gate}", figure_of(ax)
     learned = np.concatenate([validation.learned[gate] for gate in moments])
     observed = np.concatenate([stripe.mean for stripe in moments.values()])
-    yield "learned-scatter", plots.learned_scatter(learned, observed, title="all gates").get_figure()
+    yield "learned-scatter", figure_of(plots.learned_scatter(learned, observed, title="all gates"))
     plt.close("all")

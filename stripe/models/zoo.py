@@ -4,7 +4,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,10 +159,12 @@ def _hub_model(spec: str, **options: Any) -> nn.Module:
         if library == "timm":
             import timm
 
-            return cast(nn.Module, timm.create_model(name, pretrained=bool(rest), **options))
-        import torchvision
+            model: nn.Module = timm.create_model(name, pretrained=bool(rest), **options)
+        else:
+            import torchvision
 
-        return torchvision.models.get_model(name, weights="DEFAULT" if rest else None, **options)
+            model = torchvision.models.get_model(name, weights="DEFAULT" if rest else None, **options)
+        return model
     except ImportError as error:
         raise ValueError(f"'{spec}' needs {library}: pip install 'stripe-observation[hub]'") from error
     except (OSError, RuntimeError, ValueError) as error:

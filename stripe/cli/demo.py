@@ -1,0 +1,126 @@
+"""`demo`: the whole path on the embedded digits, in minutes: train and record, measure, draw, ASR, validate."""
+
+import argparse
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stripe.cli import options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SUMMARY = "show everything on the embedded digits: train and record SE, draw its stripes, train ASR, validate"
+EXAMPLE = "--epochs 10"
+NETWORK: dict[str, Any] = {"arch": "resnet", "depth": 20, "block": "bottleneck", "module": "senet"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--epochs", type=options.positive, default=10, metavar="N", help="epochs of the SE network")
+    parser.add_argument("--asr-epochs", type=options.positive, default=3, metavar="N", help="epochs of ASR after it")
+    parser.add_argument("--steps", type=options.positive, default=100, metavar="N", help="steps of validation")
+    parser.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="directory of the run; replaced"
+    )
+    parser.add_argument("--figures", type=Path, default=Path("figures/demo"), metavar="DIR", help="where figures go")
+    options.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the main job end to end and print its table."""
+    import torch
+
+    from stripe import asr, stats
+    from stripe.asr.validation import validate
+    from stripe.cli import figures
+    from stripe.cli import validate as validation_command
+    from stripe.data import Loader, load_images
+    from stripe.gates import find_gates
+    from stripe.models import create_model
+    from stripe.recorder import RecorderCallback
+    from stripe.store import open_run
+    from stripe.training import Recipe, evaluate, fit
+
+    started = time.perf_counter()
+    asr_out = arguments.out.with_name(f"{arguments.out.name}-asr")
+    for directory in (arguments.out, asr_out):
+        _remove_training(directory)
+    torch.manual_seed(0)
+    train, test = load_images("digits", "train", samples=arguments.train_samples), load_images("digits", "test")
+    training, held_out = train.hold_out(len(train) // 10, seed=0)
+    batches, validation, probe = Loader(training, 64, train=True), Loader(held_out, 100), Loader(test, 100)
+
+    print("1. an SE network, its attention recorded after every epoch")
+    network = NETWORK | {"num_classes": len(train.classes)}
+    se = create_model(**network)
+    gates = find_gates(se, next(iter(probe))[0][:2])
+    recording = RecorderCallback(probe, gates, arguments.out, squeeze=True, data=test.describe())
+    recipe = Recipe(epochs=arguments.epochs, scheduler="cosine")
+    description = {"model": network, "data": train.describe()}
+    fit(se, batches, validation, recipe, directory=arguments.out, description=description, callbacks=[recording])
+    observed = open_run(arguments.out)
+
+    print("2. an ASR network, begun from the SE network's weights, trained on and deployed")
+    asr_network = create_model(**network | {"asr": True})
+    asr_network.load_state_dict(asr_network.state_dict() | _as_asr(se.state_dict()))
+    recipe = Recipe(epochs=arguments.asr_epochs, scheduler="cosine", lr=0.05)
+    description = {"model": network | {"asr": True}, "data": train.describe()}
+    fit(asr_network, batches, validation, recipe, directory=asr_out, description=description)
+    deployed = asr.deploy(asr_network)
+
+    print("3. vectors learned for the frozen SE network, against the stripes it was observed to have")
+    progress = options.progress("psi")
+    match = validate(se, observed, batches, steps=arguments.steps, test_loader=probe, progress=progress)
+    for name, figure in (*figures.draw(observed), *validation_command.draw(match)):
+        for file in figures.save(figure, arguments.figures / name, ["png"]):
+            print(file)
+
+    table = stats.summarize(observed, epochs=[observed.epochs[-1]]).merge(match.table, on=["gate", "channels"])
+    columns = ["gate", "strength", "strength_low", "strength_high", "std", "r", "r_untrained", "p_adjusted", "verdict"]
+    print(table[columns].round(3).to_string(index=False))
+    speeds = _images_per_second({"SE": se, "ASR deployed": deployed}, next(iter(probe))[0])
+    results = {
+        "SE": match.accuracies["attention"],
+        "ASR deployed": evaluate(deployed, probe).accuracy,
+        "attention removed": match.accuracies["removed"],
+    }
+    print()
+    for name, accuracy in results.items():
+        speed = f", {speeds[name]:.0f} images/s" if name in speeds else ""
+        print(f"{name:18} {accuracy:6.2f} % test accuracy{speed}")
+    print(f"{time.perf_counter() - started:.0f} s in all; run {arguments.out}, figures {arguments.figures}")
+    summary = {"accuracy": results, "images_per_second": speeds, "gates": options.plain(table)}
+    options.write_json(arguments.json, summary)
+    return 0
+
+
+def _remove_training(directory: Path) -> None:
+    """Remove an earlier demo's files, and nothing that is not one."""
+    if (directory / "metrics.csv").is_file():
+        shutil.rmtree(directory)
+
+
+def _as_asr(state: dict[str, Any]) -> dict[str, Any]:
+    """Rename an SE network's weights to those of the ASR network that starts from it."""
+    names = {
+        key: key.replace(".bn3.", ".bn3.bn.").replace(".attention_module", ".bn3.attention_module") for key in state
+    }
+    return {names[key]: value for key, value in state.items()}
+
+
+def _images_per_second(models: dict[str, "nn.Module"], images: Any, rounds: int = 15) -> dict[str, float]:
+    """Time the models in turn, round by round; return the median speeds."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model.eval()(images)
+                seconds[name].append(time.perf_counter() - start)
+    return {name: len(images) / statistics.median(times[1:]) for name, times in seconds.items()}

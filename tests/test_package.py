@@ -1,0 +1,107 @@
+"""The package as a whole: what imports what, what start-up loads, what the install files promise."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import stripe
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "stats": set(),
+    "store": set(),
+    "gates": set(),
+    "data": set(),
+    "attention": set(),
+    "training": set(),
+    "asr.layers": set(),
+    "models": {"attention", "asr.layers"},
+    "recorder": {"gates", "store"},
+    "plots": {"stats"},
+    "asr.convert": {"attention", "asr.layers", "gates"},
+    "asr.validation": {"asr.layers", "training", "store", "stats"},
+}
+
+
+def room_of(module):
+    """stripe.models.zoo -> models, stripe.asr.layers -> asr.layers, stripe -> ''."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[: 2 if parts[:1] == ["asr"] else 1])
+
+
+def imported_rooms(path):
+    """Rooms that a file imports when it is imported: not those inside functions or under TYPE_CHECKING."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (room_of(alias.name) for alias in node.names if alias.name.split(".")[0] == "stripe")
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stripe":
+            yield from (room_of(f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def files_of(room):
+    path = ROOT / "stripe" / room.replace(".", "/")
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_it_may(room):
+    found = {each for file in files_of(room) for each in imported_rooms(file)} - {room}
+    assert found <= ALLOWED[room]
+
+
+def test_every_room_has_its_rule():
+    rooms = {room_of(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in (ROOT / "stripe").rglob("*.py")}
+    assert rooms - {"__init__", "cli", "asr.__init__"} == set(ALLOWED)
+    assert set(imported_rooms(ROOT / "stripe/asr/convert.py")) == {
+        "asr.layers",
+        "attention",
+    }  # the reader of imports sees
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def loaded_by(module):
+    return set(python(f"import sys, {module}; print('\\n'.join(sys.modules))").split())
+
+
+@pytest.mark.parametrize("room", ["stats", "store", "plots", "cli"])
+def test_reading_and_analysing_never_imports_torch(room):
+    assert "torch" not in loaded_by(f"stripe.{room}")
+    assert "torch" in loaded_by("stripe.attention")
+
+
+def test_import_stripe_loads_nothing_heavy():
+    assert not loaded_by("stripe") & {"torch", "numpy", "pandas", "matplotlib", "pyarrow"}
+
+
+def test_public_names_come_from_their_homes():
+    for name in stripe.__all__:
+        assert getattr(stripe, name) is not None
+    assert set(dir(stripe)) == set(stripe.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'find_gate'; expected one of Gate"):
+        _ = stripe.find_gate
+
+
+def test_versions_agree():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == stripe.__version__
+
+
+CONDA_NAMES = {"pytorch": "torch", "python-duckdb": "duckdb", "dask": "dask[distributed]"}
+
+
+def test_environment_and_pyproject_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {f"python{project['requires-python']}", *project["dependencies"]}
+    wanted |= {each for extra in project["optional-dependencies"].values() for each in extra}
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    listed = {each for each in environment if isinstance(each, str)} - {"pip"}
+    listed = {f"{CONDA_NAMES.get(each.split('>=')[0], each.split('>=')[0])}>={each.split('>=')[1]}" for each in listed}
+    assert listed == {each for each in wanted if not each.startswith("stripe-observation")}
+    assert not any("torch" in each and "<" in each for each in wanted)
