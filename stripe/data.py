@@ -41,7 +41,7 @@ Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each 
 Reader = Callable[[Tensor], list[tuple[str, str | BytesIO]]]
 
 
-# ---- image sets -----------------------------------------------------------------------------------------
+# ---- image sets --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +184,7 @@ def load_images(
     return ImageSet(uri, split, images, part.labels[rows], rows, part.classes, *constants, source.flip)
 
 
-# ---- batches --------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 class Loader:
@@ -301,7 +301,7 @@ def _pixels(images: Tensor | Encoded, batches: list[Tensor], workers: int) -> It
             yield waiting.popleft().result()
 
 
-# ---- from stored to decoded ------------------------------------------------------------------------------
+# ---- from stored to decoded --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,7 +404,7 @@ def _decoded(images: Tensor | Encoded, uri: str) -> Iterator[tuple[Tensor, Tenso
     yield from zip(parts, bar, strict=True)
 
 
-# ---- normalisation ----------------------------------------------------------------------------------------
+# ---- normalisation -----------------------------------------------------------------------------------------
 
 
 def _statistics(images: Tensor | Encoded, uri: str) -> Constants:
@@ -431,7 +431,7 @@ def _constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> Con
     return tuple(mean), tuple(std)
 
 
-# ---- sources ----------------------------------------------------------------------------------------------
+# ---- sources -----------------------------------------------------------------------------------------------
 
 
 def _open(uri: str, data_dir: str) -> _Source:

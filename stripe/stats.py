@@ -106,8 +106,8 @@ class Moments:
             near_bounds += _count_near_bounds(block[:, (lowest <= NEAR_BOUND) | (highest >= 1 - NEAR_BOUND)])
             total += deviations.sum(axis=0)
             squares += np.einsum("nc,nc->c", deviations, deviations)
-        mean = np.where(low == high, low, shift + total / count)
-        m2 = np.where(low == high, 0.0, np.maximum(squares - total**2 / count, 0.0))
+        mean = shift + total / count
+        m2 = np.maximum(squares - total**2 / count, 0.0)
         finite = np.isfinite(low) & np.isfinite(high)
         mean[~finite] = m2[~finite] = np.nan
         nonfinite = int(np.count_nonzero(~np.isfinite(values[:, ~finite])))
@@ -256,9 +256,9 @@ def bootstrap_strength(
 
 def _resampled_strengths(values: Array, mean: Array, resamples: int, rng: np.random.Generator) -> Array:
     count, channels = values.shape
-    draws = rng.integers(count, size=(resamples, count))
-    drawn = [np.bincount(draw, minlength=count) for draw in draws]
-    counts = np.stack(drawn, dtype=np.float64, casting="unsafe")
+    counts = np.empty((resamples, count))
+    for drawn in counts:
+        drawn[:] = np.bincount(rng.integers(count, size=count), minlength=count)
     sums, squares = np.zeros((resamples, channels)), np.zeros(resamples)
     for rows, deviations in _deviation_blocks(values, mean):
         sums += counts[:, rows] @ deviations

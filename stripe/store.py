@@ -45,7 +45,6 @@ _STAGING = ".unfinished"
 _LOCK = ".lock"
 _PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
 _DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
-_SAMPLE_RULE = "sample ids must differ within an epoch (drop what a padding sampler repeats)"
 _MAX_MANIFEST_BYTES = 64 * 2**20  # this and the next two refuse a hostile manifest, far above any real one
 _MAX_CHANNELS = 2**20
 _MAX_COUNT = 2**50
@@ -503,7 +502,9 @@ class EpochWriter:
         for kind, vectors in zip(KINDS, (attention, squeeze or {}), strict=True):
             batch |= {f"{kind}:{gate}": np.asarray(values) for gate, values in vectors.items()}
         self._require_columns(batch, rows=len(ids))
-        _require_unique([*ids.tolist(), *self._seen.intersection(ids.tolist())], _SAMPLE_RULE)
+        repeated = self._seen.intersection(ids.tolist())
+        rule = "sample ids must differ within an epoch (drop what a padding sampler repeats)"
+        _require_unique([*ids.tolist(), *repeated], rule)
         self._seen.update(ids.tolist())
         self._copy(batch, rows=len(ids))
 

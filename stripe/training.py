@@ -33,7 +33,7 @@ CHECKPOINTS = "checkpoints"
 RESUMABLE = {"epoch", "state_dict", "optimizer", "scaler", "metrics"}  # what a checkpoint to resume must hold
 
 
-# ---- recipe ---------------------------------------------------------------------------------------------
+# ---- recipe ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-# ---- evaluate -----------------------------------------------------------------------------------------------
+# ---- evaluate ----------------------------------------------------------------------------------------------
 
 
 def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Evaluation:
@@ -205,7 +205,7 @@ def _evaluation(scores: Iterable[Tensor]) -> Evaluation:
     return Evaluation(loss / samples, 100 * correct / samples, int(samples))
 
 
-# ---- fit ----------------------------------------------------------------------------------------------------
+# ---- fit ---------------------------------------------------------------------------------------------------
 
 
 def fit(
@@ -405,19 +405,18 @@ def _finite_loss(scores: Tensor, epoch: int, rate: float) -> float:
     return float(loss / samples)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a resumable checkpoint without executing anything in it."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a foreign or truncated file fails in many ways
-        raise ValueError(
-            f"'{path}' is no checkpoint, or was cut short: resume from the last.pt of a training"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a foreign or truncated file fails in many ways
+            raise ValueError(
+                f"'{path}' is no checkpoint, or was cut short: resume from the last.pt of a training"
+            ) from error
     missing = RESUMABLE - (saved.keys() if isinstance(saved, dict) else set())
     if missing:
         raise ValueError(f"'{path}' lacks {', '.join(sorted(missing))}: only a training's last.pt can be resumed")

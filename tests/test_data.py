@@ -58,7 +58,7 @@ def cat(loader: Loader) -> list[torch.Tensor]:
     return [torch.cat(column) for column in zip(*loader, strict=True)]
 
 
-# ---- digits and subsets ----------------------------------------------------------------------------------
+# ---- digits and subsets ------------------------------------------------------------------------------------
 
 
 def test_digits_are_split_once_and_for_all(digits):
@@ -144,7 +144,7 @@ def test_samples_loads_what_take_takes(digits):
     assert loaded.mean == taken.mean
 
 
-# ---- loader --------------------------------------------------------------------------------------------------
+# ---- loader ------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_yields_everything_once_in_order(digits):
@@ -251,7 +251,7 @@ def test_loader_refuses_to_train_on_nothing():
         Loader(random_set(3), 4, train=True, world_size=2)
 
 
-# ---- image folders ---------------------------------------------------------------------------------------------
+# ---- image folders -----------------------------------------------------------------------------------------
 
 
 def test_folder_with_splits(tmp_path):
@@ -346,7 +346,7 @@ def test_other_files_are_ignored(folder):
     assert len(load_images(folder, "train")) == 9
 
 
-# ---- torchvision's sets --------------------------------------------------------------------------------------
+# ---- torchvision's sets ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -406,7 +406,7 @@ def test_absent_set_says_how_to_get_it(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# ---- Hugging Face's sets ------------------------------------------------------------------------------------------
+# ---- Hugging Face's sets -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -481,7 +481,7 @@ def test_real_cifar10():
     assert len(images.labels.unique()) == 10
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("uri", ["mnist", "digits:8", "hf", "hf:", "imagefolder:", "", "cifar10:x"])

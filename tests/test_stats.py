@@ -158,7 +158,7 @@ def test_moments_survive_a_first_sample_far_from_the_others():
 )
 def test_moments_of_any_split_merge_to_the_whole(samples, channels, cuts, seed, noise):
     values = stripes(samples, channels, noise=noise, seed=seed, dtype=np.float32)
-    values[:, 0] = 0.1
+    values[:, 0] = 0.0005
     at = sorted({int(cut * samples) for cut in cuts} - {0, samples})
     merged = reduce(Moments.merge, [Moments.of(part) for part in np.split(values, at)])
     assert_same_moments(merged, Moments.of(values))
@@ -344,6 +344,14 @@ def test_bootstrap_interval_equals_scipys():
     assert abs(narrow.low - reference.low) > 0.06 * width  # control: another level is told apart
 
 
+def test_bootstrap_equals_a_slow_resampling():
+    values = stripes(9, 5, noise=0.2, row=0.1)
+    draws = np.random.default_rng(7).integers(9, size=(40, 9))
+    expected = np.quantile([slow_strength(values[draw])[0] for draw in draws], [0.05, 0.95])
+    found = stats.bootstrap_strength(values, resamples=40, confidence=0.9, seed=7)
+    assert (found.low, found.high) == pytest.approx(tuple(expected), rel=1e-10)
+
+
 def test_bootstrap_is_seeded_and_independent_of_blocks(monkeypatch):
     values = stripes(50, 6, dtype=np.float32)
     found = stats.bootstrap_strength(values, resamples=64, seed=3)
@@ -489,6 +497,8 @@ def test_the_table_equals_slow_references(run):
         assert row.std == pytest.approx(slow_mean([math.sqrt(slow_variance(c)) for c in columns]), rel=1e-10)
         label = slow_label_share(values, run.labels(row.epoch))
         assert (row.label_share, row.label_omega) == pytest.approx(label, rel=1e-9)
+        interval = stats.bootstrap_strength(values, resamples=50)
+        assert (row.strength_low, row.strength_high) == (interval.low, interval.high)
         assert row.strength_low < row.strength < row.strength_high
         assert row.rank == stats.effective_rank(values)
         assert row.flags == ""
@@ -525,9 +535,12 @@ def test_the_table_names_gates_with_non_finite_values(run):
     assert table["flags"].tolist() == ["", "", "nonfinite", "nonfinite", "", ""]
     untouched = [column for column in table.columns if column != "drift"]
     pd.testing.assert_frame_equal(table.loc[[0, 1, 4, 5], untouched], clean.loc[[0, 1, 4, 5], untouched])
-    others = np.delete(run.attention("layer1.se", 2), 3, axis=1)
-    assert table.strength[2] == pytest.approx(slow_strength(others)[0], rel=1e-10)
-    assert table.channels[2] == 6
+    others = MemoryRun({2: {"layer1.se": np.delete(run.attention("layer1.se", 2), 3, axis=1)}}, run.labels(2))
+    expected = stats.summarize(others, bootstrap=20)
+    same = [column for column in untouched if column not in ("channels", "flags")]
+    pd.testing.assert_frame_equal(table.loc[[2], same].reset_index(drop=True), expected[same], rtol=1e-10)
+    assert (table.channels[2], expected.channels[0]) == (6, 5)
+    assert table.drift[2] > 0
     assert table.loc[3, "strength":"rank"].isna().all()
 
 

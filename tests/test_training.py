@@ -2,6 +2,7 @@ import math
 import os
 import pickle
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-# ---- recipe --------------------------------------------------------------------------------------------------
+# ---- recipe ------------------------------------------------------------------------------------------------
 
 
 def test_default_recipe_is_the_reference():
@@ -107,7 +108,7 @@ def test_recipe_refuses(options, message):
         Recipe(**options)
 
 
-# ---- evaluate --------------------------------------------------------------------------------------------------
+# ---- evaluate ----------------------------------------------------------------------------------------------
 
 
 def slow_evaluation(model: nn.Module, images: ImageSet) -> tuple[float, float]:
@@ -151,13 +152,14 @@ def test_evaluation_of_a_model_without_parameters():
     assert evaluate(nn.Identity(), [batch]).accuracy == 75
 
 
-# ---- fit -----------------------------------------------------------------------------------------------------------
+# ---- fit ---------------------------------------------------------------------------------------------------
 
 
-def test_training_learns(parts, tmp_path):
-    metrics = train(parts, tmp_path, Recipe(epochs=12, lr=0.1))
-    assert metrics["train_loss"].iloc[-1] < 0.8 * metrics["train_loss"].iloc[0]
-    assert metrics["val_accuracy"].iloc[-1] > 40  # ten classes
+def test_training_learns(tmp_path):
+    large = load_images("digits", "train", samples=300, **CONSTANTS).hold_out(100, 0)
+    metrics = train(large, tmp_path, Recipe(epochs=8, lr=0.1))
+    assert metrics["train_loss"].iloc[-1] < metrics["train_loss"].iloc[0] - 0.3
+    assert metrics["val_accuracy"].iloc[-1] > 30  # ten classes
 
 
 def test_training_equals_plain_sgd(parts, tmp_path):
@@ -275,7 +277,7 @@ def test_no_decay_exempts_by_name(parts, tmp_path):
     assert norms[()] < 0.3 * norms[("6.*", "1.bias")]
 
 
-# ---- resume ----------------------------------------------------------------------------------------------------------
+# ---- resume ------------------------------------------------------------------------------------------------
 
 
 def stopped_and_resumed(parts, directory: Path, recipe: Recipe, change=lambda checkpoint: None) -> nn.Module:
@@ -350,7 +352,7 @@ def test_a_second_training_does_not_overwrite_the_first(parts, tmp_path):
         train(parts, tmp_path, Recipe(epochs=1))
 
 
-# ---- bad input ----------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -456,18 +458,18 @@ def test_description_must_be_plain(parts, tmp_path):
         train(parts, tmp_path, description={"path": Path("a")})
 
 
-# ---- several processes ------------------------------------------------------------------------------------------------
+# ---- several processes -------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys
 import torch
 from torch import nn
 from stripe.data import Loader, load_images
-from stripe.training import Recipe, evaluate, fit, processes
+from stripe.training import Recipe, fit, processes
 
 team = processes()
 share = {"rank": team.process_index, "world_size": team.num_processes}
-images = load_images("digits", "train", size=8, samples=160, mean=(0.3,) * 3, std=(0.3,) * 3)
+images = load_images("digits", "train", size=8, samples=161, mean=(0.3,) * 3, std=(0.3,) * 3)
 train, held_out = images.hold_out(61, 0)
 torch.manual_seed(team.process_index)  # the first process's weights count
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
@@ -476,16 +478,21 @@ fit(model, *loaders, Recipe(epochs=2), directory=sys.argv[1], description={}, pr
 """
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(sys, "argv", ["program.py", str(tmp_path / "one")])
+    runpy.run_path(str(tmp_path / "program.py"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    for command, name in (([sys.executable], "one"), (launch, "two")):
-        command = [*command, str(tmp_path / "program.py"), str(tmp_path / name)]
-        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    subprocess.run(
+        [*launch, str(tmp_path / "program.py"), str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     pd.testing.assert_frame_equal(one, two, rtol=1e-5)
     first, second = (load(tmp_path / name / "checkpoints" / "last.pt")["state_dict"] for name in ("one", "two"))
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-6)
-    assert not one["train_loss"].iloc[:1].equals(one["train_loss"].iloc[1:])
+    assert not np.isclose(*one["train_loss"], rtol=1e-3)  # the weights moved by more than the tolerance

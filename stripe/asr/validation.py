@@ -28,7 +28,7 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 MATCH_R, MATCH_P = 0.5, 0.05
 RULE = f"match: r >= {MATCH_R}, adjusted p < {MATCH_P}, and RMSE below the untrained psi's"
 PSI_RATE = 0.05  # Adam's learning rate for psi
-FIT_STEPS = 500  # steps of fitting psi to the stripe itself
+FIT_STEPS = 100  # at most, of fitting psi to the stripe itself
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,15 @@ PROTOCOLS = {"same": _same_network}
 def _fit_psi(gate: PsiGate, observed: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return the attention(psi) nearest to the stripe in mean square: the best that any psi can reach."""
     stripe = torch.as_tensor(observed.mean(axis=0, dtype=np.float64)).to(gate.vector)
-    optimizer = torch.optim.Adam([gate.vector], lr=PSI_RATE)
-    for _ in range(FIT_STEPS):
-        loss = (gate.attention_module(gate.vector).flatten() - stripe).square().mean()
+    optimizer = torch.optim.LBFGS([gate.vector], max_iter=FIT_STEPS, line_search_fn="strong_wolfe")
+
+    def misfit() -> float:
         optimizer.zero_grad()
+        loss = (gate.attention_module(gate.vector).flatten() - stripe).square().sum()
         loss.backward()
-        optimizer.step()
+        return loss.item()
+
+    optimizer.step(misfit)
     return gate.values()
 
 

@@ -1,0 +1,13 @@
+"""Where a network scales channels by attention, and how to read it there.
+
+`trace` runs a network once and keeps what it computed as a graph; `finding` decides on that graph which
+products are gates, by what is computed and never by class names; `reading` takes or replaces their values.
+"""
+
+from stripe.gates.finding import NORMALISERS, explain_gates, find_gates
+from stripe.gates.gate import Candidate, Gate, Product, Tap
+from stripe.gates.reading import read_gates, replace_gates
+
+__all__ = [
+    "NORMALISERS", "Candidate", "Gate", "Product", "Tap", "explain_gates", "find_gates", "read_gates", "replace_gates",
+]  # fmt: skip

@@ -1,0 +1,72 @@
+"""Forward hooks on networks of every kind: eager, scripted, compiled, distributed. They live in `with`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+
+class Hooks:
+    """Forward hooks that end with the `with` block; a scripted root, which refuses hooks, is met by global ones."""
+
+    def __init__(self) -> None:
+        """Start without hooks."""
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        """Return the empty collection."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+
+    def before(self, module: nn.Module, act: Callable[[tuple[Any, ...]], Any]) -> None:
+        """Call `act(positional arguments)` before each forward of `module`."""
+        if isinstance(module, torch.jit.ScriptModule):
+            handle = register_module_forward_pre_hook(lambda m, args: act(args) if m is module else None)
+        else:
+            handle = module.register_forward_pre_hook(lambda _, args: act(args))
+        self._handles.append(handle)
+
+    def after(self, module: nn.Module, act: Callable[[Any], Any], *, always: bool = False) -> None:
+        """Call `act(output)` after each forward of `module`, with `always` after an exception too."""
+        if isinstance(module, torch.jit.ScriptModule):
+            handle = register_module_forward_hook(
+                lambda m, args, output: act(output) if m is module else None, always_call=always
+            )
+        else:
+            handle = module.register_forward_hook(lambda _, args, output: act(output), always_call=always)
+        self._handles.append(handle)
+
+
+def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module wherever a hook fires: at the root, and at every module that is not scripted."""
+    for path, module in model.named_modules():
+        if module is model or not isinstance(module, torch.jit.ScriptModule):
+            yield path, module
+
+
+def output_items(output: Any) -> tuple[Any, ...]:
+    """Return a module's output as a tuple, also when it is one tensor."""
+    return tuple(output) if isinstance(output, tuple | list) else (output,)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the eager network inside torch.compile and DistributedDataParallel.
+
+    Raises ValueError for DataParallel, whose replicas run in threads that hooks and modes do not follow.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("a DataParallel network cannot be read: pass its .module, or use DistributedDataParallel")
+        wrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        inner = wrapped or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

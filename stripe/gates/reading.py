@@ -1,0 +1,274 @@
+"""read_gates and replace_gates: take the values of a network's gates, or give it others, while a `with` is open.
+
+Forward hooks do it where a module hands the tensor over; a dispatch mode, open only while the gate's site runs,
+where none does. Every forward must pass every gate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stripe.gates.finding import factors_of, is_alike
+from stripe.gates.gate import Gate, Kind, Tap
+from stripe.gates.hooks import Hooks, hookable, output_items, unwrap
+from stripe.gates.trace import FACTORS, in_parts, op_name
+
+Sink = Callable[[Gate, Kind, Tensor], None]
+
+
+@contextmanager
+def read_gates(model: nn.Module, gates: Sequence[Gate], sink: Sink, *, squeeze: bool = False) -> Iterator[None]:
+    """While open, hand every gate's values in every forward of `model` to `sink(gate, kind, values)`.
+
+    `values` is a detached copy (N, C) on the network's device: the attention and, with `squeeze`, the feature
+    map averaged over space. Raises ValueError when a gate's channels are not as found, and RuntimeError when
+    a forward did not pass every gate, or none ran.
+    """
+    jobs = []
+    for gate in gates:
+        jobs.append(_reading(gate, "attention", gate.attention, _flat if gate.attention else _vector, sink))
+        if squeeze:
+            jobs.append(_reading(gate, "squeeze", gate.squeeze, _flat if gate.pooled else _average, sink))
+    with _watching(model, jobs):
+        yield
+
+
+@contextmanager
+def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, let `model` use `values[gate.name]`, (C,) or (N, C), instead of what its gates compute.
+
+    Gates not named stay as they are. Gradients reach `values` where the gate is a module's output that only
+    its product uses (`gate.exclusive`). Raises ValueError for an unknown name, a wrong shape or a gradient
+    that cannot flow, and RuntimeError as read_gates does.
+    """
+    known = {gate.name: gate for gate in gates}
+    jobs = []
+    for name, given in values.items():
+        if name not in known:
+            raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(known)}")
+        gate = known[name]
+        if given.ndim not in (1, 2) or given.shape[-1] != gate.channels:
+            expected = f"({gate.channels},) or (samples, {gate.channels})"
+            raise ValueError(f"values of gate {name!r} have shape {tuple(given.shape)}; expected {expected}")
+        if given.requires_grad and not gate.exclusive:
+            raise ValueError(
+                f"no gradient can reach values of gate {name!r}, which is not a module's output: detach them"
+            )
+        shaped = _like_output if gate.exclusive else _like_operand
+        jobs.append(_Job(gate, "attention", gate.attention if gate.exclusive else None, partial(shaped, gate, given)))
+    with _watching(model, jobs):
+        yield
+
+
+# ---- from a tensor to (N, C), and back ----
+Rows = Callable[[Gate, Tensor], Tensor]
+
+
+def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) -> _Job:
+    """Make the job that hands rows of a tensor to the sink."""
+
+    def read(tensor: Tensor) -> None:
+        values = rows(gate, tensor.detach())
+        if values.shape[1:] != (gate.channels,):
+            raise ValueError(
+                f"{kind} of gate {gate.name!r} came from a tensor of shape {tuple(tensor.shape)}; expected"
+                f" {gate.channels} channels, as found: call find_gates again with images like these"
+            )
+        sink(gate, kind, values.clone())
+
+    return _Job(gate, kind, tap, read)
+
+
+def _flat(gate: Gate, tensor: Tensor) -> Tensor:
+    """Rows of a module's tensor that holds nothing but them."""
+    return tensor.flatten(1)
+
+
+def _vector(gate: Gate, operand: Tensor) -> Tensor:
+    """Rows of the gate's operand: its first entry along every dimension of space."""
+    return _rows(gate, operand[tuple(slice(None) if d in "NRGC" else 0 for d in gate.layout)])
+
+
+def _average(gate: Gate, scaled: Tensor) -> Tensor:
+    """Rows of a feature map averaged over space; radix and channels may be one dimension already."""
+    if scaled.ndim < len(gate.layout):
+        return scaled.flatten(2).mean(2)
+    return _rows(gate, scaled.mean([d for d, letter in enumerate(gate.layout) if letter not in "NRGC"]))
+
+
+def _rows(gate: Gate, picked: Tensor) -> Tensor:
+    """Merge radix (or groups) and channels, in this order, which a layout may hold in the other."""
+    return (picked.transpose(1, 2) if gate.layout.find("R") > gate.layout.find("C") else picked).flatten(1)
+
+
+def _like_output(gate: Gate, values: Tensor, output: Tensor) -> Tensor:
+    """Values in the shape of the module output that they replace."""
+    return _samples(gate, values, output).reshape(output.shape)
+
+
+def _like_operand(gate: Gate, values: Tensor, operand: Tensor) -> Tensor:
+    """Values in the shape of the gate's operand, broadcast over space."""
+    picked = operand[tuple(slice(None) if d in "NRGC" else slice(1) for d in gate.layout)]
+    rows = _samples(gate, values, operand)
+    if gate.layout.find("R") > gate.layout.find("C"):
+        c, r = gate.layout.index("C"), gate.layout.index("R")
+        rows = rows.unflatten(1, (operand.shape[r], operand.shape[c])).transpose(1, 2)
+    return rows.reshape(picked.shape).expand(operand.shape)
+
+
+def _samples(gate: Gate, values: Tensor, like: Tensor) -> Tensor:
+    if values.ndim == 2 and len(values) != len(like):
+        raise ValueError(f"values of gate {gate.name!r} are of {len(values)} samples; the batch has {len(like)}")
+    return values.to(like).expand(len(like), gate.channels)
+
+
+# ---- watching a network ----
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What to do with one tensor of a gate, met at `tap` or else at the product; a result takes its place."""
+
+    gate: Gate
+    kind: Kind
+    tap: Tap | None
+    act: Callable[[Tensor], Tensor | None]
+
+
+@contextmanager
+def _watching(model: nn.Module, jobs: Sequence[_Job]) -> Iterator[None]:
+    """Do the jobs in every forward of `model`; see that all are done, and that there is a forward."""
+    with Hooks() as hooks:
+        watch = _Watch(jobs)
+        watch.attach(unwrap(model), hooks)
+        try:
+            yield
+        finally:
+            watch.close()
+    if not watch.forwards:
+        raise RuntimeError("no forward ran through the network while its gates were watched: call it, uncompiled")
+
+
+class _Watch:
+    """Meets every job's tensor once per forward."""
+
+    def __init__(self, jobs: Sequence[_Job]) -> None:
+        self.forwards = 0
+        self._jobs = jobs
+        self._due: set[_Job] = set()
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._modes: list[tuple[str, ExitStack]] = []
+
+    def attach(self, model: nn.Module, hooks: Hooks) -> None:
+        """Hook the root, and the modules where jobs are met."""
+        places: defaultdict[tuple[str, str], list[_Job]] = defaultdict(list)
+        for job in self._jobs:
+            places[(job.tap.path, job.tap.side) if job.tap else (job.gate.site, "product")].append(job)
+        modules = dict(hookable(model))
+        if lost := {job.gate.name: None for (path, _), jobs in places.items() if path not in modules for job in jobs}:
+            raise ValueError(f"this network has no gates {', '.join(lost)}: call find_gates on it")
+        hooks.before(model, self._begin)
+        for (path, side), jobs in places.items():
+            if side == "input":
+                hooks.before(modules[path], partial(self._at_input, path, jobs))
+            elif side == "output":
+                hooks.after(modules[path], partial(self._at_output, path, jobs))
+            else:
+                hooks.before(modules[path], partial(self._at_site, path, jobs))
+                hooks.after(modules[path], partial(self._after_site, path), always=True)
+        hooks.after(model, self._end)
+
+    def close(self) -> None:
+        """Leave modes that an interrupted forward left open."""
+        while self._modes:
+            self._modes.pop()[1].close()
+
+    def _begin(self, args: tuple[Any, ...]) -> None:
+        self._calls.clear()
+        self._due = set(self._jobs)
+
+    def _end(self, output: Any) -> None:
+        if missing := dict.fromkeys(job.gate.name for job in self._jobs if job in self._due):
+            raise RuntimeError(
+                f"the forward did not pass {', '.join(missing)}: read a compiled network uncompiled, and call"
+                " find_gates again when the network or the shape of its input has changed"
+            )
+        self.forwards += 1
+
+    def _call(self, path: str, side: str) -> int:
+        self._calls[path, side] += 1
+        return self._calls[path, side] - 1
+
+    def _at_input(self, path: str, jobs: list[_Job], args: tuple[Any, ...]) -> None:
+        self._meet(self._call(path, "input"), jobs, args)
+
+    def _at_output(self, path: str, jobs: list[_Job], output: Any) -> Any:
+        items = self._meet(self._call(path, "output"), jobs, output_items(output))
+        if items is not None:
+            return items[0] if isinstance(output, Tensor) else type(output)(items)
+        return None
+
+    def _meet(self, call: int, jobs: list[_Job], items: Sequence[Any]) -> list[Any] | None:
+        """Do the jobs due at this call; return the items with the results in place, None when there is none."""
+        replaced = None
+        for job in jobs:
+            if job.tap and job.tap.call == call and job.tap.position < len(items):
+                result = job.act(items[job.tap.position])
+                self._due.discard(job)
+                if result is not None:
+                    replaced = replaced or [*items]
+                    replaced[job.tap.position] = result
+        return replaced
+
+    def _at_site(self, path: str, jobs: list[_Job], args: tuple[Any, ...]) -> None:
+        call = self._call(path, "product")
+        if wanted := [job for job in jobs if job.gate.product.call == call]:
+            self._modes.append((path, ExitStack()))
+            self._modes[-1][1].enter_context(_Products(wanted, self._due))
+
+    def _after_site(self, path: str, output: Any) -> None:
+        if self._modes and self._modes[-1][0] == path:
+            self._modes.pop()[1].close()
+
+
+class _Products(TorchDispatchMode):
+    """Recognises products within one call of their site, and does the jobs there."""
+
+    def __init__(self, jobs: list[_Job], due: set[_Job]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._jobs = jobs
+        self._due = due
+        self._seen: Counter[_Job] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, op_name(func)
+        result = in_parts(self, func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        if factors := factors_of(name, args, Tensor):
+            for job in self._jobs:
+                args = self._meet(job, name, factors, func, args)
+        return func(*args, **kwargs)
+
+    def _meet(self, job: _Job, name: str, factors: tuple[Tensor, Tensor], func: Any, args: Any) -> Any:
+        """Do the job if this is its product; return the arguments, with the result in place if there is one."""
+        product, gate = job.gate.product, factors[job.gate.product.operand]
+        if name != product.op or not is_alike(job.gate.layout, product.copied, gate.shape, gate.stride()):
+            return args
+        self._seen[job] += 1
+        if self._seen[job] != product.ordinal + 1:
+            return args
+        result = job.act(gate if job.kind == "attention" else factors[1 - product.operand])
+        self._due.discard(job)
+        if result is None:
+            return args
+        position = FACTORS[name][product.operand]
+        if position == 0 and func._schema.is_mutable:
+            return (args[0].copy_(result), *args[1:])
+        return (*args[:position], result, *args[position + 1 :])

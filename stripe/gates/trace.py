@@ -1,0 +1,350 @@
+"""One forward pass as a graph: every ATen operation, the module call it ran in, and what flowed between.
+
+The network runs exactly once, in eval mode and without gradients, and is left as it was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stripe.gates.hooks import Hooks, hookable, output_items
+
+Images = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""Example input: a tensor, or several as positional (tuple, list) or keyword (mapping) arguments."""
+
+FACTORS = {"mul": (0, 1), "add": (0, 1), "addcmul": (1, 2)}
+"""Operations that multiply or add two tensors, with the positions of the two among the arguments."""
+
+MOVES = frozenset(
+    "view _unsafe_view _reshape_alias expand permute transpose t squeeze unsqueeze clone _to_copy alias detach"
+    " select slice split split_with_sizes unbind cat stack repeat index index_select copy lift_fresh"
+    " upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d".split()
+)
+"""Operations that only place values elsewhere."""
+
+ARITHMETIC = frozenset("add sub rsub mul div neg pow reciprocal addcmul maximum minimum".split())
+"""Operations that combine values entry by entry."""
+
+_SHAPE_ONLY = ("empty", "zeros", "ones", "full", "rand", "new_")  # they take a tensor's shape, not its values
+
+
+# ---- the graph ----
+@dataclass(eq=False)
+class Value:
+    """A tensor between two writes to it; values of equal `memory` alias each other unchanged.
+
+    `live` values depend on the network's input; `parameters` names the parameters and buffers that a value
+    was made from without meeting a live one; `even` holds the dimensions along which a full-shaped factor
+    was constant by comparison.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    memory: int
+    live: bool
+    parameters: frozenset[str] = frozenset()
+    even: frozenset[int] = frozenset()
+    producer: Op | None = field(default=None, repr=False)
+    consumers: list[Op] = field(default_factory=list, repr=False)
+
+    @property
+    def flat(self) -> frozenset[int]:
+        """Dimensions along which there is one entry in memory: size 1 or stride 0."""
+        return frozenset(
+            d for d, (n, step) in enumerate(zip(self.shape, self.stride, strict=True)) if n == 1 or step == 0
+        )
+
+    @property
+    def entries(self) -> int:
+        """Number of entries in memory."""
+        return math.prod(n for d, n in enumerate(self.shape) if d not in self.flat)
+
+    def upstream(self, passing: Collection[str] | None = None) -> Iterator[Op]:
+        """Yield the live operations that made this, nearest first, walking on through those named in `passing`."""
+        queue, seen = [self], set()
+        while queue:
+            op = queue.pop(0).producer
+            if op is not None and op not in seen and op.live_inputs:
+                seen.add(op)
+                yield op
+                if passing is None or op.name in passing:
+                    queue += op.live_inputs
+
+    def chain(self) -> Iterator[Op]:
+        """Yield the live operations that made this, following the main input of each."""
+        op = self.producer
+        while op is not None and op.live_inputs:
+            yield op
+            op = op.main_input.producer
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: its path ("" is the root), which call of it from 0, and the operations before it."""
+
+    path: str
+    index: int
+    start: int
+
+
+@dataclass(eq=False)
+class Op:
+    """One ATen operation; `args` and `kwargs` are its arguments with every tensor replaced by its Value.
+
+    A write in place outputs new values for the tensor written and then for its aliases, whose old values
+    are its last inputs. The name has neither overload nor trailing underscore.
+    """
+
+    index: int
+    name: str
+    call: Call
+    inputs: tuple[Value, ...]
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
+    outputs: tuple[Value, ...] = ()
+
+    @property
+    def live_inputs(self) -> tuple[Value, ...]:
+        """Inputs that depend on the network's input."""
+        return tuple(value for value in self.inputs if value.live)
+
+    @property
+    def main_input(self) -> Value:
+        """The largest live input."""
+        return max(self.live_inputs, key=lambda value: value.entries)
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of the parameters and buffers that this operation takes, directly or derived."""
+        return frozenset[str]().union(*(value.parameters for value in self.inputs if not value.live))
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it takes parameters for more than an entry-by-entry scale or shift."""
+        return bool(self.parameters) and self.name not in MOVES | ARITHMETIC
+
+
+@dataclass(frozen=True, eq=False)
+class Port:
+    """Where a hook meets a value: an input or output of a module call, by its position among them."""
+
+    call: Call
+    side: Literal["input", "output"]
+    position: int
+    value: Value
+
+
+@dataclass(eq=False)
+class Trace:
+    """The graph of one forward pass; operations and calls in order, ports by memory in order of passing.
+
+    `batch` is the size of the first input's first dimension.
+    """
+
+    batch: int
+    inputs: tuple[Value, ...] = ()
+    outputs: tuple[Value, ...] = ()
+    ops: list[Op] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    ports: defaultdict[int, list[Port]] = field(default_factory=lambda: defaultdict(list))
+
+
+def trace(model: nn.Module, images: Images) -> Trace:
+    """Run `model` once on `images` and return its graph; training flags and buffers are put back.
+
+    Raises ValueError when `images` holds no tensor.
+    """
+    example = list(_tensors(images))
+    if not example or not example[0].ndim:
+        raise ValueError(f"images must be a batch, or a tuple or mapping with one; received {type(images).__name__}")
+    recorder = _Recorder(model, example)
+    with _left_as_found(model), torch.no_grad(), Hooks() as hooks:
+        recorder.follow(model, hooks)
+        with recorder:
+            if isinstance(images, Mapping):
+                output = model(**images)
+            else:
+                output = model(*images) if isinstance(images, tuple | list) else model(images)
+    recorder.graph.outputs = tuple(recorder.value(tensor) for tensor in _tensors(output))
+    return recorder.graph
+
+
+def op_name(func: Any) -> str:
+    """Name an ATen overload: its packet's name, without the underscore of the in-place form."""
+    return str(func.overloadpacket.__name__).rstrip("_")
+
+
+def in_parts(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a composite operation, which inference mode shows whole, as its parts under `mode`; else NotImplemented."""
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
+# ---- recording ----
+class _Recorder(TorchDispatchMode):
+    """Builds the graph while the network runs; keeps every tensor alive, since allocators re-use memory."""
+
+    def __init__(self, model: nn.Module, example: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = Trace(batch=example[0].shape[0])
+        self._values: dict[int, Value] = {}
+        self._aliases: defaultdict[int, list[Tensor]] = defaultdict(list)  # by storage
+        self._memory: dict[int, int] = {}  # by storage
+        self._writes = 0
+        self._stack = [Call("", 0, 0)]
+        self._calls: defaultdict[str, int] = defaultdict(int)
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        names: defaultdict[int, list[str]] = defaultdict(list)
+        for name, tensor in named:
+            names[id(tensor)].append(name)
+        for tensor in {id(tensor): tensor for _, tensor in named}.values():
+            self._make(tensor, live=False, parameters=frozenset(names[id(tensor)]))
+        self.graph.inputs = tuple(self._make(tensor, live=True) for tensor in example)
+
+    # values
+    def value(self, tensor: Tensor) -> Value:
+        """Return the current value of `tensor`; one that no operation made takes after what it aliases."""
+        if id(tensor) in self._values:
+            return self._values[id(tensor)]
+        aliased = [self._values[id(other)] for other in self._aliases[_storage(tensor)]]
+        parameters = frozenset[str]().union(*(value.parameters for value in aliased))
+        return self._make(tensor, live=any(value.live for value in aliased), parameters=parameters)
+
+    def _make(self, tensor: Tensor, **attributes: Any) -> Value:
+        storage = _storage(tensor)
+        if id(tensor) not in self._values:
+            self._aliases[storage].append(tensor)
+        memory = self._memory.setdefault(storage, storage)
+        stride, offset = tuple(map(int, tensor.stride())), int(tensor.storage_offset())
+        value = Value(tuple(tensor.shape), stride, offset, memory, **attributes)
+        self._values[id(tensor)] = value
+        return value
+
+    def _write(self, tensor: Tensor) -> list[Tensor]:
+        """Note that `tensor` was written; return it and its aliases, whose values are new from here on."""
+        storage = _storage(tensor)
+        self._writes += 1
+        self._memory[storage] = -self._writes
+        return [tensor, *(alias for alias in self._aliases[storage] if alias is not tensor)]
+
+    # operations
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = in_parts(self, func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        name, tensors = op_name(func), list(_tensors((args, kwargs)))
+        inputs = [self.value(tensor) for tensor in tensors]
+        if name in FACTORS:
+            _compare(tensors, inputs)
+        taken = _replaced((args, kwargs), self.value)
+        result = func(*args, **kwargs)
+        written = [alias for tensor in _written(func, args, kwargs) for alias in self._write(tensor)]
+        inputs += [self._values[id(alias)] for alias in written if all(alias is not tensor for tensor in tensors)]
+        made = [*written, *(tensor for tensor in _tensors(result) if id(tensor) not in self._values)]
+        op = Op(len(self.graph.ops), name, self._stack[-1], tuple(inputs), *taken)
+        self.graph.ops.append(op)
+        for value in dict.fromkeys(inputs):
+            value.consumers.append(op)
+        live = bool(op.live_inputs) and not name.startswith(_SHAPE_ONLY)
+        parameters = frozenset() if live else op.parameters
+        op.outputs = tuple(self._make(tensor, live=live, parameters=parameters, producer=op) for tensor in made)
+        return result
+
+    # module calls
+    def follow(self, model: nn.Module, hooks: Hooks) -> None:
+        """Note every module call of `model`, with what passes in and out."""
+        for path, module in hookable(model):
+            hooks.before(module, partial(self._enter, path))
+            hooks.after(module, self._leave)
+
+    def _enter(self, path: str, args: tuple[Any, ...]) -> None:
+        self._stack.append(Call(path, self._calls[path], len(self.graph.ops)))
+        self.graph.calls.append(self._stack[-1])
+        self._calls[path] += 1
+        self._pass("input", args)
+
+    def _leave(self, output: Any) -> None:
+        self._pass("output", output_items(output))
+        self._stack.pop()
+
+    def _pass(self, side: Literal["input", "output"], items: Iterable[Any]) -> None:
+        for position, item in enumerate(items):
+            if isinstance(item, Tensor):
+                value = self.value(item)
+                self.graph.ports[value.memory].append(Port(self._stack[-1], side, position, value))
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Switch `model` to eval mode; afterwards restore each module's training flag and each buffer's values."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        with torch.no_grad():
+            for buffer, found in buffers:
+                if not torch.equal(buffer, found):
+                    buffer.copy_(found)
+
+
+def _compare(tensors: list[Tensor], values: list[Value]) -> None:
+    """Note dimensions along which live factors of one full shape are constant by value; else strides tell."""
+    if len({value.shape for value in values}) == 1 and all(0 not in value.stride for value in values):
+        for tensor, value in zip(tensors, values, strict=True):
+            if value.live:
+                value.even = frozenset(d for d in range(1, tensor.ndim) if _is_even(tensor, d))
+
+
+def _is_even(tensor: Tensor, dim: int) -> bool:
+    first, last = tensor.select(dim, 0), tensor.select(dim, -1)
+    return torch.equal(first, last) and torch.equal(tensor, first.unsqueeze(dim).expand_as(tensor))
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identify the memory of a tensor; an empty one, which has none, stands for itself."""
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+@cache
+def _write_positions(func: Any) -> tuple[tuple[int, str], ...]:
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among the arguments that `func` writes."""
+    return list(_tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in _write_positions(func)]))
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings."""
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, Mapping | tuple | list):
+        for part in item.values() if isinstance(item, Mapping) else item:
+            yield from _tensors(part)
+
+
+def _replaced(item: Any, function: Callable[[Tensor], Value]) -> Any:
+    """Return nested arguments with `function` applied to each tensor."""
+    if isinstance(item, Tensor):
+        return function(item)
+    if isinstance(item, dict):
+        return {key: _replaced(part, function) for key, part in item.items()}
+    return type(item)(_replaced(part, function) for part in item) if isinstance(item, tuple | list) else item
