@@ -31,14 +31,12 @@ MEMORY_LIMIT = 2**30  # bytes of decoded images held in memory; larger sets are 
 LARGEST_NATURAL_SIZE = 224  # encoded images are shrunk to this side unless the caller says otherwise
 PADDING = 4  # black pixels around an image before its random crop
 DECODED_AT_ONCE = 256  # images a thread decodes before it hands them over
-
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program
 FOLDER_SPLITS = ("train", "test", "val")
 MEASURED_IMAGES = 64  # images opened to learn the size of an encoded set
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, for pixels in 0..1
-# Names and files (paths or bytes) of the rows asked for.
-Reader = Callable[[Tensor], list[tuple[str, str | BytesIO]]]
+Reader = Callable[[Tensor], list[tuple[str, str | BytesIO]]]  # rows to the names and files of their images
 
 
 # ---- image sets --------------------------------------------------------------------------------------------
@@ -491,7 +489,8 @@ def _open_folder(uri: str, data_dir: str) -> _Source:
         raise FileNotFoundError(f"'{uri}': there is no folder '{root}'; expected DIR/SPLIT/CLASS/image")
     folders = {split: root / split for split in FOLDER_SPLITS if (root / split).is_dir()}
     folders = folders or dict.fromkeys(FOLDER_SPLITS, root)
-    classes = sorted({entry.name for folder in folders.values() for entry in folder.iterdir() if entry.is_dir()})
+    entries = [entry for folder in folders.values() for entry in folder.iterdir()]
+    classes = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
     extensions = {ending for ending, form in Image.registered_extensions().items() if form in IMAGE_FORMATS}
 
     def open_split(split: str) -> _Split:

@@ -10,18 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from stripe.gates import Gate, read_gates
-from stripe.store import EpochWriter, GateColumn, RunWriter
+from stripe.store import CONTENTS, GateColumn, Rows, RunWriter
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, sample ids
 Progress = Callable[[Batches], Batches]
+Identify = Callable[[Any, int], tuple[Any, Any | None]]  # a batch and how many samples came before: ids, labels
 
 
 class Recorder:
     """Reads the gates of a network on every forward pass and stores what is committed.
 
-    `with Recorder(model, gates, "runs/a") as recorder: recorder.record(loader, epoch=3)`, or in a loop of one's own
-    `model(images); recorder.commit(sample_ids, labels, epoch=3)`. An epoch is finished when the next one begins or the
-    `with` ends; an exception leaves it out of the run.
+    `record` runs a loader through the network; a loop of one's own commits after each forward pass:
+
+        model = timm.create_model("seresnet50", pretrained=True).eval()
+        gates = find_gates(model, next(iter(loader))[0])
+        with Recorder(model, gates, "runs/a") as recorder, torch.inference_mode():
+            for images, labels, sample_ids in loader:
+                logits = model(images)
+                recorder.commit(sample_ids, labels)
+        attention = open_run("runs/a").attention(gates[0].name, epoch=0)  # (samples, channels)
+
+    An epoch is finished when the next one begins or the `with` ends; an exception leaves it out of the run.
     """
 
     def __init__(
@@ -32,6 +41,7 @@ class Recorder:
         *,
         squeeze: bool = False,
         dtype: str = "float32",
+        contents: str = CONTENTS[0],
         description: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         seeds: Mapping[str, Any] | None = None,
@@ -45,6 +55,8 @@ class Recorder:
             path: directory of the run.
             squeeze: store what each gate scales, averaged over space, as well.
             dtype: "float32" or "float16".
+            contents: "samples", a row for each; or "moments" over them alone, in memory and on disk independent
+                of their number; or "label-moments", these with the mean of every class.
             description: of the model, plain values, for the manifest.
             data: of the images, plain values, for the manifest.
             seeds: plain values, for the manifest.
@@ -65,12 +77,13 @@ class Recorder:
             gates=[GateColumn(g.name, g.channels, g.layout, g.form, g.source, g.site) for g in gates],
             squeeze=squeeze,
             dtype=dtype,
+            contents=contents,
             seeds=seeds,
             overwrite=overwrite,
         )
         self._squeeze = squeeze
         self._seen: dict[str, dict[str, Tensor]] = {}  # by kind, then gate
-        self._epoch: tuple[int, EpochWriter] | None = None
+        self._epoch: tuple[int, Rows] | None = None
         self._open = ExitStack()  # the writer and the hooks
         self._open_epoch = ExitStack()
 
@@ -86,6 +99,7 @@ class Recorder:
     def __exit__(self, *error: Any) -> None:
         """Stop reading; finish the epoch, or drop it after an exception."""
         self._seen.clear()
+        self._epoch = None
         self._open.__exit__(*error)
 
     def _keep(self, gate: Gate, kind: str, values: Tensor) -> None:
@@ -123,7 +137,7 @@ class Recorder:
             for module, flag in training:
                 module.training = flag
 
-    def _begin(self, number: int) -> EpochWriter:
+    def _begin(self, number: int) -> Rows:
         """Return the writer of epoch `number`; a change of number finishes the epoch before."""
         if self._epoch is None or self._epoch[0] != number:
             self._open_epoch.close()
@@ -131,18 +145,105 @@ class Recorder:
         return self._epoch[1]
 
 
-class RecorderCallback:
-    """Records a probe set after every epoch of `stripe.training.fit`."""
+def identify(batch: Sequence[Any], seen: int) -> tuple[Any, Any]:
+    """Return sample ids and labels of a batch (images, labels[, sample ids]); without ids, number samples on."""
+    _, labels, *ids = batch
+    return ids[0] if ids else range(seen, seen + len(labels)), labels
 
-    def __init__(self, loader: Batches, gates: Sequence[Gate], path: str | PathLike[str], **options: Any) -> None:
-        """Keep the probe set's `loader`, and the arguments of each epoch's Recorder."""
-        self._loader, self._gates, self._path, self._options = loader, gates, path, options
+
+class RecorderCallback:
+    """Records attention while a network trains: a callback of `stripe.training.fit`, and of a Lightning trainer.
+
+    `fit` hands over the network after every epoch, and the probe set in `loader` is recorded. Lightning validates
+    on batches of its own, and these are recorded, as the trainer's `current_epoch`, without a second pass:
+
+        import lightning
+
+        gates = find_gates(task.network, images)
+        recording = RecorderCallback(None, gates, "runs/a", model=task.network)
+        trainer = lightning.Trainer(max_epochs=10, callbacks=[recording])
+        trainer.fit(task, train_loader, validation_loader)
+        table = summarize(open_run("runs/a"))
+    """
+
+    def __init__(
+        self,
+        loader: Batches | None,
+        gates: Sequence[Gate],
+        path: str | PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        identify: Identify = identify,
+        **options: Any,
+    ) -> None:
+        """Keep what each epoch's Recorder takes.
+
+        Args:
+            loader: the probe set for `fit`; None under Lightning.
+            gates: from `find_gates`.
+            path: directory of the run.
+            model: the network inside a Lightning module; None when the module's own `forward` was searched.
+            identify: takes a validation batch and the number of samples before it, returns ids and labels.
+            options: further arguments of Recorder.
+        """
+        self._loader, self._model, self._identify = loader, model, identify
+        self._gates, self._path, self._options = gates, path, options
+        self._open = ExitStack()
+        self._recorder: Recorder | None = None
+        self._samples = 0
 
     def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, Any]) -> None:
-        """Record the probe set as `epoch`."""
-        with Recorder(model, self._gates, self._path, **self._options) as recorder:
+        """Record the probe set as `epoch`; ValueError when there is none."""
+        if self._loader is None:
+            raise ValueError("no probe set to record: give RecorderCallback a loader of images, labels, sample ids")
+        with self._recording(model) as recorder:
             recorder.record(self._loader, epoch=epoch)
+
+    def on_validation_epoch_start(self, trainer: Any, module: nn.Module) -> None:
+        """Start reading, but not in the trainer's sanity check."""
+        self._samples = 0
+        if not trainer.sanity_checking:
+            self._recorder = self._open.enter_context(self._recording(self._model or module))
+
+    def on_validation_batch_end(
+        self, trainer: Any, module: nn.Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Store the batch that was just validated."""
+        if self._recorder:
+            sample_ids, labels = self._identify(batch, self._samples)
+            self._recorder.commit(sample_ids, labels, epoch=trainer.current_epoch)
+            self._samples += len(sample_ids)
+
+    def on_validation_epoch_end(self, trainer: Any, module: nn.Module) -> None:
+        """Finish the epoch."""
+        self._recorder = None
+        self._open.close()
+
+    def on_exception(self, trainer: Any, module: nn.Module, exception: BaseException) -> None:
+        """Stop reading and drop the epoch."""
+        self._recorder = None
+        self._open.__exit__(type(exception), exception, exception.__traceback__)
+
+    def _recording(self, model: nn.Module) -> Recorder:
+        return Recorder(model, self._gates, self._path, **self._options)
+
+    # ---- the rest of what a Lightning trainer asks of a callback ----
+    state_key = "stripe.RecorderCallback"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {}: nothing of this is kept in a checkpoint."""
+        return {}
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Answer every other hook of a Lightning trainer; a base class would need Lightning imported."""
+        if name in ("setup", "teardown", "load_state_dict") or name.startswith("on_"):
+            return _do_nothing
+        raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _array(values: Any) -> Any:
-    return values.cpu().numpy() if isinstance(values, Tensor) else values
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values

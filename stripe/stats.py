@@ -32,6 +32,11 @@ SATURATED_SHARE = 0.99  # more than this share of saturated values flags the gat
 DEAD_RANGE = 1e-6  # a gate whose values span no more than this is dead
 OBSERVED_RANGE = (0.05, 0.95)  # quantiles between which a learned value counts as inside the stripe
 BLOCK_VALUES = 2**17  # float64 values worked on at once: fits a core's cache
+SUMMARY = (
+    "epoch gate channels samples strength strength_low strength_high std between within sample_share rest_share drift"
+    " label_share label_omega rank flags"
+).split()
+"""Columns of `summarize`."""
 COUNT_VALUES = 2**22  # resampling counts or permuted values held at once: 32 MB
 
 
@@ -41,6 +46,20 @@ class NamedGate(Protocol):
     @property
     def name(self) -> str:
         """Module path of the gate."""
+        ...
+
+
+class ClassMeans(Protocol):
+    """What a statistic needs to know of classes whose samples are gone."""
+
+    @property
+    def counts(self) -> Labels:
+        """Number of samples, (classes,)."""
+        ...
+
+    @property
+    def means(self) -> Array:
+        """Mean attention vectors, (classes, channels)."""
         ...
 
 
@@ -57,6 +76,16 @@ class RecordedRun(Protocol):
         """Recorded gates, in order of execution."""
         ...
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether there are vectors, labels and batches; else there are moments and class means alone."""
+        ...
+
+    @property
+    def has_label_means(self) -> bool:
+        """Whether there are class means."""
+        ...
+
     def attention(self, gate: str, epoch: int) -> Array:
         """Attention vectors, (samples, channels)."""
         ...
@@ -67,6 +96,14 @@ class RecordedRun(Protocol):
 
     def batches(self, epoch: int, gates: Sequence[str] | None = None) -> Iterable[Mapping[str, Array]]:
         """Attention vectors of all the gates, a bounded number of samples at a time."""
+        ...
+
+    def moments(self, epochs: Sequence[int], gates: Sequence[str]) -> Mapping[tuple[int, str], Moments]:
+        """Moments by epoch and gate."""
+        ...
+
+    def label_means(self, gate: str, epoch: int) -> ClassMeans:
+        """Stripe of every class."""
         ...
 
 
@@ -309,9 +346,27 @@ def label_share(values: Array, labels: Labels) -> LabelShare:
     if len(groups) < 2:
         return LabelShare(math.nan, math.nan)
     whole = reduce(Moments.merge, groups)
-    total, within = whole.m2.sum(), sum(group.m2.sum() for group in groups)
-    between, extra = max(total - within, 0.0), len(groups) - 1
-    error = _ratio(within, whole.count - len(groups))
+    return _label_share(whole, len(groups), within=sum(group.m2.sum() for group in groups))
+
+
+def label_share_of_means(whole: Moments, means: Array, counts: Labels) -> LabelShare:
+    """Explain variance by class as `label_share` does, from what is left where samples are not kept.
+
+    ``whole`` are the moments of all samples, each in one class; ``means`` (classes, channels) and ``counts``
+    (classes,) are those of the classes.
+    """
+    if len(counts) < 2:
+        return LabelShare(math.nan, math.nan)
+    keep = whole.finite
+    between = counts @ np.square(means[:, keep] - whole.mean[keep]).sum(axis=1)
+    return _label_share(whole, len(counts), within=whole.m2[keep].sum() - between)
+
+
+def _label_share(whole: Moments, classes: int, within: Any) -> LabelShare:
+    total = whole.m2[whole.finite].sum()
+    within = np.clip(within, 0.0, total)
+    between, extra = total - within, classes - 1
+    error = _ratio(within, whole.count - classes)
     return LabelShare(float(_ratio(between, total)), float(_ratio(between - extra * error, total + error)))
 
 
@@ -348,7 +403,8 @@ def summarize(
     """Tabulate every statistic, one row per epoch and gate, with one gate of one epoch in memory at a time.
 
     ``std`` is the mean over channels, ``drift`` is NaN at a gate's first epoch, ``flags`` joins its names by
-    commas; ``bootstrap=0`` leaves the interval NaN. Raises ValueError when the run holds no finished epoch.
+    commas. ``bootstrap=0`` leaves the interval NaN; a run of moments alone leaves so whatever takes samples.
+    Raises ValueError when the run holds no finished epoch.
     """
     epochs = run.epochs if epochs is None else epochs
     if not len(epochs):
@@ -357,41 +413,54 @@ def summarize(
     rows: list[dict[str, Any]] = []
     last: dict[str, Moments] = {}
     for epoch in epochs:
-        labels = run.labels(epoch)
+        kept = {} if run.has_samples else run.moments([epoch], names)
+        labels = run.labels(epoch) if run.has_samples else None
         for name in names:
-            values = run.attention(name, epoch)
-            now = Moments.of(values)
-            if 0 < now.finite.sum() < now.finite.size:
-                values = values[:, now.finite]
-            interval = Interval(math.nan, math.nan)
-            if bootstrap:
-                interval = bootstrap_strength(values, resamples=bootstrap, confidence=confidence, seed=seed)
+            if labels is None:
+                now = kept[epoch, name]
+                measured = _of_classes(now, run.label_means(name, epoch)) if run.has_label_means else {}
+            else:
+                values = run.attention(name, epoch)
+                now = Moments.of(values)
+                if 0 < now.finite.sum() < now.finite.size:
+                    values = values[:, now.finite]
+                measured = _of_samples(values, labels, stripe_strength(now))
+                if bootstrap:
+                    interval = bootstrap_strength(values, resamples=bootstrap, confidence=confidence, seed=seed)
+                    measured |= {"strength_low": interval.low, "strength_high": interval.high}
             change = drift(last[name], now) if name in last else math.nan
-            rows.append({"epoch": epoch, "gate": name} | _row(values, labels, now, interval, change))
+            rows.append({"epoch": epoch, "gate": name, "drift": change} | _of_moments(now) | measured)
             last[name] = now
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=SUMMARY)
 
 
-def _row(values: Array, labels: Labels, moments: Moments, interval: Interval, change: float) -> dict[str, Any]:
-    strength, classes = stripe_strength(moments), label_share(values, labels)
-    shares = _shares(values, strength)
+def _of_moments(moments: Moments) -> dict[str, Any]:
+    strength = stripe_strength(moments)
     return {
         "channels": moments.mean.size,
         "samples": moments.count,
         "strength": strength.strength,
-        "strength_low": interval.low,
-        "strength_high": interval.high,
         "std": _mean(moments.std[moments.finite]),
         "between": strength.between,
         "within": strength.within,
+        "flags": ",".join(flags(moments)),
+    }
+
+
+def _of_samples(values: Array, labels: Labels, strength: Strength) -> dict[str, Any]:
+    classes, shares = label_share(values, labels), _shares(values, strength)
+    return {
         "sample_share": shares.sample,
         "rest_share": shares.rest,
-        "drift": change,
         "label_share": classes.eta_squared,
         "label_omega": classes.omega_squared,
         "rank": effective_rank(values),
-        "flags": ",".join(flags(moments)),
     }
+
+
+def _of_classes(moments: Moments, classes: ClassMeans) -> dict[str, Any]:
+    share = label_share_of_means(moments, classes.means, classes.counts)
+    return {"label_share": share.eta_squared, "label_omega": share.omega_squared}
 
 
 # ---- a learned vector against an observed stripe ---------------------------------------------------------
@@ -460,6 +529,28 @@ def permutation_test(learned: Array, observed: Array, *, permutations: int = PER
     return float((count + 1) / (permutations + 1))
 
 
+def wasserstein(a: Array, b: Array) -> float:
+    """Distance of two vectors (channels,) of one length as sets of values: mean difference of the sorted ones."""
+    return float(_sorted_difference(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)))
+
+
+def swap_test(a: Array, b: Array, *, permutations: int = PERMUTATIONS, seed: int = SEED) -> float:
+    """One-sided p-value of the Wasserstein distance when the values of both vectors (channels,) are dealt anew.
+
+    Small where they are not of one distribution; NaN when the distance is.
+    """
+    pooled, distance = np.concatenate([a, b]).astype(np.float64), wasserstein(a, b)
+    if math.isnan(distance):
+        return math.nan
+    rng = np.random.default_rng(seed)
+    needed = distance - 1e-12 * np.abs(pooled).max()  # rounding must not part equal deals
+    count = 0
+    for portion in _portions(permutations, pooled.size):
+        dealt = rng.permuted(np.broadcast_to(pooled, (portion, pooled.size)), axis=1)
+        count += int(np.count_nonzero(_sorted_difference(*np.split(dealt, 2, axis=1)) >= needed))
+    return float((count + 1) / (permutations + 1))
+
+
 def benjamini_hochberg(p: Array) -> Array:
     """Adjust p-values (tests,) for the false discovery rate (Benjamini, Hochberg 1995), NaN left out."""
     p = np.asarray(p, dtype=np.float64)
@@ -518,6 +609,10 @@ def _variance(values: Array) -> Any:
     if values.shape[-1] < 2:
         return np.full(values.shape[:-1], np.nan)
     return np.var(values - values[..., :1], axis=-1, ddof=1)
+
+
+def _sorted_difference(a: Array, b: Array) -> Any:
+    return np.abs(np.sort(a, axis=-1) - np.sort(b, axis=-1)).mean(axis=-1)
 
 
 def _centred(vector: Array) -> Array:

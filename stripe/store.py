@@ -4,6 +4,7 @@ A run is a directory, or an object-storage prefix such as ``s3://bucket/run``::
 
     run.json                                    the manifest, the only word on what is finished
     attention/epoch=0012/part-0000-000.parquet  a row per sample: sample, label, attention:<gate>, squeeze:<gate>
+    moments/epoch=0012/part-0000-000.parquet    instead, in a run of moments: a row per gate, then one per class
     .unfinished/                                what is being written; readers never look here
 """
 
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,14 +35,18 @@ if TYPE_CHECKING:
     from stripe.stats import Moments
 
 SCHEMA_VERSION = 1
-ROW_GROUP_BYTES = 16 * 2**20  # of values: recording holds two row groups in memory, reading holds one
+ROW_GROUP_BYTES = 4 * 2**20  # of values: recording holds two row groups in memory, reading holds one
 PART_BYTES = 2**30
 UNKNOWN_LABEL = -1
 VALUE_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 KINDS = ("attention", "squeeze")
+CONTENTS = ("samples", "moments", "label-moments")
+"""What a run holds: a row per sample, or moments over samples alone, or these with the mean of every class."""
 
 _MANIFEST = "run.json"
 _STAGING = ".unfinished"
+_FOLDERS = {"samples": "attention", "moments": "moments", "label-moments": "moments"}  # by contents
+_ROOTS = sorted({*_FOLDERS.values()})
 _LOCK = ".lock"
 _PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
 _DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
@@ -116,16 +121,22 @@ class Manifest:
     dtype: str
     squeeze: bool
     gates: tuple[GateColumn, ...]
+    contents: str = CONTENTS[0]
     epochs: tuple[Epoch, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse fields of the wrong type, an unknown dtype and repeated names (ValueError)."""
+        """Refuse fields of the wrong type, unknown or unfit choices and repeated names (ValueError)."""
         _require_count(self.schema, SCHEMA_VERSION, SCHEMA_VERSION, "schema version")
-        for field, kind in {"created": str, "squeeze": bool, "dtype": str}.items():
+        for field, kind in {"created": str, "squeeze": bool, "dtype": str, "contents": str}.items():
             _require(type(getattr(self, field)) is kind, f"'{field}': expected {kind.__name__}")
         for field in ("versions", "model", "data", "seeds"):
             _require(type(getattr(self, field)) is dict, f"'{field}': expected an object")
         _require(self.dtype in VALUE_TYPES, f"dtype '{self.dtype:.80}'; expected one of {_listing(VALUE_TYPES)}")
+        _require(self.contents in CONTENTS, f"contents '{self.contents:.80}'; expected one of {_listing(CONTENTS)}")
+        _require(
+            self.has_samples or (self.dtype, self.squeeze) == ("float32", False),
+            "moments are of float32 attention alone: leave out squeeze and dtype float16",
+        )
         _require(self.gates, "no gates; expected at least one")
         _require_unique((gate.name for gate in self.gates), "gate names must differ")
         _require_unique((epoch.epoch for epoch in self.epochs), "epochs must differ")
@@ -152,8 +163,19 @@ class Manifest:
         """Write run.json; TypeError or ValueError for a description that is not plain JSON."""
         return json.dumps(asdict(self), indent=1, allow_nan=False)
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether there is a row per sample."""
+        return self.contents == CONTENTS[0]
+
+    def folder(self, epoch: int) -> str:
+        """Return where the parts of ``epoch`` lie."""
+        return f"{_FOLDERS[self.contents]}/{_epoch_name(epoch)}"
+
     def arrow_schema(self) -> pa.Schema:
-        """Return the columns of every part; only the label may be null, where it is unknown."""
+        """Return the columns of every part; the label is null where it is unknown, or stands for all samples."""
+        if not self.has_samples:
+            return _MOMENTS_SCHEMA
         value = pa.field("element", VALUE_TYPES[self.dtype], nullable=False)
         columns = [pa.field("sample", pa.int64(), nullable=False), pa.field("label", pa.int32())]
         for kind in KINDS if self.squeeze else KINDS[:1]:
@@ -161,6 +183,18 @@ class Manifest:
                 vectors = pa.list_(value, gate.channels)
                 columns.append(pa.field(f"{kind}:{gate.name}", vectors, nullable=False))
         return pa.schema(columns)
+
+
+_MOMENTS_SCHEMA = pa.schema(
+    [
+        pa.field("gate", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("count", pa.int64(), nullable=False),
+        pa.field("mean", pa.list_(pa.float64()), nullable=False),
+        *(pa.field(name, pa.list_(pa.float64())) for name in ("m2", "low", "high")),  # these and the next: null
+        *(pa.field(name, pa.int64()) for name in ("near_bounds", "nonfinite")),  # in the row of a class
+    ]
+)
 
 
 def _require(condition: object, message: str) -> None:
@@ -293,14 +327,17 @@ class _Directory:
         """Delete whatever is staged, and every part of ``epoch`` that the manifest does not name."""
         if self.holds(_STAGING):
             self.files.delete_dir(_STAGING)
-        named = {part.name for found in self.read_manifest().epochs if found.epoch == epoch for part in found.parts}
-        for info in self.files.get_file_info(fs.FileSelector(_folder(epoch), allow_not_found=True)):
-            if _PART_NAME.fullmatch(info.base_name) and info.base_name not in named:
-                self.files.delete_file(info.path)
+        manifest = self.read_manifest()
+        named = {f"{manifest.folder(found.epoch)}/{part.name}" for found in manifest.epochs for part in found.parts}
+        for root in _ROOTS:
+            folder = fs.FileSelector(f"{root}/{_epoch_name(epoch)}", allow_not_found=True)
+            for info in self.files.get_file_info(folder):
+                if _PART_NAME.fullmatch(info.base_name) and info.path not in named:
+                    self.files.delete_file(info.path)
 
 
-def _folder(epoch: int) -> str:
-    return f"attention/epoch={epoch:04d}"
+def _epoch_name(epoch: int) -> str:
+    return f"epoch={epoch:04d}"
 
 
 def _rank_and_sequence(part: str) -> tuple[int, int]:
@@ -327,16 +364,17 @@ class RunWriter:
         gates: Sequence[GateColumn],
         squeeze: bool = False,
         dtype: str = "float32",
+        contents: str = CONTENTS[0],
         seeds: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         rank: int = 0,
         barrier: Callable[[], object] = lambda: None,
     ) -> None:
-        """Create the run at ``path``, or continue one that has the same gates, dtype, squeeze and data.
+        """Create the run at ``path``, or continue one that has the same gates, dtype, squeeze, contents and data.
 
-        ``model``, ``data`` and ``seeds`` are plain JSON values; ``overwrite`` lets an epoch replace its
-        earlier recording. Raises ValueError where the run on disk differs, FileExistsError for a foreign
-        directory, BlockingIOError while another writer has the run.
+        ``contents`` is one of CONTENTS; ``model``, ``data`` and ``seeds`` are plain JSON values; ``overwrite``
+        lets an epoch replace its earlier recording. Raises ValueError where the run on disk differs,
+        FileExistsError for a foreign directory, BlockingIOError while another writer has the run.
         """
         wanted = Manifest(
             schema=SCHEMA_VERSION,
@@ -348,6 +386,7 @@ class RunWriter:
             dtype=dtype,
             squeeze=squeeze,
             gates=tuple(gates),
+            contents=contents,
         )
         wanted = Manifest.from_json(wanted.to_json())  # as a reader will see it
         self._directory = _Directory(path)
@@ -378,7 +417,7 @@ class RunWriter:
         return sorted(epoch.epoch for epoch in self._manifest.epochs)
 
     @contextmanager
-    def epoch(self, number: int) -> Iterator[EpochWriter]:
+    def epoch(self, number: int) -> Iterator[Rows]:
         """Record epoch ``number``: published when the block ends, gone without a trace when it raises.
 
         The parts of an overwritten epoch get new names and one rename of the manifest switches from old to
@@ -395,7 +434,11 @@ class RunWriter:
             self._barrier()
             schema = self._manifest.arrow_schema()
             with _PartWriter(self._directory, schema, self._rank) as parts, ThreadPoolExecutor(1) as thread:
-                rows = EpochWriter(schema, parts, thread)
+                rows: Rows
+                if self._manifest.has_samples:
+                    rows = EpochWriter(schema, parts, thread)
+                else:
+                    rows = MomentsWriter(self._manifest, parts)
                 yield rows
                 rows.finish()
             self._barrier()
@@ -413,17 +456,17 @@ class RunWriter:
         found = self._directory.read_manifest() if self._directory.holds(_MANIFEST) else None
         if found and found.epochs:
             self._require_same(found, wanted)
-        elif found or not self._directory.holds("attention"):
+        elif found or not (foreign := [name for name in _ROOTS if self._directory.holds(name)]):
             self._directory.write_manifest(wanted)
         else:
             raise FileExistsError(
-                f"'{self._directory.path}' has a folder attention but no {_MANIFEST}, so it is no run: "
+                f"'{self._directory.path}' has a folder {foreign[0]} but no {_MANIFEST}, so it is no run: "
                 "choose another directory"
             )
 
     def _require_same(self, found: Manifest, wanted: Manifest) -> None:
         run = f"run '{self._directory.path}'"
-        for field in ("dtype", "squeeze", "data"):
+        for field in ("dtype", "squeeze", "contents", "data"):
             old, new = getattr(found, field), getattr(wanted, field)
             _require(old == new, f"{run} has {field} {old}, this recording {new}: choose another run")
         old, new = ([f"{gate.name} ({gate.channels})" for gate in each.gates] for each in (found, wanted))
@@ -448,7 +491,7 @@ class RunWriter:
 
     def _move_parts(self, staged: Sequence[str], number: int, first: int) -> Iterator[Part]:
         """Give staged parts their final names, numbered from ``first`` within each rank."""
-        files, folder = self._directory.files, _folder(number)
+        files, folder = self._directory.files, self._manifest.folder(number)
         files.create_dir(folder, recursive=True)
         for path in staged:
             rank, sequence = _rank_and_sequence(path)
@@ -456,11 +499,11 @@ class RunWriter:
             with files.open_input_file(path) as stream:
                 yield Part(name, pq.read_metadata(stream).num_rows, stream.size())
             files.move(path, f"{folder}/{name}")
-        self._directory.sync(folder, "attention")
+        self._directory.sync(folder, folder.partition("/")[0])
 
     def _require_samples_once(self, staged: Sequence[str]) -> None:
-        """Refuse samples that two ranks recorded; within a rank, ``append`` has refused repeats."""
-        if len({_rank_and_sequence(path)[0] for path in staged}) == 1:
+        """Refuse samples that two ranks recorded; within a rank, ``append`` did. Moments cannot tell."""
+        if not self._manifest.has_samples or len({_rank_and_sequence(path)[0] for path in staged}) == 1:
             return
         ids = []
         for path in staged:
@@ -476,7 +519,7 @@ class EpochWriter:
 
     def __init__(self, schema: pa.Schema, parts: _PartWriter, thread: ThreadPoolExecutor) -> None:
         """Start without rows; ``RunWriter.epoch`` makes and finishes it."""
-        self._parts, self._thread = parts, thread
+        self._parts, self._thread, self._schema = parts, thread, schema
         values = [field.type for field in schema if pa.types.is_fixed_size_list(field.type)]
         row_bytes = sum(kind.list_size * kind.value_type.bit_width // 8 for kind in values)
         self._capacity, self._filled = max(1, ROW_GROUP_BYTES // row_bytes), 0
@@ -496,12 +539,9 @@ class EpochWriter:
         The values are copied, so the arrays may be used again. Raises ValueError for missing or unknown
         gates, wrong shapes and repeated sample ids; OSError when rows appended before could not be written.
         """
-        ids = _integers(sample_ids, np.int64, "sample ids")
-        unknown = np.full(len(ids), UNKNOWN_LABEL)
-        batch: _Block = {"sample": ids, "label": _integers(unknown if labels is None else labels, np.int32, "labels")}
-        for kind, vectors in zip(KINDS, (attention, squeeze or {}), strict=True):
-            batch |= {f"{kind}:{gate}": np.asarray(values) for gate, values in vectors.items()}
-        self._require_columns(batch, rows=len(ids))
+        shapes = {name: column.shape[1:] for name, column in self._block.items()}
+        batch = _as_columns(shapes, sample_ids, labels, attention, squeeze)
+        ids = batch["sample"]
         repeated = self._seen.intersection(ids.tolist())
         rule = "sample ids must differ within an epoch (drop what a padding sampler repeats)"
         _require_unique([*ids.tolist(), *repeated], rule)
@@ -513,19 +553,6 @@ class EpochWriter:
         self._hand_over()
         self._submit(self._parts.close)
         self._wait()
-
-    def _require_columns(self, batch: _Block, rows: int) -> None:
-        _require(
-            batch.keys() == self._block.keys(),
-            f"the batch lacks {_only(self._block, batch)} and brings unknown {_only(batch, self._block)}: append every "
-            "gate of the run, and squeeze only where the run records it",
-        )
-        for name, values in batch.items():
-            expected = (rows, *self._block[name].shape[1:])
-            _require(
-                values.shape == expected,
-                f"'{name}' has shape {values.shape}; expected {expected}: give one row per sample id",
-            )
 
     def _copy(self, batch: _Block, rows: int) -> None:
         start = 0
@@ -540,7 +567,8 @@ class EpochWriter:
     def _hand_over(self) -> None:
         """Give the filled block to the background thread, and go on in the other one."""
         if self._filled:
-            self._submit(self._parts.write, self._block, self._filled)
+            arrays = [_to_arrow(field, self._block[field.name][: self._filled]) for field in self._schema]
+            self._submit(self._parts.write, pa.Table.from_arrays(arrays, schema=self._schema))
             self._block, self._spare, self._filled = self._spare, self._block, 0
 
     def _submit(self, task: Callable[..., None], *arguments: Any) -> None:
@@ -551,6 +579,91 @@ class EpochWriter:
         """Wait for the background thread; what failed there is raised here."""
         if self._pending:
             self._pending.result()
+
+
+class MomentsWriter:
+    """Takes the rows of an epoch and keeps their moments alone: memory does not grow with the samples."""
+
+    def __init__(self, manifest: Manifest, parts: _PartWriter) -> None:
+        """Start without rows; ``RunWriter.epoch`` makes and finishes it."""
+        self._parts, self._by_label = parts, manifest.contents == "label-moments"
+        self._shapes: dict[str, tuple[int, ...]] = {"sample": (), "label": ()}
+        self._shapes |= {f"attention:{gate.name}": (gate.channels,) for gate in manifest.gates}
+        self._moments: dict[str, Moments] = {}  # by gate
+        self._counts: Counter[int] = Counter()  # by label
+        # by gate, then label
+        self._sums: dict[str, dict[int, NDArray[np.float64]]] = {gate.name: {} for gate in manifest.gates}
+
+    def append(
+        self,
+        sample_ids: ArrayLike,
+        labels: ArrayLike | None,
+        attention: Mapping[str, ArrayLike],
+        squeeze: Mapping[str, ArrayLike] | None = None,
+    ) -> None:
+        """Take n rows as ``EpochWriter.append`` does; a sample that comes again in a later batch is not noticed.
+
+        Raises ValueError for missing or unknown gates, wrong shapes, and by label for a sample without one.
+        """
+        batch = _as_columns(self._shapes, sample_ids, labels, attention, squeeze)
+        known = batch["label"].min(initial=0) >= 0
+        _require(known or not self._by_label, "moments by label need a label for every sample: give labels from 0")
+        for name in self._sums if len(batch["sample"]) else ():
+            self._add(name, _cast(batch[f"attention:{name}"], np.dtype(np.float32), name), batch["label"])
+        self._counts.update(batch["label"].tolist())
+
+    def finish(self) -> None:
+        """Write a row group for each gate, and wait until it is on the disk."""
+        for gate, moments in self._moments.items():
+            rows = [{"gate": gate} | {field.name: getattr(moments, field.name) for field in fields(moments)}]
+            rows += [
+                {"gate": gate, "label": label, "count": self._counts[label], "mean": total / self._counts[label]}
+                for label, total in sorted(self._sums[gate].items())
+            ]
+            self._parts.write(pa.Table.from_pylist(rows, schema=_MOMENTS_SCHEMA))
+        self._parts.close()
+
+    @np.errstate(invalid="ignore")  # values that are not finite
+    def _add(self, gate: str, values: NDArray[np.float32], labels: NDArray[Any]) -> None:
+        from stripe.stats import Moments
+
+        moments = Moments.of(values)
+        self._moments[gate] = self._moments[gate].merge(moments) if gate in self._moments else moments
+        if self._by_label:
+            found, starts = np.unique(np.sort(labels), return_index=True)
+            totals = np.add.reduceat(values[np.argsort(labels)], starts, dtype=np.float64)
+            for label, total in zip(found.tolist(), totals, strict=True):
+                self._sums[gate][label] = self._sums[gate].get(label, 0.0) + total
+
+
+def _as_columns(
+    shapes: Mapping[str, tuple[int, ...]],
+    sample_ids: ArrayLike,
+    labels: ArrayLike | None,
+    attention: Mapping[str, ArrayLike],
+    squeeze: Mapping[str, ArrayLike] | None,
+) -> _Block:
+    """Return a batch by column name, refusing other columns than those of ``shapes``, and other shapes of a row."""
+    ids = _integers(sample_ids, np.int64, "sample ids")
+    unknown = np.full(len(ids), UNKNOWN_LABEL)
+    batch: _Block = {"sample": ids, "label": _integers(unknown if labels is None else labels, np.int32, "labels")}
+    for kind, vectors in zip(KINDS, (attention, squeeze or {}), strict=True):
+        batch |= {f"{kind}:{gate}": np.asarray(values) for gate, values in vectors.items()}
+    _require(
+        batch.keys() == shapes.keys(),
+        f"the batch lacks {_only(shapes, batch)} and brings unknown {_only(batch, shapes)}: append every "
+        "gate of the run, and squeeze only where the run records it",
+    )
+    for name, values in batch.items():
+        expected = (len(ids), *shapes[name])
+        _require(
+            values.shape == expected,
+            f"'{name}' has shape {values.shape}; expected {expected}: give one row per sample id",
+        )
+    return batch
+
+
+Rows = EpochWriter | MomentsWriter
 
 
 class _PartWriter:
@@ -571,12 +684,11 @@ class _PartWriter:
             with suppress(OSError):
                 self._sink.close()
 
-    def write(self, block: _Block, rows: int) -> None:
-        """Write the first ``rows`` rows of a block as a row group."""
+    def write(self, rows: pa.Table) -> None:
+        """Write rows as a row group."""
         with self._directory.writing():
             writer = self._writer or self._open()
-            arrays = [_to_arrow(field, block[field.name][:rows]) for field in self._schema]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema), row_group_size=rows)
+            writer.write_table(rows, row_group_size=len(rows))
         if self._sink.tell() >= PART_BYTES:
             self.close()
 
@@ -602,7 +714,7 @@ class _PartWriter:
             use_dictionary=False,
             # DuckDB does not read float16 in this encoding
             use_byte_stream_split=[f"{f.name}.list.element" for f in vectors if f.type.value_type == pa.float32()],
-            write_statistics=["sample", "label"],
+            write_statistics=["sample", "gate", "label"],
             write_page_checksum=True,
         )
         return self._writer
@@ -653,8 +765,20 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return Run(_Directory(path))
 
 
+@dataclass(frozen=True, eq=False)
+class LabelMeans:
+    """The classes of an epoch's samples, ascending, (K,), how often each came, (K,), and its stripe, (K, C)."""
+
+    labels: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    means: NDArray[np.float64]
+
+
 class Run:
-    """A recorded run, read-only: its manifest's fields, and the values of its finished epochs as arrays."""
+    """A recorded run, read-only: its manifest's fields, and the values of its finished epochs as arrays.
+
+    One that was recorded as moments (``has_samples`` is False) has ``moments`` and ``label_means`` alone.
+    """
 
     def __init__(self, directory: _Directory) -> None:
         """Read the manifest in ``directory``; use ``open_run``."""
@@ -664,22 +788,24 @@ class Run:
         self.model = self.manifest.model
         self.data = self.manifest.data
         self.gates = list(self.manifest.gates)
+        self.has_samples = self.manifest.has_samples
+        self.has_label_means = self.manifest.contents == "label-moments"
         self.epochs = sorted(epoch.epoch for epoch in self.manifest.epochs)
 
     def __repr__(self) -> str:
         """Summarise the run in one line."""
         channels = sum(gate.channels for gate in self.gates)
-        recorded = " and ".join(KINDS if self.manifest.squeeze else KINDS[:1])
+        recorded = " and ".join(KINDS if self.manifest.squeeze else KINDS[:1]) if self.has_samples else "moments"
         what = f"{recorded} of {len(self.gates)} gates, {channels} channels; epochs {_listing(self.epochs)}"
         return f"Run('{self.path}': {what})"
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample ids (N,) in the order recorded, rank after rank."""
-        return np.concatenate([table["sample"].to_numpy() for table in self._tables(epoch, ["sample"])])
+        return np.concatenate([table["sample"].to_numpy() for table in self._sample_tables(epoch, ["sample"])])
 
     def labels(self, epoch: int) -> NDArray[np.int64]:
         """Return the labels (N,); -1 where a label is unknown."""
-        tables = self._tables(epoch, ["label"])
+        tables = self._sample_tables(epoch, ["label"])
         known = [table["label"].fill_null(UNKNOWN_LABEL).to_numpy() for table in tables]
         return np.concatenate(known).astype(np.int64)
 
@@ -698,17 +824,14 @@ class Run:
 
         ``kind`` is attention or squeeze, ``gates`` all by default. ValueError lists the right names.
         """
-        channels = {gate.name: gate.channels for gate in self.gates}
-        chosen = list(channels) if gates is None else list(gates)
-        for gate in chosen:
-            _require(gate in channels, f"run '{self.path}' has no gate '{gate}'; it has {_listing(channels)}")
+        chosen = self._channels(gates)
         _require(kind in KINDS, f"no kind '{kind}'; expected one of {_listing(KINDS)}")
         _require(
             kind != "squeeze" or self.manifest.squeeze,
             f"run '{self.path}' holds no squeeze: record it with --squeeze (squeeze=True)",
         )
-        tables = self._tables(epoch, [f"{kind}:{gate}" for gate in chosen])
-        return ({gate: _to_numpy(table[f"{kind}:{gate}"], channels[gate]) for gate in chosen} for table in tables)
+        tables = self._sample_tables(epoch, [f"{kind}:{gate}" for gate in chosen])
+        return ({gate: _to_numpy(table[f"{kind}:{gate}"], n) for gate, n in chosen.items()} for table in tables)
 
     def to_pandas(self, gate: str, epoch: int) -> pd.DataFrame:
         """Return a tidy frame, one row per sample and channel.
@@ -733,10 +856,56 @@ class Run:
     def moments(
         self, epochs: Sequence[int] | None = None, gates: Sequence[str] | None = None
     ) -> dict[tuple[int, str], Moments]:
-        """Stream count, mean, M2 and range of each epoch and gate, see ``stripe.stats.moments``."""
-        from stripe.stats import moments  # a run can be read without SciPy
+        """Return count, mean, M2 and range of each epoch and gate, streamed from the samples where they are held."""
+        from stripe.stats import Moments, moments  # a run can be read without it
 
-        return moments(self, epochs, gates)
+        if self.has_samples:
+            return moments(self, epochs, gates)
+        chosen, columns = self._channels(gates), [field.name for field in fields(Moments)]
+        found: dict[tuple[int, str], Moments] = {}
+        for epoch in self.epochs if epochs is None else epochs:
+            for gate, table in self._gate_tables(epoch, columns):
+                if gate in chosen:
+                    part = Moments(**{name: _to_python(table[name][0]) for name in columns})
+                    found[epoch, gate] = found[epoch, gate].merge(part) if (epoch, gate) in found else part
+        return found
+
+    def label_means(self, gate: str, epoch: int) -> LabelMeans:
+        """Return the mean of each class, from a run recorded as label-moments; ValueError for another one."""
+        _require(
+            self.has_label_means,
+            f"run '{self.path}' holds no means by label: record it with --moments-only --by-label",
+        )
+        [channels] = self._channels([gate]).values()
+        tables = [
+            table.slice(1) for name, table in self._gate_tables(epoch, ["label", "count", "mean"]) if name == gate
+        ]
+        rows = pa.concat_tables(tables)  # a class comes once from each rank
+        labels, places = np.unique(rows["label"].to_numpy(), return_inverse=True)
+        counts, means = np.zeros(len(labels), np.int64), np.zeros((len(labels), channels))
+        np.add.at(counts, places, rows["count"].to_numpy())
+        shares = rows["count"].to_numpy() / counts[places]
+        np.add.at(means, places, shares[:, None] * _to_numpy(rows["mean"], channels))
+        return LabelMeans(labels.astype(np.int64), counts, means)
+
+    def _channels(self, gates: Sequence[str] | None) -> dict[str, int]:
+        """Return the channels of the gates asked for, by name; all by default."""
+        channels = {gate.name: gate.channels for gate in self.gates}
+        for gate in gates or ():
+            _require(gate in channels, f"run '{self.path}' has no gate '{gate}'; it has {_listing(channels)}")
+        return channels if gates is None else {gate: channels[gate] for gate in gates}
+
+    def _gate_tables(self, epoch: int, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Iterate over the gates of an epoch of moments: the row of all samples, then those of the classes."""
+        for table in self._tables(epoch, ["gate", *columns]):
+            yield table["gate"][0].as_py(), table
+
+    def _sample_tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+        _require(
+            self.has_samples,
+            f"run '{self.path}' holds moments only, no rows of samples: use moments(), or record it whole",
+        )
+        return self._tables(epoch, columns)
 
     def _tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Iterate over the row groups of an epoch; ValueError for an epoch that was not recorded."""
@@ -746,7 +915,7 @@ class Run:
 
     def _row_groups(self, epoch: int, part: Part, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Read a part, refusing one that is missing, cut, damaged, or not what the manifest says."""
-        name = f"{_folder(epoch)}/{part.name}"
+        name = f"{self.manifest.folder(epoch)}/{part.name}"
         try:
             with self._directory.files.open_input_file(name) as stream:
                 _require(stream.size() == part.bytes, f"{stream.size()} bytes; expected {part.bytes}")
@@ -763,8 +932,13 @@ class Run:
             raise ValueError(f"run '{self.path}': {message}") from error
 
 
-def _to_numpy(column: pa.ChunkedArray, channels: int) -> NDArray[np.float32]:
+def _to_numpy(column: pa.ChunkedArray, channels: int) -> NDArray[Any]:
     """View a column of vectors as (rows, channels), copying only what Arrow split or float16 stored."""
     chunks = [chunk.flatten().to_numpy().reshape(-1, channels) for chunk in column.chunks]
     values = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-    return values.astype(np.float32, copy=False)
+    return values.astype(np.float32, copy=False) if values.dtype == np.float16 else values
+
+
+def _to_python(scalar: pa.Scalar) -> Any:
+    """Return a vector as an array (C,), a number as it is."""
+    return scalar.values.to_numpy() if isinstance(scalar, pa.ListScalar) else scalar.as_py()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():

@@ -299,3 +299,77 @@ def test_half_precision_and_compile(trained):
 def test_layers_that_cannot_carry_a_vector_are_refused(layer):
     with pytest.raises(TypeError, match="cannot carry a vector"):
         ASRLayer(layer, create_attention("ge", 4))
+
+
+def vit():
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(image_size=32, patch_size=16, num_layers=2, num_heads=2, hidden_dim=C, mlp_dim=64)
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero: every output would be equal
+    return model, "ln_2"
+
+
+def convnext():
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    settings = [CNBlockConfig(C, 64, 1), CNBlockConfig(64, None, 1)]
+    return ConvNeXt(settings, layer_scale=1.0, num_classes=5), "features.*.block.2"  # 1e-6 would hide the blocks
+
+
+def timm_network():
+    import timm
+
+    return timm.create_model("lcnet_050", num_classes=5), "bn1"
+
+
+@pytest.mark.parametrize("build", [vit, convnext, timm_network])
+def test_networks_of_others_take_vectors_and_give_them_back(build):
+    model, where = build()
+    model = randomize(model).eval()
+    inserted = asr.insert(model, "eca", where=where)
+    for _, layer in asr_layers(inserted):
+        nn.init.normal_(layer.vector)
+    x = torch.randn(2, 3, 32, 32)
+    assert relative_error(inserted(x), model(x)) > 1e-3
+    deployed = asr.deploy(inserted)
+    assert relative_error(deployed(x), inserted(x)) < 1e-5
+    assert [type(m) for m in deployed.modules()] == [type(m) for m in model.modules()]
+    model.load_state_dict(deployed.state_dict())
+    inserted.train()(x).square().sum().backward()
+    assert all(layer.vector.grad.abs().max() > 0 for _, layer in asr_layers(inserted))
+
+
+def test_averaged_copies_deploy(trained):
+    from torch.optim.swa_utils import AveragedModel
+
+    average = AveragedModel(trained)
+    for _ in range(2):  # the first update copies
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.mul_(1.01)
+        average.update_parameters(trained)
+    x = torch.randn(2, 3, 32, 32)
+    assert relative_error(asr.deploy(average.module)(x), average.module(x)) < 1e-5
+    assert relative_error(asr.deploy(average.module)(x), trained(x)) > 1e-4
+
+
+def test_distributed_data_parallel_trains_psi(trained):
+    import torch.distributed as distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        network = nn.parallel.DistributedDataParallel(trained.train())
+        F.cross_entropy(network(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
+        assert all(layer.vector.grad.abs().max() > 0 for _, layer in asr_layers(network.module))
+        x = torch.randn(2, 3, 32, 32)
+        network.eval()
+        assert relative_error(asr.deploy(network.module)(x), network(x)) < 1e-5
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_networks_deploy_and_fuse_where_they_are(trained):
+    model, x = trained.cuda(), torch.randn(2, 3, 32, 32, device="cuda")
+    for convert in (asr.deploy, asr.fuse):
+        assert relative_error(convert(model)(x), model(x)) < 1e-3

@@ -1,4 +1,4 @@
-"""Every command end to end on a tiny set, and what it says of bad input: one line, exit code 2, nothing half-written."""
+"""Every command end to end on a tiny set, and what it says of bad input: one line, exit code 2, nothing half done."""
 
 import json
 import subprocess
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stripe.cli import COMMANDS, main
+from stripe.cli.figures import read_log
 from stripe.models import create_model
 from stripe.store import open_run
 from tests.conftest import randomize
@@ -118,6 +119,20 @@ def test_figures_of_a_run_of_one_epoch_without_squeeze(trained, tmp_path, capsys
     assert (tmp_path / "out/se/drift.png").exists()
 
 
+def test_the_reference_codes_log_is_plotted(tmp_path, capsys):
+    header = "\t".join(["Learning Rate", "Train Loss", "Valid Loss", "Train Acc.", "Valid Acc.", ""])
+    rows = "\n".join(f"0.100000\t{3 - e:.6f}\t{3.1 - e:.6f}\t{10 * e:.6f}\t{9 * e:.6f}\t" for e in range(3))
+    (tmp_path / "log.txt").write_text(f"{header}\n{rows}\n")
+    log = read_log(tmp_path / "log.txt")
+    assert list(log["val_accuracy"]) == [0, 9, 18]
+    assert list(log["epoch"]) == [1, 2, 3]
+    assert main(["figures", str(tmp_path / "log.txt"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/training.png").exists()
+    (tmp_path / "notes.txt").write_text("a\tb\n1\t2\n")
+    assert "lacks Learning Rate" in fails(capsys, "figures", tmp_path / "notes.txt", "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 def test_stats_prints_and_writes_the_table(trained, tmp_path, capsys):
     words = ["--bootstrap", "50", "--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json")]
     assert main(["stats", str(trained), *words]) == 0
@@ -192,8 +207,10 @@ def test_directories_are_named_as_the_reference_names_them(tmp_path, monkeypatch
 def test_demo_prints_its_table(tmp_path, capsys):
     words = ["--epochs", "1", "--asr-epochs", "1", "--steps", "2", "--train-samples", "80"]
     words += ["--out", tmp_path / "demo", "--figures", tmp_path / "figures", "--json", tmp_path / "demo.json"]
-    for _ in range(2):  # a second demo replaces the first
-        assert main(["demo", *map(str, words)]) == 0
+    for folder in ("demo/checkpoints", "demo-asr"):  # an earlier demo, which is replaced
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "demo/metrics.csv").write_text("epoch\n")
+    assert main(["demo", *map(str, words)]) == 0
     printed = capsys.readouterr().out
     assert all(
         word in printed for word in ("strength", "verdict", "SE", "ASR deployed", "attention removed", "images/s")

@@ -341,9 +341,12 @@ def test_broken_image_is_named_in_one_line(folder, monkeypatch, limit, content):
     assert "\n" not in str(caught.value)
 
 
-def test_other_files_are_ignored(folder):
-    (Path(folder.partition(":")[2]) / "a" / "notes.txt").write_text("nine images")
-    assert len(load_images(folder, "train")) == 9
+def test_other_files_and_hidden_folders_are_ignored(folder):
+    root = Path(folder.partition(":")[2])
+    (root / "a" / "notes.txt").write_text("nine images")
+    (root / ".thumbnails").mkdir()
+    images = load_images(folder, "train")
+    assert (len(images), images.classes) == (9, ("a",))
 
 
 # ---- torchvision's sets ------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import pickle
+import sys
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_every_form_of_both_blocks_gives_logits(block, depth, form):
     model = create_model("resnet", depth=depth, block=block, num_classes=7, **FORMS[form])
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     assert model.config == {
-        "depth": depth, "block": block, "num_classes": 7, "module": None, "asr": False, "both": False,
+        "depth": depth, "block": block, "num_classes": 7, "module": None, "asr": False, "both": False, "repeats": 1,
     } | FORMS[form]  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_unknown_arch_lists_the_right_ones():
 
 
 def save_as_reference(model, path, *, prefix, deployed=False):
-    """Write the ASR reference code's file for `model`: data-parallel prefix, merged norm beside or in place of parts."""
+    """Write the ASR reference code's file for `model`: data-parallel prefix, merged norm beside its parts or alone."""
     state = {}
     if deployed:
         for key, value in asr.deploy(model).state_dict().items():
@@ -122,6 +123,16 @@ def test_deployed_reference_files_load_with_the_same_logits(tmp_path, form):
 def test_the_module_is_read_from_the_keys(module):
     config = infer_config(ResNet(14, block="basicblock", module=module).state_dict())
     assert (config["module"], config["depth"], config["block"]) == (module, 14, "basicblock")
+
+
+def test_repeated_insertion_is_read_from_the_keys(tmp_path):
+    model = randomize(ResNet(11, module="eca", asr=True, repeats=3)).eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert loaded.config == model.config
+    assert loaded.config["repeats"] == 3
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x))
 
 
 def test_safetensors_load(tmp_path):
@@ -206,3 +217,56 @@ def test_weights_of_the_wrong_shape_are_refused(tmp_path):
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="weights do not fit"):
         load_checkpoint(tmp_path / "odd.pt")
+
+
+# ---- what a network wants to see, and factories -----------------------------------------------------------
+
+
+def data_of(spec, arch=None):
+    return read_checkpoint(spec, arch).description["data"]
+
+
+def test_the_input_is_the_networks_own(tmp_path):
+    imagenet = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert data_of("timm:lcnet_050") == data_of("torchvision:mobilenet_v3_small") == imagenet
+    half = {"size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert data_of("timm:tf_mobilenetv3_small_075") == half
+    weights = create_model("timm:tf_mobilenetv3_small_075").state_dict()
+    torch.save(weights, tmp_path / "bare.pt")
+    assert data_of(tmp_path / "bare.pt", "timm:tf_mobilenetv3_small_075") == half
+    torch.save({"state_dict": weights, "description": {"data": {"size": 32}}}, tmp_path / "told.pt")
+    assert data_of(tmp_path / "told.pt", "timm:tf_mobilenetv3_small_075") == {"size": 32}
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module of the user's own in the current directory, which leaves a mark when it is imported."""
+    code = "import pathlib, torch\npathlib.Path('imported').touch()\ndef build():\n    return torch.nn.Linear(2, 3)\n"
+    (tmp_path / "networks_of_mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "networks_of_mine", raising=False)
+    return tmp_path
+
+
+def test_a_factory_of_the_users_own(own_module):
+    path = list(sys.path)
+    checkpoint = read_checkpoint("networks_of_mine:build")
+    assert checkpoint.model(torch.zeros(1, 2)).shape == (1, 3)
+    assert not checkpoint.model.training
+    assert checkpoint.description == {"model": {"arch": "networks_of_mine:build"}, "data": {}}
+    torch.save(torch.nn.Linear(2, 3).state_dict(), "weights.pt")
+    loaded = load_checkpoint("weights.pt", arch="networks_of_mine:build")
+    assert torch.equal(loaded.weight, torch.load("weights.pt")["weight"])
+    assert sys.path == path
+
+
+def test_what_a_file_says_never_imports_code(own_module):
+    state = torch.nn.Linear(2, 3).state_dict()
+    torch.save({"state_dict": state, "description": {"model": {"arch": "networks_of_mine:build"}}}, "hostile.pt")
+    with pytest.raises(ValueError, match="unknown arch 'networks_of_mine:build'"):
+        load_checkpoint("hostile.pt")
+    with pytest.raises(ValueError, match="unknown arch"):
+        create_model("networks_of_mine:build")
+    assert not (own_module / "imported").exists()
+    load_checkpoint("hostile.pt", arch="networks_of_mine:build")
+    assert (own_module / "imported").exists()  # the module was live

@@ -1,5 +1,6 @@
 """Every statistic against a slow reference, a property, or SciPy; and what breaks when a law is broken."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import reduce
@@ -31,6 +32,8 @@ class Named:
 
 class MemoryRun:
     """A run held in memory: {epoch: {gate: values}}, read in batches of 7."""
+
+    has_samples, has_label_means = True, False
 
     def __init__(self, records, labels=None):
         self.records, self._labels = records, labels
@@ -656,3 +659,27 @@ def test_match_leaves_non_finite_channels_out():
 def test_match_refuses_other_channels():
     with pytest.raises(ValueError, match=r"shape \(7,\); expected \(8,\)"):
         stats.match(np.zeros(7), stripes(30, 8))
+
+
+# ---- vectors as sets of values ---------------------------------------------------------------------------
+
+
+def test_wasserstein_is_scipys_and_blind_to_order():
+    a, b = np.random.default_rng(0).normal(0, 1, (2, 40))
+    assert stats.wasserstein(a, b) == pytest.approx(scipy.stats.wasserstein_distance(a, b), rel=1e-12)
+    assert stats.wasserstein(a, a[::-1]) == 0 < stats.wasserstein(a, a + 1) == pytest.approx(1)
+
+
+def test_swap_test_equals_the_full_enumeration():
+    a, b = np.array([0.1, 0.2, 0.4]), np.array([0.5, 0.6, 0.9])
+    pooled, distance = np.concatenate([a, b]), stats.wasserstein(a, b)
+    deals = [(list(d), [i for i in range(6) if i not in d]) for d in itertools.combinations(range(6), 3)]
+    exact = np.mean([stats.wasserstein(pooled[i], pooled[j]) >= distance - 1e-12 for i, j in deals])
+    assert stats.swap_test(a, b, permutations=20_000) == pytest.approx(exact, abs=0.01)
+
+
+def test_swap_test_tells_one_distribution_from_two():
+    a, b = np.random.default_rng(1).normal(0, 1, (2, 64))
+    assert stats.swap_test(a, b) > 0.05 > stats.swap_test(a, b + 2) == 1 / (stats.PERMUTATIONS + 1)
+    assert stats.swap_test(a, a) == 1
+    assert math.isnan(stats.swap_test(a, np.full(64, np.nan)))

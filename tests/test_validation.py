@@ -1,11 +1,15 @@
+import copy
 import json
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from stripe import stats
+from stripe.asr import insert
 from stripe.asr.validation import MATCH_P, MATCH_R, Fit, compare, validate, with_constants
+from stripe.cli import main
 from stripe.data import Loader, load_images
 from stripe.gates import find_gates
 from stripe.models import create_model
@@ -14,17 +18,24 @@ from stripe.store import open_run
 from tests.conftest import randomize
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
+def recorded(path, **options):
+    """A network of random weights, the run of its attention, and the images of both."""
     torch.manual_seed(0)
-    model = randomize(create_model("resnet", depth=11, module="senet")).eval()
-    images = load_images("digits", "test", samples=60)
-    loader = Loader(images, 30)
-    gates = find_gates(model, next(iter(loader))[0][:2])
-    path = tmp_path_factory.mktemp("validation") / "run"
-    with Recorder(model, gates, path) as recorder:
+    model = randomize(create_model("resnet", depth=11, module="senet", **options)).eval()
+    loader = Loader(load_images("digits", "test", samples=60), 30)
+    with Recorder(model, find_gates(model, next(iter(loader))[0][:2]), path) as recorder:
         recorder.record(loader, epoch=5)
     return model, open_run(path), loader
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return recorded(tmp_path_factory.mktemp("validation") / "run")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return recorded(tmp_path_factory.mktemp("validation") / "both", asr=True, both=True)
 
 
 def test_constants_replace_each_gate_for_every_image(case):
@@ -98,8 +109,20 @@ def test_json_holds_everything_but_the_samples(case):
 
 def test_wrong_requests_are_refused(case):
     model, run, loader = case
-    with pytest.raises(ValueError, match="unknown protocol 'equal'; expected one of same"):
+    with pytest.raises(ValueError, match="unknown protocol 'equal'; expected one of same, both, separate"):
         validate(model, run, loader, protocol="equal")
+    for words in ({"protocol": "separate"}, {"asr_model": model}):
+        with pytest.raises(ValueError, match="'separate' takes one, others do not"):
+            validate(model, run, loader, **words)
+    with pytest.raises(ValueError, match="at least one batch"):
+        validate(model, run, loader, protocol="separate", asr_model=model, steps=0)
+    with pytest.raises(ValueError, match="'both' trains nothing"):
+        validate(model, run, loader, protocol="both", train_attention=True)
+    with pytest.raises(ValueError, match="gate 'layer1.0' has no ASR layer of 64 channels"):
+        validate(model, run, loader, protocol="both")
+    deeper = create_model("resnet", depth=20, module="senet", asr=True)
+    with pytest.raises(ValueError, match="must be built as the one that the run recorded"):
+        validate(model, run, loader, protocol="separate", asr_model=deeper)
     with pytest.raises(ValueError, match="the network has no gate 'layer1.0'"):
         validate(create_model("resnet", depth=11), run, loader, steps=1)
     with pytest.raises(ValueError, match="epoch 9"):
@@ -125,3 +148,127 @@ def test_gates_inside_a_hub_networks_modules(tmp_path):
     handle.remove()
     untrained = stats.pearson(gate[0].detach().numpy(), validation.observed[gates[0].name].mean(0))
     assert validation.table["r_untrained"][0] == pytest.approx(untrained, abs=1e-4)
+
+
+def test_training_the_attention_too_fits_the_task_better_and_keeps_the_controls(case):
+    model, run, loader = case
+    alone, along = (validate(model, run, loader, steps=15, train_attention=along) for along in (False, True))
+    assert (alone.table["r_untrained"] == along.table["r_untrained"]).all()
+    assert (alone.table["r_best"] == along.table["r_best"]).all()
+    assert not np.allclose(alone.learned["layer1.0"], along.learned["layer1.0"])
+
+
+# ---- gates and ASR in one network ------------------------------------------------------------------------
+
+
+def test_both_takes_the_vector_of_the_norm_before_each_gate(both):
+    model, run, loader = both
+    validation = validate(model, run, loader, protocol="both")
+    for gate in run.gates:
+        layer = model.get_submodule(f"{gate.name}.bn3")
+        np.testing.assert_allclose(validation.learned[gate.name], layer.learned_vector().detach(), rtol=1e-6)
+        stripe = validation.observed[gate.name].mean(0)
+        row = validation.table.set_index("gate").loc[gate.name]
+        assert row["r"] == pytest.approx(stats.pearson(validation.learned[gate.name], stripe), abs=1e-5)
+        start = layer.attention_module(torch.full_like(layer.vector, 0.1)).detach().flatten().numpy()
+        assert row["r_untrained"] == pytest.approx(stats.pearson(start, stripe), abs=1e-5)
+    assert (validation.table["rmse_best"] < validation.table["rmse_untrained"]).all()
+    assert validation.accuracies.keys() == {"attention", "learned", "stripe", "removed"}
+
+
+def test_both_takes_the_nearest_of_several_layers_and_the_product_of_repeated_ones(tmp_path):
+    model, run, loader = recorded(tmp_path / "run")
+    model = insert(insert(model, where="bn3", repeats=2), where="*.downsample.1")
+    learned = validate(model, run, loader, protocol="both").learned["layer1.0"]
+    outer = model.layer1[0].bn3
+    inner = outer.bn
+    parts = [layer.attention_module(layer.vector).detach().flatten().numpy() for layer in (outer, inner)]
+    np.testing.assert_allclose(learned, parts[0] * parts[1], rtol=1e-6)
+    assert not np.allclose(learned, parts[0], rtol=1e-2)
+
+
+def test_a_planted_stripe_matches_and_a_shuffled_one_does_not(both, tmp_path):
+    """The gates are made to give the ASR layers' vectors, whatever the image: the truth is known."""
+    model, _, loader = both
+    planted, shuffled = (copy.deepcopy(model) for _ in range(2))
+    for network, order in ((planted, torch.arange), (shuffled, torch.randperm)):
+        for block in (network.layer1[0], network.layer2[0], network.layer3[0]):
+            vector = block.bn3.learned_vector().detach()
+            block.attention_module.fc2.weight.data *= 1e-3
+            block.attention_module.fc2.bias.data = torch.logit(vector)[order(len(vector))]
+    verdicts = []
+    for name, network in (("planted", planted), ("shuffled", shuffled)):
+        with Recorder(network, find_gates(network, next(iter(loader))[0][:2]), tmp_path / name) as recorder:
+            recorder.record(loader)
+        validation = validate(network, open_run(tmp_path / name), loader, protocol="both")
+        verdicts.append((validation.matched, set(validation.table["verdict"])))
+    assert verdicts == [(True, {"match"}), (False, {"no match"})]
+
+
+# ---- two networks ----------------------------------------------------------------------------------------
+
+
+def as_asr(state):
+    """Rename an SE network's weights to those of an ASR network."""
+    return {k.replace(".bn3.", ".bn3.bn.").replace(".attention", ".bn3.attention"): v for k, v in state.items()}
+
+
+@pytest.fixture(scope="module")
+def asr_case(case):
+    """An ASR network that makes the SE network's maps before its first gate, channels shuffled: with the order."""
+    model, run, _ = case
+    torch.manual_seed(3)
+    asr_model = create_model("resnet", depth=11, module="senet", asr=True)
+    asr_model.load_state_dict(asr_model.state_dict() | as_asr(model.state_dict()))  # psi is its own
+    block, order = asr_model.layer1[0], torch.randperm(64)
+    norm = block.bn3.bn
+    with torch.no_grad():
+        for tensor in (block.conv3.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.copy_(tensor[order])
+        stripe = torch.from_numpy(run.attention("layer1.0", 5).mean(0))
+        block.bn3.attention_module.fc2.weight.mul_(1e-3)
+        block.bn3.attention_module.fc2.bias.copy_(torch.logit(stripe)[order])
+    return asr_model.eval(), order
+
+
+def test_separate_finds_the_channels_of_a_shuffled_network(case, asr_case):
+    model, run, loader = case
+    asr_model, order = asr_case
+    validation = validate(model, run, loader, protocol="separate", asr_model=asr_model, steps=1)
+    row = validation.table.set_index("gate").loc["layer1.0"]
+    vector = asr_model.layer1[0].bn3.learned_vector().detach().numpy()
+    np.testing.assert_allclose(validation.learned["layer1.0"], vector[order.argsort()], rtol=1e-6)
+    assert row["map_r"] == pytest.approx(1, abs=1e-4)
+    assert row["r"] > 0.99 > 0.5 > stats.pearson(vector, validation.observed["layer1.0"].mean(0))
+    assert row["p_adjusted"] < MATCH_P < row["p_wasserstein"]
+    assert (validation.table["map_r"][1:] < 0.99).all()
+
+
+def test_separate_judges_by_sorted_values_and_tests_the_deployed_network(case, asr_case):
+    model, run, loader = case
+    validation = validate(model, run, loader, protocol="separate", asr_model=asr_case[0], steps=1)
+    table = validation.table
+    for gate, stripe in ((gate, values.mean(0, dtype=float)) for gate, values in validation.observed.items()):
+        expected = scipy.stats.wasserstein_distance(validation.learned[gate], stripe)
+        assert table.set_index("gate")["wasserstein"][gate] == pytest.approx(expected, rel=1e-4)
+    assert "wasserstein below the untrained" in validation.rule
+    assert (table["rmse_best"] < table["rmse_untrained"])[1:].all()  # the first gate's attention is made deaf to psi
+    assert validation.accuracies.keys() == {"attention", "learned", "stripe", "removed", "asr", "asr deployed"}
+    assert validation.accuracies["asr"] == validation.accuracies["asr deployed"]
+    assert asr_case[0].layer1[0].bn3.fused_bn is None
+
+
+def test_the_command_takes_the_second_network_and_prints_the_rule(case, asr_case, tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ("se.pt", "asr.pt")]
+    for model, path in zip((case[0], asr_case[0]), paths, strict=True):
+        torch.save(model.state_dict(), path)
+    words = ["validate", "--ckpt", paths[0], "--run", str(case[1].path), "--protocol", "separate", "--steps", "1"]
+    words += ["--train-samples", "40", "--test-samples", "20", "--batch", "20", "--out", str(tmp_path)]
+    assert main([*words, "--asr-ckpt", paths[1], "--require-match"]) == 1
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("map_r", "p_wasserstein", "asr deployed", "match: r >="))
+    content = json.loads((tmp_path / "validation.json").read_text())
+    assert content["protocol"] == "separate"
+    assert content["gates"][0]["p_wasserstein"] > 0
+    assert main(words) == 2
+    assert "'separate' takes one" in capsys.readouterr().err

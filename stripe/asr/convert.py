@@ -54,10 +54,9 @@ def insert(
             f"no layer matches where='{where}'; expected a pattern such as one of {', '.join(norms[:5]) or 'none'}"
         )
     for name in names:
-        for _ in range(repeats):
-            layer = model.get_submodule(name)
-            build = partial(create_attention, attention, channels_of(layer))
-            model.set_submodule(name, wrap(layer, build, psi_init))
+        layer = model.get_submodule(name)
+        build = partial(create_attention, attention, channels_of(layer))
+        model.set_submodule(name, wrap(layer, build, psi_init, repeats))
     return model
 
 

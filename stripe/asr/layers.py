@@ -81,6 +81,11 @@ class ASRLayer(nn.Module):
             return cast(Tensor, self.fused_bn(x))
         return cast(Tensor, functional_call(plain_layer(self), self.affine(), (x,)))
 
+    @property
+    def repeats(self) -> int:
+        """How many learned vectors scale the wrapped layer."""
+        return 1 + (self.bn.repeats if isinstance(self.bn, ASRLayer) else 0)
+
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """Return a plain layer with v in its weight and bias, computed in float64; a norm without affine gains both."""
@@ -158,16 +163,22 @@ ASRBatchNorm2d = ASRLayer
 """The paper's case: ASRBatchNorm2d(bn, attention, psi_init=0.1)."""
 
 
-def wrap(bn: nn.Module, build: Callable[[], nn.Module], psi_init: float | Literal["normal"] = PSI_INIT) -> ASRLayer:
-    """Wrap `bn` with an attention module from `build`, drawn anew while psi gets no gradient from it.
+def wrap(
+    bn: nn.Module,
+    build: Callable[[], nn.Module],
+    psi_init: float | Literal["normal"] = PSI_INIT,
+    repeats: int = 1,
+) -> ASRLayer:
+    """Wrap `bn` in `repeats` ASRLayers, each with an attention module from `build`, drawn anew while psi is deaf to it.
 
     A small module's ReLUs can all be off at psi (a quarter of the draws with two hidden units): psi could never learn.
 
     Raises:
         ValueError: psi got no finite gradient from any of DRAWS modules.
     """
+    inner = bn if repeats == 1 else wrap(bn, build, psi_init, repeats - 1)
     for _ in range(DRAWS):
-        layer = ASRLayer(bn, build(), psi_init)
+        layer = ASRLayer(inner, build(), psi_init)
         (gradient,) = torch.autograd.grad(layer.learned_vector().sum(), layer.vector)
         if gradient.isfinite().all() and gradient.any():
             return layer

@@ -32,7 +32,7 @@ COMMANDS: dict[str, Command] = {
     "validate": validate,
     "demo": demo,
 }
-BAD_INPUT = (ArithmeticError, OSError, RuntimeError, ValueError, TypeError)
+BAD_INPUT = (ArithmeticError, ModuleNotFoundError, OSError, RuntimeError, ValueError, TypeError)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "stripe") -> int:

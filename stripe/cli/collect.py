@@ -1,55 +1,86 @@
-"""`collect`: record the attention of trained networks into a run; many checkpoints are its epochs."""
+"""`collect`: record the attention of trained networks into a run, many checkpoints as its epochs; or list gates."""
+
+from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
+
+if TYPE_CHECKING:
+    from stripe.data import ImageSet
+    from stripe.gates import Candidate, Gate
+    from stripe.models import Checkpoint
 
 SUMMARY = "record per-sample channel attention of trained networks into Parquet; many checkpoints become epochs"
 EXAMPLE = "--ckpt runs/se/checkpoints/epoch=*.pt --dataset hf:../shared/data/cifar10 --samples 1000 --out runs/probe"
 
+SEARCHED = 3  # images on which gates are searched
+REASONS = 5  # most frequent reasons told where a network has no gate
+COLUMNS = ("name", "channels", "form", "layout", "source", "before", "after")  # of --list-gates
+REJECTED = ("site", "op", "shape", "scaled", "reason")  # of --explain
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "--ckpt", nargs="+", required=True, metavar="PATH", help="files, or timm:NAME[:pretrained], torchvision:NAME"
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--ckpt",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, or timm:NAME[:pretrained], torchvision:NAME[:pretrained], package.module:FACTORY",
     )
-    parser.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
-    options.add_data(parser, split="test")
-    parser.add_argument("--samples", type=options.positive, metavar="N", help="images to record (default: all)")
-    options.add_loading(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="directory of the run")
-    parser.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
-    parser.add_argument("--dtype", default="float32", help="float32, or float16 at half the size")
-    parser.add_argument("--overwrite", action="store_true", help="replace epochs that the run holds already")
+    network.add_argument(
+        "--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME, ...:FACTORY"
+    )
+    network.add_argument("--gates", nargs="+", default=["*"], metavar="PATTERN", help="only gates of these names")
+    network.add_argument("--list-gates", action="store_true", help="print the gates and record nothing")
+    network.add_argument("--explain", action="store_true", help="print as well what was rejected, with the reason")
+    data = parser.add_argument_group("data")
+    options.add_data(data, split="test")
+    data.add_argument("--size", type=options.positive, metavar="N", help="side of the images (default: the network's)")
+    data.add_argument("--samples", type=options.positive, metavar="N", help="images to record (default: all)")
+    options.add_loading(data)
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path, metavar="RUN", help="directory of the run")
+    files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
+    files.add_argument("--dtype", default="float32", help="float32, or float16 at half the size")
+    files.add_argument("--moments-only", action="store_true", help="no row per sample: count, mean, M2, min, max alone")
+    files.add_argument("--by-label", action="store_true", help="with --moments-only: the mean of every class as well")
+    files.add_argument("--overwrite", action="store_true", help="replace epochs that the run holds already")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Record every checkpoint as an epoch of one run; all are read once before anything is written."""
-    from stripe.data import Loader, load_images
-    from stripe.gates import find_gates
+    if arguments.list_gates or arguments.explain:
+        return _list(arguments)
+    if arguments.out is None:
+        raise ValueError("no place to record to: name a directory with --out RUN, or list gates with --list-gates")
+    from stripe.data import Loader
     from stripe.models import read_checkpoint
     from stripe.recorder import Recorder
 
-    loader, loaded = None, None
+    loader, loaded, contents = None, None, _contents(arguments)
     for epoch, spec in sorted(_epochs(arguments).items()):
         checkpoint = read_checkpoint(spec, arguments.arch)
-        constants = options.constants(checkpoint.description)
+        constants = _constants(arguments, checkpoint)
         if loader is None or constants != loaded:
-            images = load_images(
-                arguments.dataset, arguments.split, samples=arguments.samples, data_dir=arguments.data_dir, **constants
-            )
+            images = _images(arguments, arguments.samples, constants)
             loader, loaded = Loader(images, arguments.batch, workers=arguments.workers), constants
-        gates = find_gates(checkpoint.model, next(iter(loader))[0][:2])
-        if not gates:
-            raise ValueError(f"{spec} has no gate: expected a network with channel attention")
+        gates = _gates(arguments, spec, _candidates(checkpoint, loader.images))
         with Recorder(
             checkpoint.model,
             gates,
             arguments.out,
             squeeze=arguments.squeeze,
             dtype=arguments.dtype,
+            contents=contents,
             description=checkpoint.description.get("model", {"arch": arguments.arch or str(spec)}),
             data=loader.images.describe(),
             overwrite=arguments.overwrite,
@@ -57,6 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
             recorder.record(loader, epoch=epoch, progress=options.progress(f"epoch {epoch}"))
         print(f"{arguments.out}: epoch {epoch}, {len(loader.images)} samples, {len(gates)} gates, from {spec}")
     return 0
+
+
+def _contents(arguments: argparse.Namespace) -> str:
+    if arguments.by_label and not arguments.moments_only:
+        raise ValueError("--by-label adds class means to --moments-only: give both, or neither (rows hold labels)")
+    return ("label-moments" if arguments.by_label else "moments") if arguments.moments_only else "samples"
 
 
 def _epochs(arguments: argparse.Namespace) -> dict[int, str]:
@@ -72,3 +109,75 @@ def _epochs(arguments: argparse.Namespace) -> dict[int, str]:
             raise ValueError(f"{spec} and {epochs[epoch]} are both epoch {epoch}: name one of them")
         epochs[epoch] = spec
     return epochs
+
+
+# ---- images ----
+def _constants(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the network's own size, mean and std, with --size in place of the first."""
+    return options.constants(checkpoint.description) | ({"size": arguments.size} if arguments.size else {})
+
+
+def _images(arguments: argparse.Namespace, samples: int | None, constants: Mapping[str, Any]) -> ImageSet:
+    from stripe.data import load_images
+
+    return load_images(arguments.dataset, arguments.split, samples=samples, data_dir=arguments.data_dir, **constants)
+
+
+# ---- gates ----
+def _candidates(checkpoint: Checkpoint, images: ImageSet) -> list[Candidate]:
+    """Look for gates on the first images; ValueError where these are too small to tell."""
+    from stripe.data import Loader
+    from stripe.gates import explain_gates, find_gates
+
+    batch = next(iter(Loader(images, SEARCHED)))[0]
+    candidates = explain_gates(checkpoint.model, batch)
+    if any(candidate.hidden for candidate in candidates):
+        find_gates(checkpoint.model, batch)  # which says what to do
+    return candidates
+
+
+def _gates(arguments: argparse.Namespace, spec: str, candidates: Sequence[Candidate]) -> list[Gate]:
+    """Return the gates that --gates chooses; ValueError, with what there is, where there is none."""
+    gates = [candidate.gate for candidate in candidates if candidate.gate]
+    if not gates:
+        reasons = Counter(candidate.reason for candidate in candidates).most_common(REASONS)
+        told = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "nothing"
+        raise ValueError(
+            f"{spec} has no gate: expected a network with channel attention; of {len(candidates)} products"
+            f" and sums looked at, rejected were {told}"
+        )
+    for pattern in arguments.gates:
+        if not any(fnmatchcase(gate.name, pattern) for gate in gates):
+            names = ", ".join(gate.name for gate in gates)
+            raise ValueError(f"no gate of {spec} is named '{pattern}'; expected a pattern of {names}")
+    return [gate for gate in gates if any(fnmatchcase(gate.name, pattern) for pattern in arguments.gates)]
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    """Print the gates of every checkpoint, and with --explain what was rejected."""
+    from stripe.models import read_checkpoint
+
+    for spec in arguments.ckpt:
+        checkpoint = read_checkpoint(spec, arguments.arch)
+        candidates = _candidates(checkpoint, _images(arguments, SEARCHED, _constants(arguments, checkpoint)))
+        if arguments.explain:
+            rejected = [candidate for candidate in candidates if not candidate.gate]
+            print(f"{spec}: {len(rejected)} products and sums rejected")
+            _print(rejected, REJECTED)
+        gates = _gates(arguments, spec, candidates)
+        print(f"{spec}: {len(gates)} gates")
+        _print(gates, COLUMNS)
+    return 0
+
+
+def _print(items: Sequence[object], columns: Sequence[str]) -> None:
+    """Print a table of attributes."""
+    import pandas as pd
+
+    rows = [[_text(getattr(item, column)) for column in columns] for item in items]
+    if rows:
+        print(pd.DataFrame(rows, columns=list(columns)).to_string(index=False))
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else "-" if value is None else str(value)

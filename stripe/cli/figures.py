@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from stripe.cli import options
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -22,7 +23,9 @@ RESOLUTION = 200  # dots per inch of PNG
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("run_paths", nargs="+", type=Path, metavar="RUN", help="directories of runs")
+    parser.add_argument(
+        "run_paths", nargs="+", type=Path, metavar="RUN", help="runs, or log.txt files of the ASR reference"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the figures go")
     parser.add_argument("--epoch", type=int, metavar="E", help="epoch of the stripe figure (default: the last)")
     parser.add_argument("--gates", nargs="+", metavar="G", help=f"gates to draw (default: {GATES} from first to last)")
@@ -32,11 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw every figure of every run; several runs get a directory each."""
+    from stripe import plots
     from stripe.store import open_run
 
     for path in arguments.run_paths:
-        out = arguments.out / path.name if len(arguments.run_paths) > 1 else arguments.out
-        for name, figure in draw(open_run(path), arguments.gates, arguments.epoch, arguments.bootstrap):
+        out = arguments.out / path.stem if len(arguments.run_paths) > 1 else arguments.out
+        if path.is_file():
+            figures = iter([("training", plots.training_curves({path.parent.name: read_log(path)}))])
+        else:
+            figures = draw(open_run(path), arguments.gates, arguments.epoch, arguments.bootstrap)
+        for name, figure in figures:
             for file in save(figure, out / name, arguments.format):
                 print(file)
     return 0
@@ -47,6 +55,7 @@ def draw(
 ) -> Iterator[tuple[str, "Figure"]]:
     """Yield (name, figure) of everything a run can show."""
     import matplotlib.pyplot as plt
+    import numpy as np
     import pandas as pd
 
     from stripe import plots, stats
@@ -65,7 +74,8 @@ def draw(
         else:
             yield f"stripe-{gate}", figure_of(plots.stripe_heatmap(attention, title=title))
     grid = {(gate, e): run.attention(gate, e)[:100] for gate in gates for e in epochs}
-    yield "grid", plots.heatmap_grid(grid)
+    shown = np.concatenate([panel.ravel() for panel in grid.values()])
+    yield "grid", plots.heatmap_grid(grid, vmin=float(np.nanmin(shown)), vmax=float(np.nanmax(shown)))
     yield "std", figure_of(plots.std_per_channel(std, title=f"epoch {epoch}"))
     table = stats.summarize(run, bootstrap=bootstrap)
     yield "strength", figure_of(plots.strength_by_gate(table[table["epoch"] == epoch], title=f"epoch {epoch}"))
@@ -76,6 +86,31 @@ def draw(
         metrics = pd.read_csv(Path(run.path) / "metrics.csv")
         yield "training", plots.training_curves({Path(run.path).name: metrics})
     plt.close("all")
+
+
+LOG_COLUMNS = {
+    "Learning Rate": "lr",
+    "Train Loss": "train_loss",
+    "Valid Loss": "val_loss",
+    "Train Acc.": "train_accuracy",
+    "Valid Acc.": "val_accuracy",
+}
+"""The ASR reference code's names in log.txt, and metrics.csv's."""
+
+
+def read_log(path: Path) -> "pd.DataFrame":
+    """Read the tab-separated log.txt of the ASR reference code as rows of metrics.csv; epochs count from 1.
+
+    Raises:
+        ValueError: the file lacks a column or holds something other than numbers.
+    """
+    import pandas as pd
+
+    log = pd.read_csv(path, sep="\t", skipinitialspace=True).rename(columns=str.strip).rename(columns=LOG_COLUMNS)
+    if missing := [name for name, column in LOG_COLUMNS.items() if column not in log]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: expected a run's directory or the reference's log.txt")
+    log = log[list(LOG_COLUMNS.values())].astype(float)
+    return log.assign(epoch=range(1, len(log) + 1))
 
 
 def figure_of(ax: "Axes") -> "Figure":

@@ -53,7 +53,7 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
 
 
 def constants(description: dict[str, Any]) -> dict[str, Any]:
-    """Return the size, mean and std that a checkpoint was trained with, as arguments of load_images."""
+    """Return the size, mean and std that a network was trained with, as arguments of load_images."""
     data = description.get("data", {})
     return {key: data[key] for key in ("size", "mean", "std") if key in data}
 

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--block-name", default="bottleneck", help="bottleneck or basicblock")
     network.add_argument("--module", default="none", help="attention module: senet, eca, ..., timm:NAME, or none")
     network.add_argument("--use-asr", action="store_true", help="attention of a learned vector, merged into the norm")
+    network.add_argument(
+        "--asr-repeats", type=options.positive, default=1, metavar="N", help="learned vectors per block"
+    )
     network.add_argument("--use-both", action="store_true", help="with --use-asr: attention of the image as well")
     data = parser.add_argument_group("data")
     options.add_data(data)
@@ -68,8 +71,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from stripe.data import Loader, load_images
     from stripe.models import create_model
-    from stripe.training import Recipe, evaluate, fit
+    from stripe.training import Recipe, evaluate, fit, processes
 
+    process = processes()
+    share = {"rank": process.process_index, "world_size": process.num_processes, "workers": arguments.workers}
     recipe = Recipe(
         epochs=arguments.epochs,
         lr=arguments.lr,
@@ -86,24 +91,29 @@ def _train(arguments: argparse.Namespace) -> int:
     images = load_images(arguments.dataset, "train", samples=arguments.train_samples, data_dir=arguments.data_dir)
     held_out = len(images) // 10 if arguments.val_samples is None else arguments.val_samples
     training, validation = images.hold_out(held_out, arguments.manualSeed) if held_out else (images, None)
-    test = load_images(arguments.dataset, "test", data_dir=arguments.data_dir)
+    constants: dict[str, Any] = {"mean": training.mean, "std": training.std}
+    test = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **constants)
     torch.manual_seed(arguments.manualSeed)
     network = _network(arguments, len(images.classes))
     model = create_model(**network)
     description = {"model": network, "data": training.describe(), "seed": arguments.manualSeed}
+    callbacks = [_recording(arguments, directory, model, description)] if arguments.record else []
     fit(
         model,
-        Loader(training, arguments.train_batch, train=True, seed=arguments.manualSeed, workers=arguments.workers),
-        None if validation is None else Loader(validation, arguments.test_batch, workers=arguments.workers),
+        Loader(training, arguments.train_batch, train=True, seed=arguments.manualSeed, **share),
+        None if validation is None else Loader(validation, arguments.test_batch, **share),
         recipe,
         directory=directory,
         description=description,
-        callbacks=[_recording(arguments, directory, model, description)] if arguments.record else [],
+        callbacks=callbacks if process.is_main_process else [],
         resume=arguments.resume,
         save_every=arguments.save_every,
     )
-    print(f"{directory}: metrics.csv, checkpoints/")
-    return _report(arguments, evaluate(model, Loader(test, arguments.test_batch, workers=arguments.workers)))
+    evaluation = evaluate(model, Loader(test, arguments.test_batch, **share))
+    if process.is_main_process:
+        print(f"{directory}: metrics.csv, checkpoints/")
+        _report(arguments, evaluation)
+    return 0
 
 
 def _test(arguments: argparse.Namespace) -> int:
@@ -139,6 +149,7 @@ def _network(arguments: argparse.Namespace, classes: int) -> dict[str, Any]:
         "both": arguments.use_both,
         "num_classes": classes,
         "psi_init": arguments.psi_init,
+        "repeats": arguments.asr_repeats,
     }
 
 

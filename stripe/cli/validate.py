@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from stripe.asr.validation import Validation
 
-SUMMARY = "learn constant vectors for a trained network and compare them with the stripes its run observed"
+SUMMARY = "compare constant vectors, learned for a network or with ASR, with the stripes that its run observed"
 EXAMPLE = "--ckpt runs/se/checkpoints/last.pt --run runs/probe --dataset hf:../shared/data/cifar10 --out figures/match"
 
 
@@ -25,8 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_loading(parser)
     parser.add_argument("--train-samples", type=options.positive, metavar="N", help="learn from N training images")
     parser.add_argument("--test-samples", type=options.positive, metavar="N", help="test on N images")
-    parser.add_argument("--steps", type=options.positive, default=200, metavar="N", help="training steps of psi")
-    parser.add_argument("--protocol", default="same", help="same: psi in each gate's place in the frozen network")
+    parser.add_argument(
+        "--steps",
+        type=options.positive,
+        default=200,
+        metavar="N",
+        help="training steps of psi (separate: batches that channels are matched on)",
+    )
+    parser.add_argument(
+        "--protocol",
+        default="same",
+        help="same: psi in each gate's place in the frozen network; both: the vectors of a network with gates and ASR; "
+        "separate: those of --asr-ckpt, channel matched to channel",
+    )
+    parser.add_argument("--asr-ckpt", metavar="PATH", help="for separate: the network trained with ASR alone")
+    parser.add_argument("--train-attention", action="store_true", help="for same: train the attention with psi")
     parser.add_argument("--epoch", type=int, metavar="E", help="of the run (default: the checkpoint's, else the last)")
     parser.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="seed of the images' order")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where table, JSON and figures go")
@@ -36,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Validate; print and write what was found."""
-    from stripe.asr.validation import RULE, validate
+    from stripe.asr.validation import validate
     from stripe.cli.figures import save
     from stripe.data import Loader, load_images
-    from stripe.models import read_checkpoint
+    from stripe.models import load_checkpoint, read_checkpoint
     from stripe.store import open_run
 
     observed = open_run(arguments.run_path)
@@ -56,12 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
         Loader(train, arguments.batch, train=True, seed=arguments.manualSeed, workers=arguments.workers),
         steps=arguments.steps,
         protocol=arguments.protocol,
+        asr_model=arguments.asr_ckpt and load_checkpoint(arguments.asr_ckpt),
+        train_attention=arguments.train_attention,
         test_loader=Loader(test, arguments.batch, workers=arguments.workers),
         epoch=epoch,
-        progress=options.progress("psi"),
+        progress=options.progress("steps"),
     )
     print_validation(validation)
-    print(RULE)
+    print(validation.rule)
     arguments.out.mkdir(parents=True, exist_ok=True)
     validation.table.to_csv(arguments.out / "validation.csv", index=False)
     options.write_json(arguments.out / "validation.json", validation.to_dict())
@@ -74,8 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def print_validation(validation: "Validation") -> None:
     """Print the table per gate and the accuracies."""
-    columns = ["gate", "r", "p_adjusted", "r_untrained", "r_best", "r2", "rmse", "mean_abs_z", "inside", "verdict"]
-    print(validation.table[columns].round(4).to_string(index=False))
+    table = validation.table.drop(columns=["channels", "p", "rmse_untrained", "rmse_best"])
+    print(table.round(4).to_string(index=False))
     accuracies = ", ".join(f"{gates} {percent:.2f}" for gates, percent in validation.accuracies.items())
     print(f"test accuracy in % by what the gates give: {accuracies}")
 

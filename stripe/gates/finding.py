@@ -39,18 +39,23 @@ def find_gates(model: nn.Module, images: Images, *, normalisers: Collection[str]
     square. `normalisers` adds ATen names (such as "softplus") to NORMALISERS. Raises ValueError when the
     input is so small that gates may hide.
     """
-    candidates = explain_gates(model, images, normalisers=normalisers)
-    if hidden := [candidate.site or "model" for candidate in candidates if candidate.hidden]:
+    graph = trace(unwrap(model), images)
+    candidates = _candidates(graph, normalisers)
+    if hidden := dict.fromkeys(candidate.site or "model" for candidate in candidates if candidate.hidden):
+        size = "x".join(str(2 * n) for n in graph.inputs[0].shape[2:])
         raise ValueError(
-            f"input too small: the feature maps at {', '.join(hidden)} are a single pixel, where a gate cannot be"
-            " told; use images of at least twice the height and width"
+            f"input too small: what is scaled at {', '.join(hidden)} is a single pixel, where a gate cannot be told;"
+            f" use images of at least twice the size, {size}"
         )
     return [candidate.gate for candidate in candidates if candidate.gate]
 
 
 def explain_gates(model: nn.Module, images: Images, *, normalisers: Collection[str] = ()) -> list[Candidate]:
     """Return every product that might scale channels, in order of execution, accepted or with the reason why not."""
-    graph = trace(unwrap(model), images)
+    return _candidates(trace(unwrap(model), images), normalisers)
+
+
+def _candidates(graph: Trace, normalisers: Collection[str]) -> list[Candidate]:
     judged = [_examine(graph, op, NORMALISERS | set(normalisers)) for op in graph.ops]
     candidates = [candidate for candidate in judged if candidate]
     names = iter(_names(graph, [candidate.gate for candidate in candidates if candidate.gate]))
@@ -105,58 +110,67 @@ def _judge(graph: Trace, op: Op, gate: Value, scaled: Value, allowed: Collection
         return _Verdict("the same for every sample: it does not depend on the input")
     if len(gate.shape) != len(shape) or not gate.shape[0] == shape[0] == graph.batch:
         return _Verdict(f"its first dimension is not the batch of {graph.batch}")
-    flat = gate.flat - {0} or (gate.even if _is_spread(gate, allowed) else frozenset())
+    flat = gate.flat - {0}
+    if flat <= op.outputs[0].flat and _is_spread(gate, allowed):
+        flat |= gate.even
     dims = tuple(d for d in range(1, len(shape)) if d not in flat)
-    wide = frozenset(d for d in flat if shape[d] > 1)
-    if not flat:
-        return _Verdict("it varies over space")
+    wide = flat - op.outputs[0].flat
     if not dims:
         return _Verdict("one value per sample, none per channel")
+    if not wide and len(dims) > 1:
+        return _Verdict("it varies over space")
     if not wide:
-        hidden = op.name == "mul" and _form(gate, allowed) is not None and _is_shrunk(gate, scaled)
-        return _Verdict("its feature map is a single pixel at this input size", hidden)
+        hidden = len(shape) > 2 and op.name == "mul" and bool(_form(gate, allowed)) and _is_shrunk(gate, scaled)
+        return _Verdict("what it scales is a single pixel at this input size", hidden)
     radix = _summed_dim(op, dims)
     if not _are_channels(scaled, dims, wide, radix):
         return _Verdict(f"it varies along dimensions {', '.join(map(str, dims))}, which are not the channels")
     if not scaled.live or scaled.flat & {*dims} or wide <= scaled.flat:
         return _Verdict("outer product: what it scales is no feature map")
-    form = _context(gate, scaled) if op.name == "add" else _form(gate, allowed)
+    if op.name == "add" and not _is_context(gate, scaled):
+        return _Verdict("no learned layer computes it from the map that it is added to")
+    form = "additive" if op.name == "add" else _form(gate, allowed)
     if form is None:
         return _Verdict("not normalised (sigmoid, softmax, tanh, ...) between its pooling and the product")
     return _Verdict(form=form, dims=dims) if radix is None else _Verdict(form="radix", dims=radix)
 
 
 def _are_channels(scaled: Value, dims: tuple[int, ...], wide: frozenset[int], radix: tuple[int, ...] | None) -> bool:
-    """Tell channels from positions, by the convolution or norm that made the map where there is one."""
+    """Tell channels from positions, by the layer that made the map where one is known."""
     count = math.prod(scaled.shape[d] for d in dims)
-    made = _normed(scaled, through_splits=radix is not None)
-    if made is None:
-        return radix is not None or dims in ((1,), (len(scaled.shape) - 1,))
-    value, channel = made
-    channels = value.shape[channel]
+    known = _known_channels(scaled, through_splits=radix is not None)
     if radix is not None:
-        return channels in (count, scaled.shape[radix[1]])
-    if value.shape == scaled.shape:
-        return dims == (channel,)
+        return known is None or known[0] in (count, scaled.shape[radix[1]])
+    at_edge = dims in ((1,), (len(scaled.shape) - 1,))
+    if known is None:
+        return at_edge
+    channels, dim = known
+    if dim is not None:
+        return dims == (dim,)
+    among_wide = channels in {scaled.shape[d] for d in wide}
     if len(dims) == 1:
-        others = {scaled.shape[d] for d in wide} - {count}
-        return dims[0] in (1, len(scaled.shape) - 1) and channels not in others
-    return (
-        channels == count
-        and dims == tuple(range(dims[0], dims[-1] + 1))
-        and not {channels} & {scaled.shape[d] for d in wide}
-    )
+        return at_edge and (channels == count or not among_wide)
+    return channels == count and not among_wide and dims == tuple(range(dims[0], dims[-1] + 1))
 
 
-def _normed(scaled: Value, *, through_splits: bool) -> tuple[Value, int] | None:
-    """Return the nearest upstream output of a convolution or norm, and which of its dimensions is channels."""
+def _known_channels(scaled: Value, *, through_splits: bool) -> tuple[int, int | None] | None:
+    """Return the channels of the layer that made a map, and their dimension where it kept its shape since.
+
+    A linear layer counts only if nothing was permuted since: token mixing makes positions its channels.
+    """
+    permuted = False
     for op in scaled.chain():
+        made = op.outputs[0]
+        same = made.shape == scaled.shape and not permuted
         if op.name in {"cat", "stack"} or (op.name.startswith("split") and not through_splits):
             return None
         if op.parameters and (op.name == "convolution" or "batch_norm" in op.name or "group_norm" in op.name):
-            return op.outputs[0], 1
-        if op.parameters and op.name.endswith(("layer_norm", "rms_norm")) and len(op.args[1]) == 1:
-            return op.outputs[0], len(op.outputs[0].shape) - 1
+            return made.shape[1], 1 if same else None
+        if (op.parameters and op.name.endswith(("layer_norm", "rms_norm")) and len(op.args[1]) == 1) or (
+            op.is_layer and op.name in {"mm", "addmm"} and not op.args[-1].live and not permuted
+        ):
+            return made.shape[-1], len(made.shape) - 1 if same else None
+        permuted |= op.name in {"permute", "transpose"}
     return None
 
 
@@ -180,12 +194,13 @@ def _is_by_own_mean(op: Op) -> bool:
     return any(value.memory == whole.memory for mean in means for value in mean.inputs)
 
 
-def _context(added: Value, scaled: Value) -> Form | None:
-    """Return "additive" when a learned layer computes what is added from the map that it is added to."""
+def _is_context(added: Value, scaled: Value) -> bool:
+    """Whether a learned layer computes what is added from the map that it is added to."""
     if not any(op.is_layer for op in added.upstream(_PASSING)):
-        return None
-    above = {scaled.memory, *(value.memory for op in scaled.upstream(_PASSING) for value in op.live_inputs)}
-    return "additive" if any(value.memory in above for op in added.upstream() for value in op.live_inputs) else None
+        return False
+    passed = [op for op in scaled.upstream(_PASSING) if op.name in _PASSING]
+    above = {scaled.memory, *(value.memory for op in passed for value in op.live_inputs)}
+    return any(value.memory in above for op in added.upstream() for value in op.live_inputs)
 
 
 def _is_spread(value: Value, allowed: Collection[str]) -> bool:
@@ -220,7 +235,7 @@ def _describe(graph: Trace, op: Op, operand: int, verdict: _Verdict) -> Gate:
     """Describe the gate that `verdict` found, all but its name."""
     pair = [op.args[i] for i in FACTORS[op.name]]
     gate, scaled = pair[operand], pair[1 - operand]
-    layout, copied = _layout(len(gate.shape), verdict), not gate.flat - {0}
+    layout, copied = _layout(len(gate.shape), verdict), gate.flat - {0} <= op.outputs[0].flat
     source = _port(graph, gate, verdict.dims)
     pooled = _average_port(graph, scaled, verdict.dims)
     squeeze = pooled or next((p for p in graph.ports[scaled.memory] if _is_map(p.value, scaled, layout)), None)
@@ -295,14 +310,18 @@ def _average_port(graph: Trace, scaled: Value, dims: tuple[int, ...]) -> Port | 
     """Return where a hook meets the average of the feature map over space that the network itself computes."""
     for op in graph.ops:
         if op.name == "mean" and op.inputs[0].memory == scaled.memory and op.args[1:]:
-            taken = op.inputs[0]
-            reduced = {d % len(taken.shape) for d in op.args[1]}
-            same = (taken.shape, taken.stride) == (scaled.shape, scaled.stride)
-            flattened = dims == (1,) and taken.shape[:2] == scaled.shape[:2] and taken.entries == scaled.entries
-            if (same or flattened) and {*range(1, len(taken.shape))} - reduced == {*dims}:
-                mean = op.outputs[0]
+            taken, mean = op.inputs[0], op.outputs[0]
+            kept = {*range(1, len(taken.shape))} - {d % len(taken.shape) for d in op.args[1]}
+            if kept == {*dims} and _is_same_map(taken, scaled, merged=dims == (1,)):
                 return _port(graph, mean, range(1, len(mean.shape)))
     return None
+
+
+def _is_same_map(taken: Value, scaled: Value, *, merged: bool) -> bool:
+    """Whether two views show the same map; with `merged`, the dimensions behind the channels may be flattened."""
+    kept = 2 if merged else len(scaled.shape)
+    views = [(v.memory, v.offset, math.prod(v.shape), v.shape[:kept], v.stride[:kept]) for v in (taken, scaled)]
+    return views[0] == views[1]
 
 
 def _leads_only_to(graph: Trace, value: Value, op: Op) -> bool:

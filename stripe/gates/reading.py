@@ -22,6 +22,7 @@ from stripe.gates.hooks import Hooks, hookable, output_items, unwrap
 from stripe.gates.trace import FACTORS, in_parts, op_name
 
 Sink = Callable[[Gate, Kind, Tensor], None]
+Rows = Callable[[Gate, Tensor], Tensor]
 
 
 @contextmanager
@@ -69,9 +70,6 @@ def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[str, 
 
 
 # ---- from a tensor to (N, C), and back ----
-Rows = Callable[[Gate, Tensor], Tensor]
-
-
 def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) -> _Job:
     """Make the job that hands rows of a tensor to the sink."""
 

@@ -187,8 +187,15 @@ def op_name(func: Any) -> str:
 
 def in_parts(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Run a composite operation, which inference mode shows whole, as its parts under `mode`; else NotImplemented."""
+    if not _is_composite(func):
+        return NotImplemented
     with mode:
-        return func.decompose(*args, **kwargs)
+        return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 # ---- recording ----
@@ -288,19 +295,26 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Switch `model` to eval mode; afterwards restore each module's training flag and each buffer's values."""
-    training = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
+    """Set every module to eval mode, by its flag alone; afterwards restore the flags and the buffers."""
+    training = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, _ in training:
+        module.training = False
     try:
         yield
     finally:
         for module, flag in training:
             module.training = flag
         with torch.no_grad():
-            for buffer, found in buffers:
+            for module, name, buffer, found in buffers:
                 if not torch.equal(buffer, found):
                     buffer.copy_(found)
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
 
 
 def _compare(tensors: list[Tensor], values: list[Value]) -> None:

@@ -89,6 +89,7 @@ class ResNet(nn.Module):
         both: bool = False,
         num_classes: int = 10,
         psi_init: float | Literal["normal"] = PSI_INIT,
+        repeats: int = 1,
     ) -> None:
         """Build the network; the plain part's initial weights depend on torch's seed alone, not on the attention.
 
@@ -100,6 +101,7 @@ class ResNet(nn.Module):
             both: with `asr`, keep attention of the image too.
             num_classes: outputs of the classifier.
             psi_init: what psi starts at.
+            repeats: learned vectors per block, with `asr`.
 
         Raises:
             ValueError: an impossible depth, an unknown block or module, `asr` without a module, `both` without `asr`.
@@ -123,24 +125,24 @@ class ResNet(nn.Module):
         for convolution in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         if module is not None:
-            self._add_attention(module, asr, both, psi_init)
+            build = partial(create_attention, module)
+            for part in (m for m in self.modules() if isinstance(m, Block)):
+                norm = part.get_submodule(part.last_norm)
+                channels = channels_of(norm)
+                if asr:
+                    part.set_submodule(part.last_norm, wrap(norm, partial(build, channels), psi_init, repeats))
+                if both or not asr:
+                    part.attention_module = build(channels)
 
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that rebuild the network as it is now: after deployment, the plain one."""
-        asr = any(asr_layers(self))
+        layer = next((layer for _, layer in asr_layers(self)), None)
+        asr = layer is not None
         gated = any(isinstance(m, Block) and m.attention_module is not None for m in self.modules())
         module = self._options["module"] if asr or gated else None
-        return self._options | {"module": module, "asr": asr, "both": asr and gated}
-
-    def _add_attention(self, name: str, asr: bool, both: bool, psi_init: float | Literal["normal"]) -> None:
-        for block in (m for m in self.modules() if isinstance(m, Block)):
-            norm = block.get_submodule(block.last_norm)
-            channels = channels_of(norm)
-            if asr:
-                block.set_submodule(block.last_norm, wrap(norm, partial(create_attention, name, channels), psi_init))
-            if both or not asr:
-                block.attention_module = create_attention(name, channels)
+        repeats = 1 if layer is None else layer.repeats
+        return self._options | {"module": module, "asr": asr, "both": asr and gated, "repeats": repeats}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""

@@ -1,6 +1,13 @@
-"""Networks by name and from files. No file is executed: pickles are read with `weights_only=True`."""
+"""Networks by name, from files and from factories of the user's own.
 
+No file is executed: pickles are read with `weights_only=True`, and what a file says of its network names no code.
+"""
+
+import importlib
+import os
 import pickle
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +21,19 @@ from stripe.models.resnet import BLOCKS, WIDTHS, ResNet, block_of, depth_of
 
 ARCHITECTURES: dict[str, type[ResNet]] = {"resnet": ResNet}
 HUBS = ("timm:", "torchvision:")
+IMAGENET: dict[str, Any] = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+"""Input of a torchvision network without published weights."""
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network and what its file says of it: epochs of training (None when unknown) and the writer's description."""
+    """A network and what is known of it: epochs of training (None when unknown) and a description.
+
+    The description is what the writer of a file said, else the network's name ("model") and, where its library
+    tells, the size, mean and std of its input ("data").
+    """
 
     model: nn.Module
     epoch: int | None = None
@@ -50,16 +65,20 @@ def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkp
 
     Args:
         path_or_spec: a file (this project's .pt, the reference code's .pth.tar, .safetensors), or
-            "timm:NAME[:pretrained]", "torchvision:NAME[:pretrained]".
-        arch: the network the file's weights belong to; None reads a CIFAR ResNet from the file's keys.
+            "timm:NAME[:pretrained]", "torchvision:NAME[:pretrained]", or "package.module:FACTORY", which is
+            imported, from the current directory too, and called without arguments.
+        arch: the network the file's weights belong to, named likewise; None takes the file's word, or reads a
+            CIFAR ResNet from its keys.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, holds code, or its weights do not fit.
+        ValueError: the file is truncated, holds code, or its weights do not fit; the name is unknown or its
+            factory fails.
     """
-    if str(path_or_spec).startswith(HUBS):
-        return Checkpoint(_hub_model(str(path_or_spec)).eval())
-    path = Path(path_or_spec)
+    path, spec = Path(path_or_spec), str(path_or_spec)
+    if _is_name(spec) and not path.exists():
+        model = _named_model(spec)
+        return Checkpoint(model.eval(), description=_describe(model, spec))
     content = _read(path)
     state = _weights(content, path)
     epoch, description = content.get("epoch"), content.get("description")
@@ -68,11 +87,12 @@ def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkp
     if "arch" not in config:
         config = {"arch": "resnet", **infer_config(state, path)}
     try:
-        model = create_model(**config)
+        model = create_model(**config) if arch is None else _named_model(arch)
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: weights do not fit {config}: {_one_line(error)}") from error
-    return Checkpoint(model.eval(), epoch if isinstance(epoch, int) else None, description)
+    known = {} if arch is None else _describe(model, arch)
+    return Checkpoint(model.eval(), epoch if isinstance(epoch, int) else None, known | description)
 
 
 def infer_config(state: Mapping[str, Tensor], source: object = "state dict") -> dict[str, Any]:
@@ -98,6 +118,7 @@ def infer_config(state: Mapping[str, Tensor], source: object = "state dict") -> 
         "module": _module_of(attention, WIDTHS[0] * BLOCKS[block].expansion, source) if attention else None,
         "asr": asr,
         "both": asr and bool(gate),
+        "repeats": max(1, sum(key.startswith(f"layer1.0.{norm}.") and key.endswith(".vector") for key in keys)),
         "num_classes": state["fc.weight"].shape[0],
     }
 
@@ -116,7 +137,9 @@ def _module_of(shapes: dict[str, torch.Size], channels: int, source: object) -> 
 def _read(path: Path) -> dict[str, Any]:
     """Read a file to a dict; a bare state dict comes back under "state_dict"."""
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint '{path}' not found; expected a file, or timm:NAME, torchvision:NAME")
+        raise FileNotFoundError(
+            f"checkpoint '{path}' not found; expected a file, timm:NAME, torchvision:NAME or package.module:FACTORY"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -169,6 +192,52 @@ def _hub_model(spec: str, **options: Any) -> nn.Module:
         raise ValueError(f"'{spec}' needs {library}: pip install 'stripe-observation[hub]'") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot build '{spec}': {_one_line(error)}") from error
+
+
+def _is_name(spec: str) -> bool:
+    return spec.startswith(HUBS) or _FACTORY.fullmatch(spec) is not None
+
+
+def _named_model(spec: str) -> nn.Module:
+    """Build what a user (never a file) named: a network of create_model, or of a factory of the user's own."""
+    return create_model(spec) if spec.startswith(HUBS) or ":" not in spec else _made_model(spec)
+
+
+def _made_model(spec: str) -> nn.Module:
+    """Import "package.module:FACTORY", from the current directory too, and call the factory."""
+    module, _, factory = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module), factory)()
+    except Exception as error:  # the user's code fails as it likes
+        raise ValueError(f"cannot build '{spec}': {type(error).__name__}: {_one_line(error)}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"cannot build '{spec}': it returned {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _describe(model: nn.Module, spec: str) -> dict[str, Any]:
+    """Name a network, with the size, mean and std of its input where timm or torchvision tells."""
+    data: dict[str, Any] = {}
+    if hasattr(model, "pretrained_cfg"):  # timm's, by whoever built it
+        from timm.data import resolve_data_config
+
+        config = resolve_data_config(model=model)
+        data = {"size": config["input_size"][-1], "mean": list(config["mean"]), "std": list(config["std"])}
+    elif spec.startswith("torchvision:"):
+        data = _torchvision_input(spec.split(":")[1])
+    return {"model": {"arch": spec}, "data": data}
+
+
+def _torchvision_input(name: str) -> dict[str, Any]:
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(name)
+    preset = weights["DEFAULT"].transforms() if len(weights) else None
+    size = getattr(preset, "crop_size", [IMAGENET["size"]])[0]
+    return {key: list(getattr(preset, key, IMAGENET[key])) for key in ("mean", "std")} | {"size": size}
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,152 @@
+"""`collect` on networks that nobody prepared: their gates listed, chosen, explained; moments; factories."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stripe.cli import main
+from stripe.store import open_run
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Gated(nn.Module):
+    def __init__(self, gated=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.linear, self.gated = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), gated
+    def forward(self, images):
+        features = self.convolution(images)
+        gate = self.linear(features.mean((2, 3)))
+        return features * (gate.sigmoid() if self.gated else gate)[..., None, None]
+
+def plain():
+    return Gated(gated=False)
+
+def fails():
+    raise KeyError("no\\nweights")
+
+def number():
+    return 7
+"""
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    """A module of the user's own in the current directory."""
+    (tmp_path / "own_networks.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "own_networks", raising=False)
+    return "own_networks"
+
+
+def collect(*words):
+    return main(["collect", *map(str, words)])
+
+
+def fails(capsys, *words):
+    assert collect(*words) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    return error
+
+
+def test_gates_are_listed_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert collect("--ckpt", "timm:lcnet_050", "--list-gates") == 0
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert title == "timm:lcnet_050: 2 gates"
+    assert header.split() == ["name", "channels", "form", "layout", "source", "before", "after"]
+    assert rows[0].split() == [
+        "blocks.5.0.se", "128", "multiplicative", "NCHW", "blocks.5.0.se.gate", "blocks.5.0.bn1", "blocks.5.0.conv_pw",
+    ]  # fmt: skip
+    assert len(rows) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_explaining_tells_what_was_rejected(factory, capsys):
+    assert collect("--ckpt", f"{factory}:Gated", "--explain", "--size", 16) == 0
+    printed = capsys.readouterr().out
+    assert "0 products and sums rejected" in printed
+    assert "1 gates" in printed
+    assert collect("--ckpt", f"{factory}:plain", "--explain", "--size", 16) == 2
+    out, error = capsys.readouterr()
+    assert "1 products and sums rejected" in out
+    assert out.splitlines()[1].split() == ["site", "op", "shape", "scaled", "reason"]
+    assert "(3, 6, 1, 1)".replace("(", "").replace(",", "").replace(")", "") in out
+    assert "not normalised" in error
+
+
+def test_a_network_without_a_gate_says_what_was_looked_at(factory, tmp_path, capsys):
+    message = fails(capsys, "--ckpt", f"{factory}:plain", "--samples", 4, "--out", tmp_path / "run")
+    assert "no gate" in message
+    assert "1 products" in message
+    assert "1 x not normalised" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_input_that_is_too_small_is_one_line(capsys):
+    words = ["--ckpt", "torchvision:mobilenet_v3_small", "--list-gates", "--size"]
+    assert "twice the size" in fails(capsys, *words, 32)
+    assert collect(*words, 96) == 0
+    assert "9 gates" in capsys.readouterr().out
+
+
+def test_patterns_choose_gates(tmp_path, capsys):
+    words = ["--ckpt", "timm:lcnet_050", "--samples", 4, "--size", 64]
+    assert collect(*words, "--gates", "*.5.1.*", "--out", tmp_path / "run") == 0
+    assert [gate.name for gate in open_run(tmp_path / "run").gates] == ["blocks.5.1.se"]
+    message = fails(capsys, *words, "--gates", "*.5.1.*", "layer1*", "--out", tmp_path / "b")
+    assert "'layer1*'" in message
+    assert "blocks.5.0.se, blocks.5.1.se" in message
+    assert not (tmp_path / "b").exists()
+
+
+def test_images_are_as_the_network_wants_them(tmp_path, factory):
+    for name, words in {"own": [], "asked": ["--size", 64]}.items():
+        assert collect("--ckpt", "timm:tf_mobilenetv3_small_075", "--samples", 2, "--out", tmp_path / name, *words) == 0
+    own, asked = open_run(tmp_path / "own").data, open_run(tmp_path / "asked").data
+    assert (own["size"], asked["size"]) == (224, 64)
+    assert own["mean"] == asked["mean"] == [0.5, 0.5, 0.5]
+    assert collect("--ckpt", f"{factory}:Gated", "--samples", 2, "--out", tmp_path / "made") == 0
+    assert open_run(tmp_path / "made").data["size"] == 32
+
+
+def test_moments_are_those_of_the_rows(factory, tmp_path, capsys):
+    words = ["--ckpt", f"{factory}:Gated", "--samples", 40, "--batch", 7]
+    assert collect(*words, "--out", tmp_path / "rows") == 0
+    assert collect(*words, "--out", tmp_path / "moments", "--moments-only", "--by-label") == 0
+    whole, run = open_run(tmp_path / "rows"), open_run(tmp_path / "moments")
+    [(key, found)], expected = run.moments().items(), whole.moments()
+    np.testing.assert_allclose(found.mean, expected[key].mean, rtol=1e-12)
+    np.testing.assert_allclose(found.m2, expected[key].m2, rtol=1e-12)
+    assert run.label_means(key[1], 0).counts.sum() == found.count == 40
+    assert run.model == {"arch": "own_networks:Gated"}
+    for name in ("rows", "moments"):
+        assert main(["stats", str(tmp_path / name), "--bootstrap", "20", "--csv", str(tmp_path / f"{name}.csv")]) == 0
+    rows, moments = (pd.read_csv(tmp_path / f"{name}.csv").iloc[0] for name in ("rows", "moments"))
+    assert moments["strength"] == pytest.approx(rows["strength"], rel=1e-12)
+    assert moments["label_share"] == pytest.approx(rows["label_share"], rel=1e-6)
+    assert np.isnan(moments["rank"])
+    assert main(["figures", str(tmp_path / "moments"), "--out", str(tmp_path / "figures")]) == 2
+    assert "moments only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--ckpt", "own_networks:Gated"], "--out"),
+        (["--ckpt", "own_networks:Gated", "--by-label", "--out", "run"], "--moments-only"),
+        (["--ckpt", "own_networks:Gated", "--moments-only", "--squeeze", "--out", "run"], "leave out squeeze"),
+        (["--ckpt", "own_networks:fails", "--list-gates"], "KeyError"),
+        (["--ckpt", "own_networks:number", "--list-gates"], "torch.nn.Module"),
+        (["--ckpt", "own_networks:absent", "--list-gates"], "absent"),
+        (["--ckpt", "no_such_module:net", "--list-gates"], "no_such_module"),
+        (["--ckpt", "timm:no_such_net", "--list-gates"], "no_such_net"),
+    ],
+)
+def test_bad_words_are_one_line(factory, tmp_path, words, expected, capsys):
+    assert expected in fails(capsys, *words)
+    assert not (tmp_path / "run").exists()
