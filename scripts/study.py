@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
@@ -54,7 +55,9 @@ class Table:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "stripe": stripe.__version__}
         self.path = path
         self._always = {"config": json.dumps(config), "versions": json.dumps(versions)}
-        self.rows: list[Row] = pd.read_csv(path).to_dict("records") if path.exists() else []
+        self.rows: list[Row] = []
+        if path.exists():
+            self.rows += pd.read_csv(path).to_dict("records")  # type: ignore[arg-type]
         if any(row["config"] != self._always["config"] for row in self.rows):
             raise ValueError(f"'{path}' holds rows of another configuration: name another --out")
 
@@ -122,11 +125,11 @@ def train_case(case: Row, images: ImageSet, test: ImageSet, directory: Path, arg
         save_every=0,
         progress=False,
     )
-    row = {"layers": sum(isinstance(module, asr.ASRLayer) for module in model.modules())}
+    row: Row = {"layers": sum(isinstance(module, asr.ASRLayer) for module in model.modules())}
     for name, path in (("last", last), ("best", best)):
         model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
         row[f"accuracy_{name}"] = evaluate(asr.deploy(model), Loader(test, arguments.batch)).accuracy
-    return row | {"best_epoch": int(metrics["val_accuracy"].idxmax()) + 1}
+    return row | {"best_epoch": int(metrics["val_accuracy"].argmax()) + 1}
 
 
 def build_case(case: Row, classes: int, arguments: argparse.Namespace) -> nn.Module:
@@ -217,12 +220,12 @@ def _name_and_path(word: str) -> tuple[str, str]:
     return name, path
 
 
-def draw_robustness(rows: pd.DataFrame) -> plt.Figure:
+def draw_robustness(rows: pd.DataFrame) -> Figure:
     """Draw accuracy over the grid of constants, a panel a network, and under noise, a line a network."""
     names = list(rows["network"].unique())
     undisturbed = rows[(rows["a"] == 1) & (rows["b"] == 0) & (rows["s"] == 0)]
     figure = plt.figure(figsize=(7, 5), layout="constrained")
-    above, below = figure.subfigures(2, 1)
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     panels = above.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for ax, name in zip(panels, names, strict=True):
         grid = rows[(rows["network"] == name) & (rows["s"] == 0)].pivot(index="b", columns="a", values="accuracy")[::-1]

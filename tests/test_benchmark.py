@@ -5,6 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from stripe import asr
+from stripe.attention import create_attention
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
@@ -64,3 +69,36 @@ def test_bad_lists_are_one_line_and_exit_code_2(benchmark, listed, capsys, text,
 def test_a_list_that_is_not_there(benchmark, capsys):
     assert benchmark.main(["coverage", "--models", "no/such/file"]) == 2
     assert "no/such/file" in capsys.readouterr().err
+
+
+def test_the_listed_networks_have_the_gates_their_authors_wrote(benchmark, capsys):
+    assert benchmark.main(["coverage", "--models", str(Path(__file__).with_name("networks.txt"))]) == 0
+    assert "55 of 55 networks as expected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [
+        (
+            "deploy",
+            ["plain", "SE", "ASR", "deployed", "deployed, norm kept (reference)", "fused", "fused, channels-last"],
+        ),
+        ("train", ["plain", "SE", "ASR", "ASR as bn(x) * v"]),
+    ],
+)
+def test_timings_in_miniature(benchmark, tmp_path, capsys, name, cases):
+    words = [name, "--depth", "11", "--batch", "4", "--rounds", "2", "--json", str(tmp_path / "a.json")]
+    assert benchmark.main(words) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [row["case"] for row in report["rows"]] == cases
+    for row in report["rows"]:
+        assert {"case", "seconds", "min", "max", "baseline", "ratio", "peak_mb"} <= row.keys()
+        assert row["min"] <= row["seconds"] <= row["max"]
+        assert row["ratio"] == pytest.approx(row["seconds"] / report["rows"][0]["seconds"])
+
+
+def test_the_benchmarks_naive_asr_computes_what_the_layer_does(benchmark):
+    layer = asr.layers.wrap(nn.BatchNorm2d(32), lambda: create_attention("senet", 32))
+    x = torch.randn(4, 32, 5, 5)
+    torch.testing.assert_close(benchmark.Scaled(layer)(x), layer(x))
+    assert not torch.allclose(layer.bn(x), layer(x))

@@ -21,7 +21,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "ASRBatchNorm2d", "ASRLayer", "Validation", "deploy", "fuse", "insert", "switch_to_deploy", "switch_to_train", "validate",
+    "ASRBatchNorm2d", "ASRLayer", "Validation", "deploy", "fuse", "insert", "switch_to_deploy", "switch_to_train",
+    "validate",
 ]  # fmt: skip
 
 

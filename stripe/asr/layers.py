@@ -178,8 +178,9 @@ def wrap(
     """
     inner = bn if repeats == 1 else wrap(bn, build, psi_init, repeats - 1)
     for _ in range(DRAWS):
-        layer = ASRLayer(inner, build(), psi_init)
-        (gradient,) = torch.autograd.grad(layer.learned_vector().sum(), layer.vector)
+        with torch.inference_mode(False), torch.enable_grad():
+            layer = ASRLayer(inner, build(), psi_init)
+            (gradient,) = torch.autograd.grad(layer.learned_vector().sum(), layer.vector)
         if gradient.isfinite().all() and gradient.any():
             return layer
     raise ValueError(f"psi gets no finite gradient from {type(layer.attention_module).__name__}: take another module")
