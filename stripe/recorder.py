@@ -30,7 +30,8 @@ class Recorder:
                 recorder.commit(sample_ids, labels)
         attention = open_run("runs/a").attention(gates[0].name, epoch=0)  # (samples, channels)
 
-    An epoch is finished when the next one begins or the `with` ends; an exception leaves it out of the run.
+    An epoch is finished when `record` returns, the next one begins or the `with` ends; an exception leaves an
+    unfinished one out of the run.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Recorder:
                 for images, labels, sample_ids in progress(loader):
                     self.model(images.to(device))
                     self.commit(sample_ids, labels, epoch=epoch)
+            self._finish()
         finally:
             for module, flag in training:
                 module.training = flag
@@ -140,9 +142,14 @@ class Recorder:
     def _begin(self, number: int) -> Rows:
         """Return the writer of epoch `number`; a change of number finishes the epoch before."""
         if self._epoch is None or self._epoch[0] != number:
-            self._open_epoch.close()
+            self._finish()
             self._epoch = number, self._open_epoch.enter_context(self._writer.epoch(number))
         return self._epoch[1]
+
+    def _finish(self) -> None:
+        """Publish the epoch that is open, if one is."""
+        self._epoch = None
+        self._open_epoch.close()
 
 
 def identify(batch: Sequence[Any], seen: int) -> tuple[Any, Any]:

@@ -117,6 +117,7 @@ def test_an_exception_leaves_finished_epochs_and_no_hook(tmp_path, network, load
     def record():
         with Recorder(network, gates, tmp_path / "run") as recorder:
             recorder.record(loader, epoch=1)
+            assert open_run(tmp_path / "run").epochs == [1]
             network(next(iter(loader))[0])
             recorder.commit(range(16), epoch=2)
             raise KeyboardInterrupt

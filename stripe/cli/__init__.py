@@ -55,10 +55,17 @@ def script(command: str) -> int:
     return _run(parser.parse_args())
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.description = command.SUMMARY
     parser.epilog = f"example: {parser.prog} {command.EXAMPLE}"
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = _Help
     parser.set_defaults(run=command.run)
     command.add_arguments(parser)
 

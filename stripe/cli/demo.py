@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     table = stats.summarize(observed, epochs=[observed.epochs[-1]]).merge(match.table, on=["gate", "channels"])
     columns = ["gate", "strength", "strength_low", "strength_high", "std", "r", "r_untrained", "p_adjusted", "verdict"]
-    print(table[columns].round(3).to_string(index=False))
+    print(table[columns].to_string(index=False, float_format="{:.3g}".format))
     speeds = _images_per_second({"SE": se, "ASR deployed": deployed}, next(iter(probe))[0])
     results = {
         "SE": match.accuracies["attention"],

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stripe.store import open_run
 
     table = summarize(open_run(arguments.run_path), bootstrap=arguments.bootstrap)
-    print(table.round(4).to_string(index=False))
+    print(table.to_string(index=False, float_format="{:.4g}".format))
     if arguments.csv is not None:
         table.to_csv(arguments.csv, index=False)
     options.write_json(arguments.json, {"rows": options.plain(table)})

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 def print_validation(validation: "Validation") -> None:
     """Print the table per gate and the accuracies."""
     table = validation.table.drop(columns=["channels", "p", "rmse_untrained", "rmse_best"])
-    print(table.round(4).to_string(index=False))
+    print(table.to_string(index=False, float_format="{:.3g}".format))
     accuracies = ", ".join(f"{gates} {percent:.2f}" for gates, percent in validation.accuracies.items())
     print(f"test accuracy in % by what the gates give: {accuracies}")
 
