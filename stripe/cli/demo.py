@@ -80,8 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
             print(file)
 
     table = stats.summarize(observed, epochs=[observed.epochs[-1]]).merge(match.table, on=["gate", "channels"])
-    columns = ["gate", "strength", "strength_low", "strength_high", "std", "r", "r_untrained", "p_adjusted", "verdict"]
+    columns = ["gate", "strength", "strength_low", "strength_high", "std", "r", "r_untrained", "p_adjusted"]
+    columns += ["rmse", "rmse_untrained", "verdict"]
     print(table[columns].to_string(index=False, float_format="{:.3g}".format))
+    print(match.rule)
     speeds = _images_per_second({"SE": se, "ASR deployed": deployed}, next(iter(probe))[0])
     results = {
         "SE": match.accuracies["attention"],
