@@ -40,12 +40,13 @@ def spread_channels(v, ndim, last):
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_norms_scaled_by_v_and_deployed(kind, affine, eps, dtype):
+@pytest.mark.parametrize("module", ATTENTION)
+def test_norms_scaled_by_v_and_deployed(module, kind, affine, eps, dtype):
     build, shape = LAYERS[kind]
     norm = randomize(build(affine=affine, eps=eps)).to(dtype).eval()
     if hasattr(norm, "running_var"):
         norm.running_var.fill_(1e-3)  # where a forgotten eps shows
-    layer = wrap(norm, lambda: create_attention("senet", C)).to(dtype)
+    layer = wrap(norm, lambda: create_attention(module, C)).to(dtype)
     nn.init.normal_(layer.vector)
     x = torch.randn(shape, dtype=dtype)
     trained = layer(x)

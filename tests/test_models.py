@@ -1,6 +1,7 @@
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -140,6 +141,16 @@ def test_safetensors_load(tmp_path):
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(load_checkpoint(tmp_path / "weights.safetensors")(x), model(x))
+
+
+def test_accuracies_that_are_numpy_numbers_do_not_bar_a_file(tmp_path):
+    torch.save(
+        {"state_dict": ResNet(11).state_dict(), "epoch": 9, "best_acc": np.float64(71.5)}, tmp_path / "a.pth.tar"
+    )
+    assert read_checkpoint(tmp_path / "a.pth.tar").epoch == 9
+    torch.save({"state_dict": ResNet(11).state_dict(), "other": np.zeros(3)}, tmp_path / "b.pth.tar")
+    with pytest.raises(ValueError, match="refused"):
+        read_checkpoint(tmp_path / "b.pth.tar")
 
 
 def test_a_description_rebuilds_what_keys_cannot_tell(tmp_path):

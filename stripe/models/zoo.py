@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,11 @@ from stripe.attention import ATTENTION, create_attention
 from stripe.models.resnet import BLOCKS, WIDTHS, ResNet, block_of, depth_of
 
 ARCHITECTURES: dict[str, type[ResNet]] = {"resnet": ResNet}
+NUMPY_SCALARS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))),
+]
+"""What a NumPy number in a checkpoint, such as an accuracy, is pickled as; it runs no code of the file's."""
 HUBS = ("timm:", "torchvision:")
 IMAGENET: dict[str, Any] = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 """Input of a torchvision network without published weights."""
@@ -146,7 +152,8 @@ def _read(path: Path) -> dict[str, Any]:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(NUMPY_SCALARS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: refused, it is not a file of tensors and plain values alone; its code was not run"
