@@ -130,7 +130,7 @@ class Net(nn.Module):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
         self.fc1, self.fc2 = nn.Linear(channels, 4), nn.Linear(4, channels)
-        self.sigmoid, self.spatial = nn.Sigmoid(), nn.Conv2d(channels, 1, 3, padding=1)
+        self.same, self.sigmoid, self.spatial = nn.Identity(), nn.Sigmoid(), nn.Conv2d(channels, 1, 3, padding=1)
         self.scale, self.pair = nn.Parameter(torch.randn(channels, 1, 1)), nn.Linear(channels, 2 * channels)
         self.gate, self.last = gate, last or nn.Conv2d(channels, 5, 3)
 
@@ -172,6 +172,7 @@ GATED = {
     "module": (lambda n, x: x * column(n.sigmoid(n.logits(x))), "multiplicative", "NCHW", "sigmoid"),
     "left": (lambda n, x: column(n.sigmoid(n.logits(x))) * x, "multiplicative", "NCHW", "sigmoid"),
     "functional": (lambda n, x: x * column(torch.sigmoid(n.logits(x))), "multiplicative", "NCHW", None),
+    "handed through": (lambda n, x: x * column(n.same(torch.sigmoid(n.logits(x)))), "multiplicative", "NCHW", "same"),
     "in place": (lambda n, x: x.mul_(column(torch.sigmoid(n.logits(x)))), "multiplicative", "NCHW", None),
     "expanded": (lambda n, x: x * column(n.sigmoid(n.logits(x))).expand_as(x), "multiplicative", "NCHW", "sigmoid"),
     "repeated": (
@@ -278,6 +279,10 @@ NOT_GATED = {
         mapped(lambda n, x: (tokens(n, x) * n.fc1(tokens(n, x)).mean(2, keepdim=True).sigmoid()).transpose(1, 2)),
         "dimensions 1, which",
     ),
+    "a score per hidden token": (
+        mapped(lambda n, x: (n.fc2(n.fc1(tokens(n, x))) * n.fc1(tokens(n, x)).mean(2, True).sigmoid()).transpose(1, 2)),
+        "dimensions 1, which",
+    ),
     "attention pooling": (
         lambda n, x: x + column((tokens(n, x) * n.fc1(tokens(n, x))[..., :1].softmax(1)).sum(1)), "dimensions 1, which"
     ),
@@ -288,7 +293,7 @@ NOT_GATED = {
         "dimensions 1, 2",
     ),
     "windows": (lambda n, x: torch.cat(windowed(torch.cat(x.chunk(2, 3))).chunk(2), 3), "not the batch of 3"),
-    "zero-initialised spatial": (lambda n, x: x * (x * 0).sigmoid(), "varies over space"),
+    "zero-initialised spatial": (lambda n, x: x * (x * 0 + n.scale).sigmoid(), "varies over space"),
     "timestep": (lambda n, x: x + column(n.fc2(torch.ones(len(x), 4) * 0.3)), None),
     "mean removed": (lambda n, x: x + -x.mean((2, 3), keepdim=True), "no learned layer"),
     "local and global": (lambda n, x: x * (n.first[0](x[:, :3]) + column(n.logits(x))).sigmoid(), "no learned layer"),
@@ -579,10 +584,10 @@ def test_an_input_too_small_to_show_gates_is_refused():
 class SelfGate(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc = nn.Conv2d(8, 8, 1)
+        self.fc1, self.fc2 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
 
     def forward(self, x):
-        return x * torch.sigmoid(self.fc(x))
+        return x * torch.sigmoid(self.fc2(self.fc1(x).relu()))
 
 
 def test_further_normalisers_are_taken_by_their_aten_name(images):

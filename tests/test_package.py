@@ -22,6 +22,7 @@ ALLOWED = {
     "asr.layers": set(),
     "models": {"attention", "asr.layers"},
     "recorder": {"gates", "store"},
+    "folding": {"gates", "stats", "training"},
     "plots": {"stats"},
     "asr.convert": {"attention", "asr.layers", "gates"},
     "asr.validation": {"asr.layers", "training", "store", "stats"},

@@ -212,7 +212,7 @@ def _is_spread(value: Value, allowed: Collection[str]) -> bool:
 def _is_shrunk(gate: Value, scaled: Value) -> bool:
     """Whether strided layers, rather than a global pooling, left `scaled` as a single pixel."""
     if any(value is scaled for op in gate.upstream(_PASSING | NORMALISERS) for value in op.inputs):
-        return False  # x * sigmoid(x) is an activation
+        return False  # x * sigmoid(f(x)), nothing pooled: it would vary over a larger map
     for op in scaled.chain():
         if sum(size > 1 for size in op.main_input.shape[1:]) > 1:
             return op.name in _SHRINKING
@@ -281,21 +281,21 @@ def _tap(port: Port | None) -> Tap | None:
 def _port(graph: Trace, value: Value, dims: Sequence[int]) -> Port | None:
     """Return where a hook meets a tensor that, flattened to (N, C), is `value` along `dims`: an output if it can be."""
     rows = _rows(value, dims)
-    ports = [p for p in graph.ports[value.memory] if rows and rows == _rows(p.value, range(1, len(p.value.shape)))]
+    ports = [
+        p for p in graph.ports[value.memory] if p.value.shape and _rows(p.value, range(1, len(p.value.shape))) == rows
+    ]
     return min(ports, key=lambda port: port.side == "input", default=None)
 
 
-def _rows(value: Value, dims: Sequence[int]) -> tuple[int, ...] | None:
-    """Describe the memory of `dims` as rows: batch, columns, offset and both strides; None if not uniform."""
-    columns, step = 1, 1
-    for d in reversed(dims):
-        if value.shape[d] > 1:
-            if columns > 1 and value.stride[d] != step * columns:
-                return None
-            step = value.stride[d] if columns == 1 else step
-            columns *= value.shape[d]
-    batch, *_ = value.shape or (0,)
-    return batch, columns, value.offset, value.stride[0] if batch > 1 else 0, step
+def _rows(value: Value, dims: Sequence[int]) -> tuple[object, ...]:
+    """Describe in which order flattening `dims` reads memory: batch, offset, batch stride, runs of (length, step)."""
+    runs: list[tuple[int, int]] = []
+    for n, step in ((value.shape[d], value.stride[d]) for d in dims if value.shape[d] > 1):
+        if runs and runs[-1][1] == n * step:
+            runs[-1] = runs[-1][0] * n, step
+        else:
+            runs.append((n, step))
+    return value.shape[0], value.offset, value.stride[0] if value.shape[0] > 1 else 0, runs
 
 
 def _is_map(port: Value, scaled: Value, layout: str) -> bool:
