@@ -28,8 +28,8 @@ _HOMES = {
 _ROOMS = ("asr", "attention", "data", "folding", "models", "plots", "stats", "store", "training")
 
 __all__ = [
-    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "models", "open_run", "plots",
-    "stats", "store", "training",
+    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "models", "open_run",
+    "plots", "stats", "store", "training",
 ]  # fmt: skip
 
 
