@@ -130,7 +130,8 @@ class Net(nn.Module):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
         self.fc1, self.fc2 = nn.Linear(channels, 4), nn.Linear(4, channels)
-        self.same, self.sigmoid, self.spatial = nn.Identity(), nn.Sigmoid(), nn.Conv2d(channels, 1, 3, padding=1)
+        self.same, self.sigmoid, self.softmax = nn.Identity(), nn.Sigmoid(), nn.Softmax(2)
+        self.spatial = nn.Conv2d(channels, 1, 3, padding=1)
         self.scale, self.pair = nn.Parameter(torch.randn(channels, 1, 1)), nn.Linear(channels, 2 * channels)
         self.gate, self.last = gate, last or nn.Conv2d(channels, 5, 3)
 
@@ -214,6 +215,13 @@ GATED = {
         "multiplicative", "NGCHW", "sigmoid",
     ),
     "radix": (radix, "radix", "NRCHW", None),
+    "radix transposed": (
+        lambda n, x: (
+            torch.stack([x, x.flip(3)], 1)
+            * n.softmax(n.pair(x.mean((2, 3))).unflatten(1, (8, 2))).transpose(1, 2)[..., None, None]
+        ).sum(1),
+        "radix", "NRCHW", None,
+    ),
     "radix last": (lambda n, x: radix(n, x, 2), "radix", "NCRHW", None),
     "response norm": (response_norm, "affine", "NCHW", None),
     "context": (lambda n, x: x + column(n.logits(x)), "additive", "NCHW", "fc2"),
@@ -355,6 +363,8 @@ class Block(nn.Module):
         self.register_buffer("last", torch.zeros(()))
 
     def forward(self, x):
+        if self.training:
+            return x
         self.seen += 1
         self.last = self.last + 1
         y = x * self.sigmoid(self.one(x.mean((2, 3))))[..., None, None]
@@ -540,7 +550,7 @@ class Returns(Net):
 def test_a_gate_used_twice_is_replaced_in_its_product_only(images):
     def twice(net, x):
         gate = net.sigmoid(net.logits(x))
-        return x * column(gate) + column(gate)
+        return x * column(gate).expand_as(x) + column(gate)
 
     model = randomize(Net(twice)).eval()
     (gate,) = find_gates(model, images)
@@ -606,7 +616,18 @@ class Elastic(nn.Module):
     def forward(self, x):
         if len(x) == 7:
             return x
+        if len(x) == 5:
+            raise RuntimeError("five")
         return x * column(self.sigmoid(x.mean((2, 3))))
+
+
+def test_a_forward_that_fails_leaves_nothing_for_the_next(images):
+    model, seen = Elastic(False).eval(), []
+    with read_gates(model, find_gates(model, images), lambda gate, kind, values: seen.append(len(values))):
+        with pytest.raises(RuntimeError, match="five"):
+            model(torch.randn(5, 3, 4, 4))
+        model(images)
+    assert seen == [3]
 
 
 @pytest.mark.parametrize("source", [True, False])
@@ -627,6 +648,10 @@ def test_gates_that_change_between_batches_are_refused_by_name(source, images):
 
 
 # ---- nothing is left ----
+def test_a_network_in_training_is_looked_at_in_eval_mode(images):
+    assert find_gates(Stages().train(), images) == find_gates(Stages().eval(), images) != []
+
+
 def test_a_network_is_left_as_found_also_after_an_exception(images):
     for fail in (False, True):
         model = Stages(fail).train()

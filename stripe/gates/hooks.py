@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 
 class Hooks:
-    """Forward hooks that end with the `with` block; a scripted root, which refuses hooks, is met by global ones."""
+    """Forward hooks that end with the `with` block; scripted modules, which refuse hooks, are met by global ones."""
 
     def __init__(self) -> None:
         """Start without hooks."""
@@ -43,13 +43,6 @@ class Hooks:
         else:
             handle = module.register_forward_hook(lambda _, args, output: act(output), always_call=always)
         self._handles.append(handle)
-
-
-def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module wherever a hook fires: at the root, and at every module that is not scripted."""
-    for path, module in model.named_modules():
-        if module is model or not isinstance(module, torch.jit.ScriptModule):
-            yield path, module
 
 
 def output_items(output: Any) -> tuple[Any, ...]:

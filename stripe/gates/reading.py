@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe.gates.finding import factors_of, is_alike
 from stripe.gates.gate import Gate, Kind, Tap
-from stripe.gates.hooks import Hooks, hookable, output_items, unwrap
+from stripe.gates.hooks import Hooks, output_items, unwrap
 from stripe.gates.trace import FACTORS, in_parts, op_name
 
 Sink = Callable[[Gate, Kind, Tensor], None]
@@ -168,7 +168,7 @@ class _Watch:
         places: defaultdict[tuple[str, str], list[_Job]] = defaultdict(list)
         for job in self._jobs:
             places[(job.tap.path, job.tap.side) if job.tap else (job.gate.site, "product")].append(job)
-        modules = dict(hookable(model))
+        modules = dict(model.named_modules())
         if lost := {job.gate.name: None for (path, _), jobs in places.items() if path not in modules for job in jobs}:
             raise ValueError(f"this network has no gates {', '.join(lost)}: call find_gates on it")
         hooks.before(model, self._begin)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stripe.gates.hooks import Hooks, hookable, output_items
+from stripe.gates.hooks import Hooks, output_items
 
 Images = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example input: a tensor, or several as positional (tuple, list) or keyword (mapping) arguments."""
@@ -272,7 +272,7 @@ class _Recorder(TorchDispatchMode):
     # module calls
     def follow(self, model: nn.Module, hooks: Hooks) -> None:
         """Note every module call of `model`, with what passes in and out."""
-        for path, module in hookable(model):
+        for path, module in model.named_modules():
             hooks.before(module, partial(self._enter, path))
             hooks.after(module, self._leave)
 
