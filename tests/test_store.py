@@ -687,14 +687,33 @@ def test_a_full_disk(small_disk, monkeypatch):
     assert open_run(record(small_disk / "run", 2)).epochs == [1, 2]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_directory(tmp_path):
-    record(tmp_path, 1)
-    tmp_path.chmod(0o500)
-    with refused(PermissionError, str(tmp_path)):
-        writer(tmp_path / "new")
-    assert open_run(tmp_path).epochs == [1]
-    tmp_path.chmod(0o700)
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Give up root's right to write anywhere, if the tests run as root."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_read_only_directory():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
+        path = Path(folder)
+        record(path, 1)
+        before = listing(path)
+        for each in (path, *path.rglob("*")):
+            each.chmod(0o555 if each.is_dir() else 0o444)
+        with unprivileged():
+            with refused(PermissionError, folder):
+                writer(path / "new")
+            with refused(PermissionError, folder), writer(path) as run, run.epoch(2):
+                pass
+            assert open_run(path).epochs == [1]
+        assert listing(path) == before
+        for each in (path, *path.rglob("*")):
+            each.chmod(0o755)
 
 
 def several_ranks(path: Path, ids: list[list[int]], **changes: Any) -> list[BaseException]:
