@@ -2,18 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint study study-check clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed
+	$(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term --cov-fail-under=90
+
+test-all: .venv/installed
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+study: .venv/installed
+	$(BIN)/python scripts/study.py forms --seeds 1 2 3
+
+study-check: .venv/installed
+	$(BIN)/python scripts/study.py check
 
 clean:
 	rm -rf .venv runs figures/demo

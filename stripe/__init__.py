@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stripe import asr, attention, data, folding, models, plots, stats, store, training
+    from stripe import asr, attention, data, folding, gates, models, plots, report, stats, store, training
+    from stripe.examples import load_example
     from stripe.folding import fold
     from stripe.gates import Gate, find_gates
     from stripe.recorder import Recorder
@@ -23,13 +24,14 @@ _HOMES = {
     "Run": "stripe.store",
     "find_gates": "stripe.gates",
     "fold": "stripe.folding",
+    "load_example": "stripe.examples",
     "open_run": "stripe.store",
 }
-_ROOMS = ("asr", "attention", "data", "folding", "models", "plots", "stats", "store", "training")
+_ROOMS = ("asr", "attention", "data", "folding", "gates", "models", "plots", "report", "stats", "store", "training")
 
 __all__ = [
-    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "models", "open_run",
-    "plots", "stats", "store", "training",
+    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "gates", "load_example",
+    "models", "open_run", "plots", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

@@ -9,12 +9,15 @@ import dataclasses
 import functools
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,15 @@ from tqdm import tqdm
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 MEMORY_LIMIT = 2**30  # bytes of decoded images held in memory; larger sets are decoded batch by batch
+LARGEST_SIZE = 2048  # pixels; a side beyond is no network's input
 LARGEST_NATURAL_SIZE = 224  # encoded images are shrunk to this side unless the caller says otherwise
 PADDING = 4  # black pixels around an image before its random crop
 DECODED_AT_ONCE = 256  # images a thread decodes before it hands them over
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program
 FOLDER_SPLITS = ("train", "test", "val")
 MEASURED_IMAGES = 64  # images opened to learn the size of an encoded set
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow refuses what is twice as large by itself
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, for pixels in 0..1
 Reader = Callable[[Tensor], list[tuple[str, str | BytesIO]]]  # rows to the names and files of their images
@@ -73,13 +79,37 @@ class Encoded:
 
 
 @dataclass(frozen=True, eq=False)
+class Resized:
+    """Images kept at their own size until a batch needs them at `size`; indexing selects, `decode` resizes."""
+
+    stored: Tensor  # uint8 (N, 3, h, w)
+    size: int
+
+    def __getitem__(self, positions: Tensor) -> Resized:
+        """Return the selected images, not yet resized."""
+        return Resized(self.stored[positions], self.size)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the resized images, (N, 3, size, size)."""
+        return len(self.stored), 3, self.size, self.size
+
+    def decode(self) -> Tensor:
+        """Resize to uint8 (N, 3, size, size)."""
+        return F.interpolate(self.stored, (self.size, self.size), mode="bilinear", antialias=True)
+
+
+Images = Tensor | Encoded | Resized  # uint8 (N, 3, H, W), in memory or to be decoded batch by batch
+
+
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """N labelled images of one split and how to normalise them.
 
     Attributes:
         uri: where the images come from.
         split: their split.
-        images: uint8 (N, 3, H, W), or `Encoded` when they are too many to hold in memory.
+        images: uint8 (N, 3, H, W), or `Encoded` or `Resized` when they are too many to hold in memory.
         labels: int64 (N,), -1 where the source does not know.
         sample_ids: int64 (N,), each sample's position in the whole split, the same in every subset.
         classes: class names by label.
@@ -90,7 +120,7 @@ class ImageSet:
 
     uri: str
     split: str
-    images: Tensor | Encoded
+    images: Images
     labels: Tensor
     sample_ids: Tensor
     classes: tuple[str, ...]
@@ -158,8 +188,10 @@ def load_images(
     Raises:
         FileNotFoundError: the data are not there.
         ModuleNotFoundError: `hf:` without the package `datasets`.
-        ValueError: unknown URI or split, too few samples, a broken image, unusable mean and std.
+        ValueError: unknown URI or split, too few samples, a broken image, unusable size, labels, mean and std.
     """
+    if size is not None and not (type(size) is int and 1 <= size <= LARGEST_SIZE):
+        raise ValueError(f"images of size {size!s:.80}: expected a side of 1 to {LARGEST_SIZE} pixels")
     source = _open(uri, str(data_dir))
     if split not in source.splits:
         raise ValueError(f"unknown split '{split}' of '{uri}': expected one of {', '.join(source.splits)}")
@@ -168,6 +200,7 @@ def load_images(
     size = size or source.size or _natural_size(open_split(reference), uri, reference)
 
     part = open_split(split)
+    _check_labels(part, uri, split)
     rows = _spread(len(part.labels), samples, uri, split)
     images = _in_memory(_sized(part.stored, rows, size), uri)
     if mean is not None or std is not None:
@@ -194,7 +227,9 @@ class Loader:
 
     Several processes share the work. In training each takes `batch_size` samples of every global batch; the
     last, smaller one is shared equally and left out where it would give a process a single sample, since
-    batch norm cannot train on one. Otherwise each takes a contiguous part; nothing is padded or repeated.
+    batch norm cannot train on one. Otherwise the batches are those of one process, dealt out in contiguous runs,
+    so that a network gives each sample the very same values; fewer batches than processes are cut into even
+    shares. Nothing is padded or repeated.
 
     Attributes:
         samples: how many samples an epoch yields to this process.
@@ -268,9 +303,13 @@ def _training_parts(total: int, batch_size: int, rank: int, world_size: int) -> 
 
 
 def _ordered_parts(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[slice]:
-    end = total * (rank + 1) // world_size
-    for start in range(total * rank // world_size, end, batch_size):
-        yield slice(start, min(start + batch_size, end))
+    starts = range(0, total, batch_size)
+    even = [total * each // world_size for each in range(world_size + 1)]
+    ends = [*starts, total] if len(starts) >= world_size else even
+    first, last = ((len(ends) - 1) * each // world_size for each in (rank, rank + 1))
+    for start, stop in pairwise(ends[first : last + 1]):
+        if start < stop:
+            yield slice(start, stop)
 
 
 def _augment(pixels: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
@@ -284,7 +323,7 @@ def _augment(pixels: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
     return padded.gather(2, sources.expand(-1, channels, -1)).view_as(pixels)
 
 
-def _pixels(images: Tensor | Encoded, batches: list[Tensor], workers: int) -> Iterator[Tensor]:
+def _pixels(images: Images, batches: list[Tensor], workers: int) -> Iterator[Tensor]:
     """Yield uint8 (n, 3, H, W) for each batch of positions; threads decode up to `workers` batches ahead."""
     if isinstance(images, Tensor):
         yield from (images[rows] for rows in batches)
@@ -337,6 +376,15 @@ def _check_count(available: int, asked: int, uri: str, split: str) -> None:
         )
 
 
+def _check_labels(part: _Split, uri: str, split: str) -> None:
+    """Refuse labels that name no class; -1 is an unknown one."""
+    if len(part.labels) and not -1 <= part.labels.min() <= part.labels.max() < len(part.classes):
+        raise ValueError(
+            f"'{uri}' has labels {part.labels.min()} to {part.labels.max()} in split '{split}': expected -1 (unknown) "
+            f"to {len(part.classes) - 1}, one for each of its classes"
+        )
+
+
 def _spread(total: int, samples: int | None, uri: str, split: str) -> Tensor:
     """Return `samples` positions spread evenly over `total`, in order."""
     samples = total if samples is None else samples
@@ -348,6 +396,8 @@ def _spread(total: int, samples: int | None, uri: str, split: str) -> Tensor:
 def _open_image(name: str, file: str | BytesIO) -> Iterator[Image.Image]:
     """Open an image and name it in whatever error its decoding raises (Pillow's decoders raise many types)."""
     try:
+        if isinstance(file, str) and not os.path.isfile(file):
+            raise ValueError("no regular file")  # a pipe would be waited for
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             yield image
     except Exception as error:
@@ -374,17 +424,15 @@ def _natural_size(part: _Split, uri: str, split: str) -> int:
     return min(LARGEST_NATURAL_SIZE, int(np.median(sides)))
 
 
-def _sized(stored: Tensor | Reader, rows: Tensor, size: int) -> Tensor | Encoded:
-    """Bring the images of some rows to (N, 3, size, size), or arrange for it at decoding."""
+def _sized(stored: Tensor | Reader, rows: Tensor, size: int) -> Images:
+    """Take the images of some rows as (N, 3, size, size), where need be by decoding."""
     if not isinstance(stored, Tensor):
         return Encoded(stored, rows, size)
     images = stored[rows]
-    if images.shape[2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return images if images.shape[2:] == (size, size) else Resized(images, size)
 
 
-def _in_memory(images: Tensor | Encoded, uri: str) -> Tensor | Encoded:
+def _in_memory(images: Images, uri: str) -> Images:
     """Decode the images now if they fit below MEMORY_LIMIT."""
     if isinstance(images, Tensor) or math.prod(images.shape) > MEMORY_LIMIT:
         return images
@@ -394,7 +442,7 @@ def _in_memory(images: Tensor | Encoded, uri: str) -> Tensor | Encoded:
     return decoded
 
 
-def _decoded(images: Tensor | Encoded, uri: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _decoded(images: Images, uri: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (positions, uint8 images) in order, with a progress bar when it takes long."""
     parts = list(torch.split(torch.arange(images.shape[0]), DECODED_AT_ONCE))
     pixels = _pixels(images, parts, os.cpu_count() or 1)
@@ -405,7 +453,7 @@ def _decoded(images: Tensor | Encoded, uri: str) -> Iterator[tuple[Tensor, Tenso
 # ---- normalisation -----------------------------------------------------------------------------------------
 
 
-def _statistics(images: Tensor | Encoded, uri: str) -> Constants:
+def _statistics(images: Images, uri: str) -> Constants:
     """Return each channel's mean and std over all pixels, in 0..1.
 
     Counts how often each of the 256 values occurs, so the result does not depend on the order of the sum. Of
@@ -424,7 +472,9 @@ def _statistics(images: Tensor | Encoded, uri: str) -> Constants:
 
 
 def _constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> Constants:
-    if mean is None or std is None or len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+    given = [*(mean or ()), *(std or ())]
+    usable = len(given) == 6 and all(isinstance(x, Real) and math.isfinite(x) for x in given)
+    if mean is None or std is None or len(mean) != 3 or not usable or not min(std) > 0:
         raise ValueError(f"mean {mean} and std {std}: expected three values each, std above 0; pass both")
     return tuple(mean), tuple(std)
 
@@ -524,7 +574,7 @@ def _open_hub(uri: str, data_dir: str) -> _Source:
         raise FileNotFoundError(f"'{uri}': there is no folder '{target}'")
     try:
         splits = datasets.load_dataset(target)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except Exception as error:  # files that are not what they say fail in many ways
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise FileNotFoundError(f"cannot load '{uri}': {reason}") from error
     features = next(iter(splits.values())).features

@@ -1,7 +1,9 @@
 """Figures of stripes. Finished numbers in, Axes or Figure out: no statistic, no file, no global setting."""
 
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, takewhile
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,6 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.9  # inches: one column and both columns of a printed page
@@ -137,14 +140,34 @@ def std_per_channel(std: Mapping[str, npt.ArrayLike], *, ax: Axes | None = None,
     """Draw standard deviations over images, {label: (C,)}, against the channel index."""
     ax = _axes(ax, height=2.0)
     for (label, values), name, color in zip(std.items(), _short_names(list(std)), _sequence(len(std)), strict=True):
-        (deviation,) = _vectors(**{label: values})
-        ax.stairs(deviation, np.arange(deviation.size + 1) - 0.5, baseline=None, color=color, label=name)
-    ax.update_datalim([(0, 0)])  # the axis holds 0: how small a std is shows only against it
-    ax.margins(x=0)
+        _draw_steps(ax, label, values, color=color, name=name)
     _dress(ax, "channel index", "std over images", title)
     if len(std) > 1:
         _legend_below(ax)
     return ax
+
+
+def std_grid(panels: Mapping[tuple[str, int], npt.ArrayLike], *, title: str = "") -> Figure:
+    """Draw {(gate, epoch): standard deviations over images (C,)}: a panel a gate, a line an epoch, one std axis."""
+    if not panels:
+        raise ValueError("panels is empty; expected {(gate, epoch): std (channels,)}")
+    gates, epochs = list(dict.fromkeys(gate for gate, _ in panels)), sorted({epoch for _, epoch in panels})
+    columns = min(3, len(gates))
+    rows = math.ceil(len(gates) / columns)
+    size = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH, 0.8 + 1.4 * rows
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    colors = dict(zip(epochs, _sequence(len(epochs)), strict=True))
+    for (gate, epoch), values in panels.items():
+        ax = axes.flat[gates.index(gate)]
+        _draw_steps(ax, f"panels[{(gate, epoch)}]", values, color=colors[epoch], name=f"epoch {epoch}")
+    for number, (ax, name) in enumerate(zip(axes.flat, _short_names(gates), strict=False)):
+        _dress(ax, "channel index", "" if number % columns else "std over images", name)
+    for ax in axes.flat[len(gates) :]:
+        ax.remove()
+    fig.suptitle(title, fontsize=LABEL_SIZE, wrap=True)
+    handles = [Line2D([], [], color=color, label=f"epoch {epoch}") for epoch, color in colors.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2 * columns, fontsize=TICK_SIZE, frameon=False)
+    return fig
 
 
 def learned_over_stripe(
@@ -168,15 +191,23 @@ def learned_over_stripe(
     return ax
 
 
-def learned_scatter(learned: npt.ArrayLike, mean: npt.ArrayLike, *, ax: Axes | None = None, title: str = "") -> Axes:
-    """Draw a learned vector (C,) against the observed stripe's mean (C,), with the line where they agree."""
-    learned, mean = _vectors(learned=learned, mean=mean)
-    ax = _axes(ax, height=COLUMN_WIDTH)
-    ax.plot(mean, learned, color=LEARNED, linestyle="", marker=".", markersize=4)
+def learned_scatter(
+    vectors: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], *, ax: Axes | None = None, title: str = ""
+) -> Axes:
+    """Draw {gate: (learned vector (C,), observed stripe (C,))}, dark to light, with the line where both agree.
+
+    Gates are told apart, since those that differ in their mean correlate when pooled, whatever their channels do.
+    """
+    ax = _axes(ax, height=COLUMN_WIDTH + 0.4)
+    for (gate, (learned, mean)), color in zip(vectors.items(), _sequence(len(vectors)), strict=True):
+        learned, mean = _vectors(**{f"learned of {gate}": learned, f"stripe of {gate}": mean})
+        ax.plot(mean, learned, color=color, linestyle="", marker=".", markersize=4, alpha=0.8)
     limits = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
+    _dress(ax, "observed stripe", "learned vector", title)
+    if len(vectors) > 1:
+        _name_gates(ax, list(vectors))
     ax.plot(limits, limits, color="0.5", linewidth=0.8, zorder=1)
     ax.set(xlim=limits, ylim=limits, aspect="equal")
-    _dress(ax, "observed stripe", "learned vector", title)
     return ax
 
 
@@ -218,8 +249,8 @@ def drift_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str
     _draw_by_gate(ax, table, "drift")
     if (table["drift"] > 0).any():
         ax.set_yscale("log", nonpositive="mask")
-        ax.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
-    _dress(ax, "epoch", "drift of the stripe", title)
+        ax.yaxis.set(major_formatter=_Decimals(), minor_formatter=_Decimals())
+    _dress(ax, "epoch", "drift between recorded epochs", title)
     return ax
 
 
@@ -238,6 +269,36 @@ def training_curves(metrics: Mapping[str, pd.DataFrame], *, title: str = "") -> 
     handles = axes[0].get_lines()
     fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=TICK_SIZE, frameon=False)
     return fig
+
+
+# ---- folding ---------------------------------------------------------------------------------------------
+
+
+def fold_pareto(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", label: str = "accuracy") -> Axes:
+    """Draw accuracy (%) against latency, a line a variant; without latencies against the number of folded gates.
+
+    `table` has a row per network: folded (gates, int), accuracy, variant (str) and latency_ms, which may be NaN.
+    The network without a folded gate is a point and a dashed line of its own. The upper axis translates latency
+    to folded gates, as far as its labels have room.
+    """
+    ax = _axes(ax, height=2.9)
+    timed = bool(table["latency_ms"].notna().any())
+    x = "latency_ms" if timed else "folded"
+    table = table[table[x].notna()]
+    whole, folded = table[table["folded"] == 0], table[table["folded"] > 0]
+    for variant, style in zip(folded["variant"].unique(), _styles(), strict=False):
+        rows = folded[folded["variant"] == variant].sort_values("folded")
+        ax.plot(rows[x], rows["accuracy"], label=variant, linewidth=0.8, markersize=4, markerfacecolor="none", **style)
+    if len(whole):
+        ax.axhline(whole["accuracy"].iloc[0], color="0.5", linewidth=0.8, linestyle="--", zorder=1)
+        ax.plot(whole[x], whole["accuracy"], color="0", linestyle="", marker="*", markersize=6, label="unfolded")
+    _dress(ax, "latency (ms)" if timed else "folded gates", f"{label} (%)", title)
+    if timed:
+        _translate(ax, table.groupby("folded")["latency_ms"].min(), "folded gates")
+    else:
+        _tick_integers(ax.xaxis)
+    _legend_below(ax)
+    return ax
 
 
 # ---- parts -----------------------------------------------------------------------------------------------
@@ -278,6 +339,35 @@ def _draw_heatmap(ax: Axes, values: Array, vmin: float | None, vmax: float | Non
     return image
 
 
+def _draw_steps(ax: Axes, what: str, values: npt.ArrayLike, *, color: Array, name: str) -> None:
+    """Draw one value a channel, (C,), on an axis that holds 0: how small a std is shows only against it."""
+    (steps,) = _vectors(**{what: values})
+    ax.stairs(steps, np.arange(steps.size + 1) - 0.5, baseline=None, color=color, linewidth=0.8, label=name)
+    ax.update_datalim([(0, 0)])
+    ax.margins(x=0)
+
+
+def _translate(ax: Axes, positions: "pd.Series[float]", label: str) -> None:
+    """Label the upper edge with the index of `positions` on the x axis: its ends, then others that have room."""
+    left, right = ax.get_xlim()
+    shown: dict[str, float] = {}
+    for name, position in (*positions.iloc[[0, -1]].items(), *positions.items()):
+        if all(abs(position - other) > (right - left) / 10 for other in shown.values()):
+            shown[str(name)] = position
+    top = ax.secondary_xaxis("top")
+    top.set_xticks(list(shown.values()), list(shown))
+    top.set_xlabel(label, fontsize=LABEL_SIZE)
+    top.tick_params(labelsize=TICK_SIZE)
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    """Yield endless line styles, told apart by colour (Okabe, Ito 2008), marker and dash."""
+    palette = [OBSERVED, LEARNED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    for dash in cycle(("-", ":", "-.")):
+        for color, marker in zip(palette, "osD^vP", strict=True):
+            yield {"color": color, "marker": marker, "linestyle": dash}
+
+
 def _add_colorbar(images: Sequence[AxesImage], axes: Sequence[Axes], label: str, aspect: int = 20) -> None:
     """Explain the colours of images that share limits: pointed where values go beyond, a note on grey."""
     values = np.concatenate([np.asarray(image.get_array(), dtype=float).ravel() for image in images])
@@ -296,21 +386,28 @@ def _sequence(count: int) -> Array:
 
 
 def _draw_by_gate(ax: Axes, table: pd.DataFrame, column: str, interval: tuple[str, str] | None = None) -> None:
-    """Draw a line a gate, dark to light in order of first appearance; name them by legend or colour bar."""
+    """Draw a line a gate, dark to light in order of first appearance, and name them."""
     gates = list(table["gate"].unique())
-    names, colors = _short_names(gates), _sequence(len(gates))
-    for gate, name, color in zip(gates, names, colors, strict=True):
+    for gate, color in zip(gates, _sequence(len(gates)), strict=True):
         rows = table[table["gate"] == gate].sort_values("epoch")
-        ax.plot(rows["epoch"], rows[column], color=color, linewidth=0.8, marker=".", markersize=2.5, label=name)
+        ax.plot(rows["epoch"], rows[column], color=color, linewidth=0.8, marker=".", markersize=2.5)
         if interval:
             low, high = (rows[bound] for bound in interval)
             paler_when_many = 0.5 / (1 + len(gates) ** 0.5)
             ax.fill_between(rows["epoch"], low, high, color=color, alpha=paler_when_many, linewidth=0.5)
     _tick_integers(ax.xaxis)
+    _name_gates(ax, gates)
+
+
+def _name_gates(ax: Axes, gates: Sequence[str]) -> None:
+    """Name the lines of `gates`, drawn in this order from dark to light, by a legend or, where many, a colour bar."""
+    names = _short_names(gates)
     if len(gates) <= LEGEND_ROOM:
+        for line, name in zip(ax.get_lines(), names, strict=True):
+            line.set_label(name)
         _legend_below(ax)
         return
-    mappable = ScalarMappable(Normalize(0.5, len(gates) + 0.5), ListedColormap(colors))
+    mappable = ScalarMappable(Normalize(0.5, len(gates) + 0.5), ListedColormap(_sequence(len(gates))))
     bar = ax.figure.colorbar(mappable, ax=ax, ticks=np.linspace(1, len(gates), 5).round())
     _dress(bar.ax, "", f"gate 1: {names[0]}\ngate {len(gates)}: {names[-1]}", "")
 
@@ -321,6 +418,13 @@ def _short_names(gates: Sequence[str]) -> list[str]:
     ends = zip(*(path[:0:-1] for path in paths), strict=False)
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, ends))) if len(gates) > 1 else 0
     return [".".join(path[: len(path) - shared]) for path in paths]
+
+
+class _Decimals(LogFormatter):
+    """Writes 0.02 where LogFormatter writes 2e-02, and nothing where that writes nothing."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _tick_integers(axis: Axis) -> None:

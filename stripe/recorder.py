@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from stripe.gates import Gate, read_gates
 from stripe.store import CONTENTS, GateColumn, Rows, RunWriter
@@ -32,6 +32,9 @@ class Recorder:
 
     An epoch is finished when `record` returns, the next one begins or the `with` ends; an exception leaves an
     unfinished one out of the run.
+
+    With `shared`, all processes of a job (torchrun) record one run on a file system they share: each commits its own
+    samples, none twice, and all begin and end the same epochs.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Recorder:
         data: Mapping[str, Any] | None = None,
         seeds: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        shared: bool = False,
     ) -> None:
         """Prepare to record `gates` of `model` into the run at `path`, a new one or one with the same gates.
 
@@ -62,6 +66,8 @@ class Recorder:
             data: of the images, plain values, for the manifest.
             seeds: plain values, for the manifest.
             overwrite: replace epochs that the run holds.
+            shared: record together with the other processes of torch.distributed's group, where there is one;
+                False: alone.
 
         Raises:
             ValueError: there is no gate.
@@ -81,6 +87,7 @@ class Recorder:
             contents=contents,
             seeds=seeds,
             overwrite=overwrite,
+            **_place_in_group() if shared else {},
         )
         self._squeeze = squeeze
         self._seen: dict[str, dict[str, Tensor]] = {}  # by kind, then gate
@@ -130,6 +137,7 @@ class Recorder:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         try:
             self.model.eval()
+            self._begin(epoch)
             with torch.inference_mode():
                 for images, labels, sample_ids in progress(loader):
                     self.model(images.to(device))
@@ -246,6 +254,24 @@ class RecorderCallback:
         if name in ("setup", "teardown", "load_state_dict") or name.startswith("on_"):
             return _do_nothing
         raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+
+
+def _place_in_group() -> dict[str, Any]:
+    """Return this process's rank and the group's barrier, as arguments of RunWriter; none for a single process."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return {}
+    return {"rank": distributed.get_rank(), "barrier": _barrier}
+
+
+def _barrier() -> None:
+    """Wait for the group; RuntimeError of one line when one of its processes is gone."""
+    try:
+        distributed.barrier()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "another process of this job is gone: what is finished is kept, start the job again to go on "
+            f"({' '.join(str(error).split())[:120]})"
+        ) from error
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:

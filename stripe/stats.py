@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import numpy as np
@@ -391,11 +391,27 @@ def settled_epoch(epochs: npt.ArrayLike, drifts: npt.ArrayLike, tolerance: float
     return int(epochs[last]) if last < len(epochs) - 1 else None
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One gate in one epoch: its moments, and whatever of its row does not depend on other epochs."""
+
+    epoch: int
+    gate: str
+    moments: Moments
+    row: dict[str, Any]
+
+    @classmethod
+    def of_moments(cls, epoch: int, gate: str, moments: Moments) -> Measured:
+        """Measure what moments alone tell."""
+        return cls(epoch, gate, moments, _of_moments(moments))
+
+
 def summarize(
     run: RecordedRun,
     *,
     epochs: Sequence[int] | None = None,
     gates: Sequence[str] | None = None,
+    samples: bool = True,
     bootstrap: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = SEED,
@@ -403,34 +419,60 @@ def summarize(
     """Tabulate every statistic, one row per epoch and gate, with one gate of one epoch in memory at a time.
 
     ``std`` is the mean over channels, ``drift`` is NaN at a gate's first epoch, ``flags`` joins its names by
-    commas. ``bootstrap=0`` leaves the interval NaN; a run of moments alone leaves so whatever takes samples.
-    Raises ValueError when the run holds no finished epoch.
+    commas. ``bootstrap=0`` leaves the interval NaN; a run of moments alone leaves so whatever takes samples, and
+    so does ``samples=False``, with one batch in memory at a time. Raises ValueError when the run holds no finished
+    epoch.
     """
     epochs = run.epochs if epochs is None else epochs
-    if not len(epochs):
-        raise ValueError("nothing to summarize: the run holds no finished epoch; record one first")
     names = [gate.name for gate in run.gates] if gates is None else gates
+    one = partial(measure, run, gates=names, samples=samples, bootstrap=bootstrap, confidence=confidence, seed=seed)
+    return tabulate(measured for epoch in epochs for measured in one(epoch))
+
+
+def measure(
+    run: RecordedRun,
+    epoch: int,
+    gates: Sequence[str],
+    *,
+    samples: bool = True,
+    bootstrap: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = SEED,
+) -> Iterator[Measured]:
+    """Measure gates of one epoch one after the other; see `summarize`, which tabulates them."""
+    if not (samples and run.has_samples):
+        for (_, gate), now in run.moments([epoch], gates).items():
+            measured = Measured.of_moments(epoch, gate, now)
+            if run.has_label_means:
+                measured.row.update(_of_classes(now, run.label_means(gate, epoch)))
+            yield measured
+        return
+    labels = run.labels(epoch)
+    for gate in gates:
+        values = run.attention(gate, epoch)
+        now = Moments.of(values)
+        if 0 < now.finite.sum() < now.finite.size:
+            values = values[:, now.finite]
+        row = _of_moments(now) | _of_samples(values, labels, stripe_strength(now))
+        if bootstrap:
+            interval = bootstrap_strength(values, resamples=bootstrap, confidence=confidence, seed=seed)
+            row |= {"strength_low": interval.low, "strength_high": interval.high}
+        yield Measured(epoch, gate, now, row)
+
+
+def tabulate(measured: Iterable[Measured]) -> pd.DataFrame:
+    """Put measured gates, epochs ascending, into a table with the drift from each gate's epoch before.
+
+    Raises ValueError when there is none.
+    """
     rows: list[dict[str, Any]] = []
     last: dict[str, Moments] = {}
-    for epoch in epochs:
-        kept = {} if run.has_samples else run.moments([epoch], names)
-        labels = run.labels(epoch) if run.has_samples else None
-        for name in names:
-            if labels is None:
-                now = kept[epoch, name]
-                measured = _of_classes(now, run.label_means(name, epoch)) if run.has_label_means else {}
-            else:
-                values = run.attention(name, epoch)
-                now = Moments.of(values)
-                if 0 < now.finite.sum() < now.finite.size:
-                    values = values[:, now.finite]
-                measured = _of_samples(values, labels, stripe_strength(now))
-                if bootstrap:
-                    interval = bootstrap_strength(values, resamples=bootstrap, confidence=confidence, seed=seed)
-                    measured |= {"strength_low": interval.low, "strength_high": interval.high}
-            change = drift(last[name], now) if name in last else math.nan
-            rows.append({"epoch": epoch, "gate": name, "drift": change} | _of_moments(now) | measured)
-            last[name] = now
+    for each in measured:
+        change = drift(last[each.gate], each.moments) if each.gate in last else math.nan
+        rows.append({"epoch": each.epoch, "gate": each.gate, "drift": change} | each.row)
+        last[each.gate] = each.moments
+    if not rows:
+        raise ValueError("nothing to summarize: the run holds no finished epoch; record one first")
     return pd.DataFrame(rows, columns=SUMMARY)
 
 

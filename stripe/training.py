@@ -2,11 +2,12 @@
 
 Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint
 holds weights, optimizer state and metrics and nothing else has to be saved. Device and several processes are
-Accelerate's business. Imports nothing of stripe.
+Accelerate's business. Imports of stripe `checkpoints` alone.
 """
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
 import json
@@ -16,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from stripe.checkpoints import read_tensors
 
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
 METRICS = "metrics.csv"
@@ -52,6 +55,7 @@ class Recipe:
         no_decay: patterns of parameter names without weight decay, such as "*.psi".
         amp: "no", "bf16" or "fp16" mixed precision.
         channels_last: memory layout of the network, usually the faster one.
+        compile: run training steps through torch.compile, which takes minutes to start and pays over many steps.
         seed: of every random number drawn while training.
     """
 
@@ -66,6 +70,7 @@ class Recipe:
     no_decay: tuple[str, ...] = ()
     amp: str = "no"
     channels_last: bool = True
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -145,6 +150,42 @@ class Callback(Protocol):
         After a crash the epoch may be trained and reported again, with the same result.
         """
         ...
+
+
+class TensorBoard:
+    """A callback that writes the metrics as TensorBoard scalars by the names that metrics.csv gives them; use `with`.
+
+    Steps are epochs. What a run of earlier noted at the first epoch to come and after it is purged, so a resumed
+    training shows every epoch once.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Write into `directory`; ModuleNotFoundError without the extra `tensorboard`."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "TensorBoard's files need the package tensorboard: pip install 'stripe-observation[tensorboard]'"
+            ) from error
+        self._open = functools.partial(SummaryWriter, str(directory))
+        self._writer: Any = None
+
+    def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Write the epoch's finite metrics to the disk."""
+        self._writer = self._writer or self._open(purge_step=epoch)
+        for name, value in metrics.items():
+            if name != "epoch" and math.isfinite(value):
+                self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def __enter__(self) -> Self:
+        """Return the callback."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file, if there is one."""
+        if self._writer:
+            self._writer.close()
 
 
 @dataclass(frozen=True)
@@ -287,7 +328,12 @@ class _Trainer:
             self.model.to(memory_format=torch.channels_last)
         device, precision = self.accelerator.device.type, _PRECISIONS[recipe.amp]
         self.autocast = functools.partial(torch.autocast, device, precision, enabled=precision is not None)
-        self.objective = self.accelerator.prepare(_Objective(model, self.autocast))
+        objective = _Objective(model, self.autocast)
+        if recipe.compile:
+            # in place and around the model, which stays as it is; a graph for each size of batch, so that no graph
+            # depends on what this process ran before, and resuming is exact
+            objective.compile(dynamic=False)
+        self.objective = self.accelerator.prepare(objective)
         self.optimizer = _optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == "fp16")
 
@@ -345,7 +391,7 @@ class _Trainer:
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(saved["state_dict"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # the file lies under these tensors
             self.scaler.load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             problem = " ".join(str(error).split())[:200]
@@ -410,17 +456,18 @@ def _finite_loss(scores: Tensor, epoch: int, rate: float) -> float:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a resumable checkpoint without executing anything in it."""
-    with path.open("rb") as file:
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a foreign or truncated file fails in many ways
-            raise ValueError(
-                f"'{path}' is no checkpoint, or was cut short: resume from the last.pt of a training"
-            ) from error
-    missing = RESUMABLE - (saved.keys() if isinstance(saved, dict) else set())
+    try:
+        saved = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' is no checkpoint, or was cut short: resume from the last.pt of a training ({error})"
+        ) from error
+    missing = RESUMABLE - saved.keys()
     if missing:
         raise ValueError(f"'{path}' lacks {', '.join(sorted(missing))}: only a training's last.pt can be resumed")
-    return dict(saved)
+    if not all(isinstance(row, dict) and "val_accuracy" in row for row in saved["metrics"]):
+        raise ValueError(f"'{path}' holds metrics that no training wrote: resume from another last.pt")
+    return saved
 
 
 def _save(

@@ -1,21 +1,33 @@
-"""The benchmark script: its report, and what `coverage` says of networks, faults and bad files."""
+"""The benchmark script: every benchmark in miniature, its report, the peers it holds, and what it says of bad input."""
 
 import importlib.util
 import json
+import os
+import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from stripe import asr
 from stripe.attention import create_attention
+from stripe.data import load_images
+from stripe.store import open_run
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+sys.path.append(str(SCRIPT.parent))
+
+from benchmarks import collect, deploy, fold, reference, runs, stats, timing, train  # noqa: E402
+
+MODULES = [f"benchmarks.{name}" for name in ("collect", "deploy", "fold", "stats", "scaling", "train")]
 
 
 @pytest.fixture(scope="module")
 def benchmark():
+    timing.start_server(MODULES)
     spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,7 +53,7 @@ def test_coverage_compares_every_network_and_reports(benchmark, listed, tmp_path
     report = json.loads((tmp_path / "a.json").read_text())
     assert report.keys() == {"benchmark", "device", "versions", "rows"}
     assert report["benchmark"] == "coverage"
-    assert {"python", "stripe", "torch", "timm"} <= report["versions"].keys()
+    assert {"python", "stripe-observation", "torch", "timm"} <= report["versions"].keys()
     assert [row["found"] for row in report["rows"]] == [2, 0]
     assert all(row["seconds"] > 0 for row in report["rows"])
 
@@ -71,34 +83,242 @@ def test_a_list_that_is_not_there(benchmark, capsys):
     assert "no/such/file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_listed_networks_have_the_gates_their_authors_wrote(benchmark, capsys):
     assert benchmark.main(["coverage", "--models", str(Path(__file__).with_name("networks.txt"))]) == 0
     assert "55 of 55 networks as expected" in capsys.readouterr().out
 
 
+def test_a_benchmark_that_is_none(benchmark, capsys):
+    with pytest.raises(SystemExit) as left:
+        benchmark.main(["deply"])
+    assert left.value.code == 2
+    assert "invalid choice: 'deply'" in capsys.readouterr().err
+
+
+def test_help_lists_every_benchmark_without_torch(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in benchmark.BENCHMARKS)
+    modules = {path.stem for path in (SCRIPT.parent / "benchmarks").glob("*.py")}
+    assert benchmark.BENCHMARKS.keys() <= modules
+    assert modules - benchmark.BENCHMARKS.keys() == {"__init__", "networks", "reference", "runs", "timing"}
+
+
+# ---- in miniature ------------------------------------------------------------------------------------------
+
+SMALL = ["--depth", "11", "--rounds", "2"]
+FORMS = ["plain", "SE", "ASR", "deployed", deploy.REFERENCE, "fused", "fused, channels-last", "fused, onnxruntime"]
+TRAINED = ["SE, reference", "SE, stripe", "ASR, reference", "ASR, stripe"]
+FOLDED = [f"{name}, {how}" for how in ("eager", "channels-last", "onnxruntime") for name in ("attention", "folded")]
+COLLECTED = ["forward", "stripe", *collect.PEERS]
+MINIATURES = [
+    pytest.param(
+        "collect", [*SMALL, "--samples", "7", "--batch", "4", "--torchlens"], COLLECTED, marks=pytest.mark.slow
+    ),
+    ("collect", [*SMALL, "--samples", "7", "--batch", "4", "--squeeze"], ["forward", "stripe, squeeze"]),
+    ("stats", ["--epochs", "2", "--samples", "30", "--gates", "3"], ["read", "stripe", *stats.PEERS]),
+    ("stats", ["--bootstrap", "200", "--samples", "40", "--channels", "8"], ["scipy", "stripe"]),
+    ("train", [*SMALL, "--dataset", "digits", "--batch", "8", "--samples", "16", "--workers", "0"], TRAINED),
+    pytest.param("deploy", [*SMALL, "--batch", "4"], FORMS, marks=pytest.mark.slow),
+    ("scaling", ["--samples", "30", "60", "--gates", "3", "--rounds", "1"], ["stats, 30", "stats, 60"]),
+    pytest.param("fold", ["--size", "64", "--batch", "2", "--rounds", "2"], FOLDED, marks=pytest.mark.slow),
+    pytest.param("startup", ["--rounds", "1"], ["python -c pass", "import stripe"], marks=pytest.mark.slow),
+]
+COLUMNS = {"case", "seconds", "min", "max", "baseline", "ratio", "peak_mb"}
+
+
+@pytest.mark.parametrize(("name", "words", "cases"), MINIATURES)
+def test_in_miniature(benchmark, tmp_path, name, words, cases):
+    assert benchmark.main([name, *words, "--json", str(tmp_path / "a.json")]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report.keys() == {"benchmark", "device", "versions", "rows"}
+    assert report["benchmark"] == name
+    rows = {row["case"]: row for row in report["rows"]}
+    assert list(rows)[: len(cases)] == cases
+    assert len(rows) == len(report["rows"])
+    for row in report["rows"]:
+        assert row.keys() >= COLUMNS
+        assert 0 < row["min"] <= row["seconds"] <= row["max"]
+        assert row["ratio"] == pytest.approx(row["seconds"] / rows[row["baseline"]]["seconds"])
+        assert name == "startup" or row["peak_mb"] > 10
+
+
+def test_sizes_and_rates_in_miniature(benchmark, tmp_path):
+    words = ["sizing", "--samples", "100", "--networks", "SE-ResNet-164", "--json", str(tmp_path / "a.json")]
+    assert benchmark.main(words) == 0
+    rows = {row["case"].partition(", ")[2]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == ["writing samples", "writing moments", *(f"stats{word}" for word in STATS)]
+    assert all(row.keys() >= COLUMNS and row["seconds"] > 0 for row in rows.values())
+    assert 2 * 8064 < rows["writing samples"]["bytes"] < 4 * 8064 + 5000  # zstd finds no more than half in noise
+
+
+STATS = ("", " --bootstrap 0", " --moments-only")
+
+
+@pytest.mark.slow
+def test_accuracies_in_miniature(benchmark, tmp_path):
+    words = ["train", "--accuracy", *SMALL, "--dataset", "digits", "--samples", "40", "--batch", "8", "--workers", "0"]
+    words += ["--epochs", "1", "--seeds", "2", "--lr", "0.01", "--json", str(tmp_path / "a.json")]
+    assert benchmark.main(words) in (0, 1)  # an epoch of 40 images is chance
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == TRAINED
+    for row in rows:
+        assert len(row["accuracies"]) == 2
+        assert row["mean"] == pytest.approx(np.mean(row["accuracies"]))
+
+
+def test_what_was_recorded_wrongly_is_exit_code_1(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(collect, "PEERS", {"feature extractor + pandas": collect._extractor})
+    read = collect._recorded
+
+    def changed(name, path):
+        found = read(name, path)
+        return found if name == "stripe" else {gate: values + 0.01 for gate, values in found.items()}
+
+    monkeypatch.setattr(collect, "_recorded", changed)
+    assert benchmark.main(["collect", *SMALL, "--samples", "4", "--batch", "4"]) == 1
+    assert "difference of the recorded values: 0.01, expected at most 1e-05: WRONG" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("name", "cases"),
+    ("words", "message"),
     [
-        (
-            "deploy",
-            ["plain", "SE", "ASR", "deployed", "deployed, norm kept (reference)", "fused", "fused, channels-last"],
-        ),
-        ("train", ["plain", "SE", "ASR", "ASR as bn(x) * v"]),
+        (["stats", "--gates", "4"], "--gates 4: expected a multiple of three"),
+        (["collect", "--depth", "12"], "depth 12 does not fit bottleneck"),
+        (["train", "--dataset", "no", "--depth", "11"], "unknown data URI 'no'"),
     ],
 )
-def test_timings_in_miniature(benchmark, tmp_path, capsys, name, cases):
-    words = [name, "--depth", "11", "--batch", "4", "--rounds", "2", "--json", str(tmp_path / "a.json")]
-    assert benchmark.main(words) == 0
-    report = json.loads((tmp_path / "a.json").read_text())
-    assert [row["case"] for row in report["rows"]] == cases
-    for row in report["rows"]:
-        assert {"case", "seconds", "min", "max", "baseline", "ratio", "peak_mb"} <= row.keys()
-        assert row["min"] <= row["seconds"] <= row["max"]
-        assert row["ratio"] == pytest.approx(row["seconds"] / report["rows"][0]["seconds"])
+def test_bad_input_is_one_line(benchmark, capsys, words, message):
+    assert benchmark.main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
 
 
-def test_the_benchmarks_naive_asr_computes_what_the_layer_does(benchmark):
+# ---- timing ------------------------------------------------------------------------------------------------
+
+
+def counting():
+    """Count its own calls."""
+    calls = []
+
+    def run():
+        calls.append(None)
+        return len(calls), os.getpid()
+
+    return run
+
+
+def holding(megabytes):
+    return partial(hold, megabytes)
+
+
+def hold(megabytes):
+    bytes(bytearray(megabytes * 2**20)).count(b"1")
+
+
+def failing():
+    raise ValueError("no such thing")
+
+
+def dying():
+    return partial(os._exit, 3)
+
+
+def test_cases_run_in_processes_of_their_own_once_a_round_and_once_before():
+    found = timing.measure({"a": counting, "b": counting}, 3)
+    assert [timed.returned[0] for timed in found.values()] == [4, 4]
+    assert len({os.getpid(), *(timed.returned[1] for timed in found.values())}) == 3
+    assert all(len(timed.seconds) == 3 for timed in found.values())
+
+
+def test_peak_memory_is_that_of_the_case():
+    found = timing.measure({"large": partial(holding, 200), "small": partial(holding, 1)}, 1)
+    assert 350 < found["large"].peak_mb - found["small"].peak_mb < 450  # the array and its copy
+
+
+@pytest.mark.parametrize(
+    ("case", "message"), [(failing, "ValueError: no such thing"), (dying, "its process died, perhaps for want")]
+)
+def test_a_case_that_fails_is_named(case, message):
+    with pytest.raises(ChildProcessError, match=f"case 'b' failed: {message}"):
+        timing.measure({"a": counting, "b": case}, 1)
+
+
+def test_the_report_holds_medians_and_their_ratios(capsys):
+    found = {"a": timing.Timing([1.0, 2.0, 6.0], 10.0, None), "b": timing.Timing([3.0, 4.0, 5.0], None, None)}
+    a, b = timing.report(found, "a", images=8)
+    assert (a["seconds"], a["min"], a["max"], a["ratio"], a["peak_mb"], a["images_per_second"]) == (2, 1, 6, 1, 10, 4)
+    assert (b["seconds"], b["min"], b["max"], b["ratio"], b["peak_mb"], b["baseline"]) == (4, 3, 5, 2, None, "a")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["case", "a", "b"]
+
+
+def test_a_check_that_is_not_a_number_is_wrong():
+    assert timing.check("difference", 0.1, 0.1)
+    assert not timing.check("difference", 0.2, 0.1)
+    assert not timing.check("difference", float("nan"), 0.1)
+
+
+# ---- peers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    return path, runs.write_run(path, 2, 40, [4, 3])
+
+
+@pytest.mark.parametrize("peer", ["stripe", *stats.PEERS])
+def test_every_peer_takes_the_same_means_and_variances(written, peer):
+    path, files = written
+    columns = ["attention:gate0", "attention:gate1"]
+    found = stats._stripe(str(path), 2) if peer == "stripe" else stats.PEERS[peer](files, columns)
+    run = open_run(path)
+    values = [run.attention(gate.name, epoch).astype(np.float64) for epoch in (0, 1) for gate in run.gates]
+    np.testing.assert_allclose(found[0], np.concatenate([each.mean(0) for each in values]), rtol=1e-5)
+    np.testing.assert_allclose(found[1], np.concatenate([each.var(0, ddof=1) for each in values]), rtol=1e-4)
+    assert not np.allclose(found[1], np.concatenate([each.var(0) for each in values]), rtol=1e-3)  # ddof matters
+
+
+def test_both_bootstraps_give_one_interval():
+    rng = np.random.default_rng(0)
+    values = (rng.random(8) + 0.3 * rng.standard_normal((60, 8))).astype(np.float32)
+    ours, theirs = (np.array(take(values, 500)) for take in (stats._stripe_bootstrap, stats._scipy_bootstrap))
+    allowed = stats._monte_carlo(500) * np.diff(ours)[0]
+    assert np.abs(ours - theirs).max() < allowed
+    wide = np.array(stats._scipy_bootstrap(values[:20], 500))
+    assert np.abs(ours - wide).max() > allowed
+
+
+def test_the_reference_normalises_as_the_loader_does():
+    images = load_images("digits", "train", samples=20, mean=(0.3,) * 3, std=(0.2,) * 3)
+    images.images[:] = 200
+    picture, label = reference.Pictures(images)[3]
+    assert label == images.labels[3]
+    torch.testing.assert_close(picture[:, 8:24, 8:24], torch.full((3, 16, 16), (200 / 255 - 0.3) / 0.2))
+
+
+def test_the_reference_recipe_trains():
+    images = load_images("digits", "train", samples=64, mean=(0.3,) * 3, std=(0.2,) * 3)
+    network = reference.as_written(train.build("ASR", 11, "senet"))
+    assert any(isinstance(module, reference.Scaled) for module in network.modules())
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    reference.train_as_written(network, reference.loader_as_written(images, 32, 0), 1, 0.1, "cpu")
+    still = [name for name, weight in network.named_parameters() if torch.equal(weight, before[name])]
+    assert still == []
+
+
+def test_the_benchmarks_naive_asr_computes_what_the_layer_does():
     layer = asr.layers.wrap(nn.BatchNorm2d(32), lambda: create_attention("senet", 32))
     x = torch.randn(4, 32, 5, 5)
-    torch.testing.assert_close(benchmark.Scaled(layer)(x), layer(x))
+    torch.testing.assert_close(reference.Scaled(layer)(x), layer(x))
     assert not torch.allclose(layer.bn(x), layer(x))
+
+
+def test_the_folded_network_of_the_benchmark_has_no_gate():
+    folded, folding = fold._fold("torchvision:mobilenet_v3_small", 64)
+    assert len(folding.table) == 9
+    assert 0 < folding.error < fold.TOLERANCE

@@ -24,6 +24,8 @@ SCRIPTS = {
     "collect": "collect_attention",
     "figures": "make_figures",
     "validate": "validate_asr",
+    "fold": "fold",
+    "report": "report",
     "demo": "demo",
 }
 SMALL = ["--depth", "11", "--train-samples", "60", "--train-batch", "20", "--epochs", "2", "--val-samples", "10"]

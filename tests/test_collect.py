@@ -3,9 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from stripe.cli import main
+from stripe.models import create_model
 from stripe.store import open_run
+from tests.conftest import randomize
 
 FACTORY = """
 import torch
@@ -149,4 +152,55 @@ def test_moments_are_those_of_the_rows(factory, tmp_path, capsys):
 )
 def test_bad_words_are_one_line(factory, tmp_path, words, expected, capsys):
     assert expected in fails(capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- going on after an interruption ----
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Three epochs of a training."""
+    network = {"arch": "resnet", "depth": 11, "module": "senet"}
+    paths = [tmp_path / f"epoch={epoch:04d}.pt" for epoch in (1, 2, 5)]
+    for path in paths:
+        content = {"state_dict": randomize(create_model(**network)).state_dict(), "description": {"model": network}}
+        torch.save(content, path)
+    return paths
+
+
+def parquet(path):
+    return {str(part.relative_to(path)): part.read_bytes() for part in sorted(path.rglob("*.parquet"))}
+
+
+def test_resuming_skips_what_is_finished_and_ends_in_the_same_bytes(tmp_path, checkpoints, capsys):
+    words = ["--samples", 30, "--batch", 20]
+    assert collect("--ckpt", *checkpoints, *words, "--out", tmp_path / "whole", "--resume") == 0
+    assert "skipped" not in capsys.readouterr().out
+    assert collect("--ckpt", *checkpoints[:2], *words, "--out", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert collect("--ckpt", *checkpoints, *words, "--out", tmp_path / "run", "--resume") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2] for line in out] == [
+        f"epoch 1 is there, {checkpoints[0]} is skipped",
+        f"epoch 2 is there, {checkpoints[1]} is skipped",
+        f"epoch 5, 30 samples, 3 gates, from {checkpoints[2]}",
+    ]
+    assert parquet(tmp_path / "run") == parquet(tmp_path / "whole")
+    assert len(parquet(tmp_path / "whole")) == 3
+    assert open_run(tmp_path / "run").epochs == [1, 2, 5]
+
+
+def test_resuming_another_recording_is_refused(tmp_path, checkpoints, capsys):
+    assert collect("--ckpt", checkpoints[0], "--samples", 10, "--out", tmp_path / "run") == 0
+    words = ["--ckpt", *checkpoints, "--samples", 10, "--split", "train", "--out", tmp_path / "run", "--resume"]
+    assert "choose another run" in fails(capsys, *words)
+    assert open_run(tmp_path / "run").epochs == [1]
+    with pytest.raises(SystemExit):
+        collect("--ckpt", checkpoints[0], "--out", tmp_path / "run", "--resume", "--overwrite")
+
+
+def test_a_broken_checkpoint_is_found_before_anything_is_recorded(tmp_path, checkpoints, capsys):
+    checkpoints[2].write_bytes(checkpoints[2].read_bytes()[:-100])
+    assert "epoch=0005.pt" in fails(capsys, "--ckpt", *checkpoints, "--samples", 10, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -217,6 +217,20 @@ def test_evaluation_gives_each_sample_to_one_process(total, batch, world):
 
 
 @few
+@given(total=st.integers(2, 120), batch=st.integers(1, 20), world=st.integers(1, 5))
+def test_evaluation_deals_out_the_batches_of_one_process(total, batch, world):
+    images = random_set(total, side=1)
+    one = [ids.tolist() for _, _, ids in Loader(images, batch)]
+    dealt = [[ids.tolist() for _, _, ids in Loader(images, batch, rank=r, world_size=world)] for r in range(world)]
+    if len(one) >= world:
+        assert sum(dealt, []) == one
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    else:
+        sizes = [sum(map(len, share)) for share in dealt]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@few
 @given(total=st.integers(10, 120), batch=st.integers(1, 20), world=st.integers(1, 5))
 def test_training_gives_processes_equal_shares(total, batch, world):
     images = random_set(total, side=1)

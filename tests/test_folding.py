@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -12,8 +13,7 @@ from timm.layers.cbam import CbamModule
 from torch import nn
 from torch.nn import functional as F
 
-from stripe import folding
-from stripe.folding import ChannelScale, fold
+from stripe.folding import ChannelScale, FoldReport, building, fold, merging
 from stripe.gates import find_gates, replace_gates
 from stripe.models import create_model
 from tests.conftest import randomize, relative_error
@@ -37,6 +37,15 @@ NETWORKS = [
     ("skresnet18", 8, "back", "layer1.0.conv1.paths.0.bn"),
     ("convnextv2_atto", 12, "forward", "stages.0.blocks.0.mlp.fc2"),
     ("gcresnet33ts", 10, "forward", "stages.0.0.conv3_1x1.bn"),
+]
+LARGER = [  # the same neighbourhoods in the networks that people deploy
+    ("seresnet50", 16, "back", "layer1.0.bn3"),
+    ("ecaresnet26t", 8, "back", None),
+    ("efficientnet_b0", 16, "forward", None),
+    ("mobilenetv3_small_100", 9, "back or forward", None),
+    ("tv:regnet_y_400mf", 16, "back or forward", None),
+    ("ese_vovnet19b_dw", 4, "back or forward", None),
+    ("ghostnet_100", 7, "back or forward", None),
 ]
 EXACT = 1e-12
 
@@ -75,7 +84,11 @@ def folded_exactly(model, images, *, constants=None):
 
 
 # ---- networks of others, and this project's own ----
-@pytest.mark.parametrize(("name", "count", "sides", "first"), NETWORKS, ids=[row[0] for row in NETWORKS])
+@pytest.mark.parametrize(
+    ("name", "count", "sides", "first"),
+    [*(pytest.param(*row, id=row[0]) for row in NETWORKS),
+     *(pytest.param(*row, id=row[0], marks=pytest.mark.slow) for row in LARGER)],
+)  # fmt: skip
 def test_known_networks_fold_exactly_and_wholly(name, count, sides, first):
     images = torch.randn(2, 3, 96, 128).double()
     model = network(name)
@@ -109,6 +122,15 @@ def test_own_networks_fold_to_the_plain_network(module, block):
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_report_shows_itself_with_names_escaped():
+    row = ("<b>x</b>", "back", ("w",), (), "", 1.5)
+    columns = ["gate", "direction", "into", "through", "reason", "weight_growth"]
+    shown = FoldReport(pd.DataFrame([row], columns=columns), 2e-16)._repr_html_()
+    assert "<b>1 of 1</b> gates merged, relative error 2e-16" in shown
+    assert "&lt;b&gt;x&lt;/b&gt;" in shown
+    assert "<b>x</b>" not in shown
+
+
 def test_gates_that_are_not_named_stay_as_they_are():
     images = torch.randn(2, 3, 96, 128).double()
     model = network("lcnet_050")
@@ -130,8 +152,8 @@ def test_gates_that_are_not_named_stay_as_they_are():
     [("tv:efficientnet_b0", "silu", 0), ("tv:mobilenet_v3_small", "hardswish", 4), ("eca_resnext26ts", "silu", 0)],
 )
 def test_the_check_catches_merges_through_activations_that_are_not_homogeneous(name, activation, first, monkeypatch):
-    monkeypatch.setattr(folding, "POSITIVE", folding.POSITIVE | {activation})
-    monkeypatch.setattr(folding, "_TAKEN_BY", {})
+    monkeypatch.setattr(merging, "POSITIVE", merging.POSITIVE | {activation})
+    monkeypatch.setattr(merging, "_TAKEN_BY", {})
     images = torch.randn(2, 3, 64, 96).double()
     model = network(name)
     gates = find_gates(model, images)[first : first + 2]
@@ -451,7 +473,7 @@ def test_what_cannot_be_folded_is_refused_clearly():
 
 
 def test_a_network_that_differs_even_with_nothing_merged_is_refused(monkeypatch):
-    monkeypatch.setattr(folding, "TOLERANCE", -1.0)
-    monkeypatch.setattr(folding, "_without_gate", lambda site, planned, call: nn.Identity())
+    monkeypatch.setattr(building, "TOLERANCE", -1.0)
+    monkeypatch.setattr(building, "_without_gate", lambda site, planned, call: nn.Identity())
     with pytest.raises(ArithmeticError, match=r"differs by .*; expected at most"):
         fold(Net(), {"se": torch.full((8,), 0.5)}, small())

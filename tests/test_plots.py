@@ -52,6 +52,14 @@ def metrics(epochs: int) -> pd.DataFrame:
     return pd.DataFrame({"epoch": epoch, **loss, "train_accuracy": 90 - 60 / epoch, "val_accuracy": 80 - 60 / epoch})
 
 
+def folds(gates: int, timed: bool = True) -> pd.DataFrame:
+    """A network unfolded and with 1 to `gates` gates folded, by two variants; each fold saves a tenth of a ms."""
+    rows = [(0, 90.0, "none, none")]
+    rows += [(k, 90 - k * cost, variant) for k in range(1, gates + 1) for variant, cost in (("mean", 2), ("norms", 1))]
+    table = pd.DataFrame(rows, columns=["folded", "accuracy", "variant"])
+    return table.assign(latency_ms=10 - table["folded"] / 10 if timed else np.nan)
+
+
 def pair(channels: int) -> tuple[np.ndarray, np.ndarray]:
     return squeeze(30, channels).std(axis=0), attention(30, channels).std(axis=0)
 
@@ -75,6 +83,16 @@ FIGURES: dict[str, Callable[[], Axes | Figure]] = {
     "std, tiny": lambda: plots.std_per_channel({"attention": 1e-7 * attention(30, 256).std(axis=0)}, title="layer1.0"),
     "std, 5 epochs": lambda: plots.std_per_channel({f"epoch {e}": attention(30, 8).std(axis=0) for e in range(5)}),
     "std, 6 gates": lambda: plots.std_per_channel({LONG.format(g, 0): attention(9, 8 * g)[0] for g in range(1, 7)}),
+    "std grid": lambda: plots.std_grid(
+        {(f"layer{g}.se", e): attention(30, 64 * g)[0] / e for g in (1, 2, 3) for e in (1, 20)}, title="digits"
+    ),
+    "std grid, 7 gates": lambda: plots.std_grid(
+        {(LONG.format(g, 0), e): attention(9, 8 * g)[0] for g in range(1, 8) for e in (1, 5, 10, 20)}
+    ),
+    "std grid, 1 gate": lambda: plots.std_grid({("layer1.se", 3): attention(9, 8)[0]}),
+    "fold": lambda: plots.fold_pareto(folds(6), title="digits"),
+    "fold, 54 gates": lambda: plots.fold_pareto(folds(54)),
+    "fold, no latency": lambda: plots.fold_pareto(folds(6, timed=False)),
     "by gate, 54": lambda: plots.strength_by_gate(summary(54, 1), title="epoch 1"),
     "by gate, 1": lambda: plots.strength_by_gate(summary(1, 1, LONG)),
     "strength, 6 gates": lambda: plots.strength_over_epochs(summary(6, 10), title="digits"),
@@ -88,7 +106,9 @@ FIGURES: dict[str, Callable[[], Axes | Figure]] = {
     "drift, 54 gates": lambda: plots.drift_over_epochs(summary(54, 20, LONG)),
     "learned": lambda: plots.learned_over_stripe(*attention(3, 256), title="layer1.0, r = 0.82"),
     "learned, 8 channels": lambda: plots.learned_over_stripe(*attention(3, 8)),
-    "scatter": lambda: plots.learned_scatter(*attention(2, 64), title="layer1.0, r = 0.82"),
+    "scatter": lambda: plots.learned_scatter({"a": attention(2, 64)}, title="layer1.0, r = 0.82"),
+    "scatter, 6 gates": lambda: plots.learned_scatter({LONG.format(1, n): attention(2, 64, seed=n) for n in range(6)}),
+    "scatter, 20 gates": lambda: plots.learned_scatter({f"layer{n}": attention(2, 64, seed=n) for n in range(20)}),
     "training": lambda: plots.training_curves({name: metrics(20) for name in ("plain", "SE", "ASR(SE)")}, title="a"),
 }
 
@@ -170,10 +190,11 @@ def test_a_figure_renders_to_the_same_bytes_twice(name: str) -> None:
         lambda ax: plots.stripe_heatmap(attention(5, 8), ax=ax),
         lambda ax: plots.std_per_channel({"a": [1, 2]}, ax=ax),
         lambda ax: plots.learned_over_stripe([1, 2], [1, 2], [1, 2], ax=ax),
-        lambda ax: plots.learned_scatter([1, 2], [1, 2], ax=ax),
+        lambda ax: plots.learned_scatter({"a": ([1, 2], [1, 2])}, ax=ax),
         lambda ax: plots.strength_by_gate(summary(2, 1), ax=ax),
         lambda ax: plots.strength_over_epochs(summary(2, 2), ax=ax),
         lambda ax: plots.drift_over_epochs(summary(2, 2), ax=ax),
+        lambda ax: plots.fold_pareto(folds(2), ax=ax),
     ],
 )
 def test_given_axes_are_drawn_on_and_returned(draw: Callable[[Axes], Axes]) -> None:
@@ -337,6 +358,27 @@ def test_one_std_needs_no_legend() -> None:
     assert plots.std_per_channel({"attention": [0.3, 0.1]}).get_legend() is None
 
 
+def test_std_grid_has_a_panel_a_gate_and_a_line_an_epoch_on_one_axis() -> None:
+    panels = {("a.se", 9): [0.1, 0.2], ("b.se", 2): [0.4, 0.3, 0.2], ("a.se", 2): [0.5, 0.6]}
+    fig = plots.std_grid(panels, title="digits")
+    a, b = fig.axes
+    assert (a.get_title(), b.get_title(), fig.get_suptitle()) == ("a", "b", "digits")
+    assert [patch.get_data().values.tolist() for patch in a.patches] == [[0.1, 0.2], [0.5, 0.6]]
+    assert [patch.get_data().values.tolist() for patch in b.patches] == [[0.4, 0.3, 0.2]]
+    assert a.patches[1].get_edgecolor() == b.patches[0].get_edgecolor() != a.patches[0].get_edgecolor()
+    assert [line.get_label() for line in fig.legends[0].get_lines()] == ["epoch 2", "epoch 9"]
+    assert fig.legends[0].get_lines()[0].get_color() == pytest.approx(b.patches[0].get_edgecolor())
+    assert a.get_ylim() == b.get_ylim()
+    assert a.get_ylim()[0] < 0 < 0.6 < a.get_ylim()[1]
+
+
+def test_std_grid_refuses_nothing_and_names_the_bad_panel() -> None:
+    with pytest.raises(ValueError, match="panels is empty"):
+        plots.std_grid({})
+    with pytest.raises(ValueError, match=r"panels\[\('a', 3\)\] \(1, 2\); expected \(channels,\)"):
+        plots.std_grid({("a", 3): [[1, 2]]})
+
+
 def test_learned_vector_lies_over_the_band_in_the_order_of_the_stripe() -> None:
     learned, mean, std = np.array([0.1, 0.9, 0.4]), np.array([0.5, 0.2, 0.3]), np.array([0.03, 0.01, 0.02])
     ax = plots.learned_over_stripe(learned, mean, std)
@@ -351,7 +393,7 @@ def test_learned_vector_lies_over_the_band_in_the_order_of_the_stripe() -> None:
 
 def test_scatter_has_one_scale_for_both_and_the_line_of_equality() -> None:
     learned, mean = np.array([0.1, 0.9]), np.array([0.3, 0.4])
-    ax = plots.learned_scatter(learned, mean)
+    ax = plots.learned_scatter({"a": (learned, mean)})
     points, equality = ax.get_lines()
     np.testing.assert_array_equal(points.get_xydata(), [[0.3, 0.1], [0.4, 0.9]])
     np.testing.assert_array_equal(equality.get_xdata(), equality.get_ydata())
@@ -359,9 +401,18 @@ def test_scatter_has_one_scale_for_both_and_the_line_of_equality() -> None:
     assert ax.get_xlim()[0] < 0.1 < 0.9 < ax.get_xlim()[1]
 
 
+def test_scatter_tells_gates_apart() -> None:
+    ax = plots.learned_scatter({"a.se": ([0.1], [0.3]), "b.se": ([0.6, 0.7], [0.8, 0.9])})
+    a, b, _ = ax.get_lines()
+    assert (a.get_xydata().tolist(), b.get_xydata().tolist()) == ([[0.3, 0.1]], [[0.8, 0.6], [0.9, 0.7]])
+    assert not np.array_equal(a.get_color(), b.get_color())
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    assert ax.get_xlim() == ax.get_ylim()
+
+
 def test_vectors_of_different_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"learned \(3,\), mean \(2,\); expected \(channels,\)"):
-        plots.learned_scatter([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match=r"learned of a \(3,\), stripe of a \(2,\); expected \(channels,\)"):
+        plots.learned_scatter({"a": ([1, 2, 3], [1, 2])})
     with pytest.raises(ValueError, match=r"std \(1, 2\)"):
         plots.learned_over_stripe([1, 2], [1, 2], [[1, 2]])
 
@@ -441,6 +492,10 @@ def test_drift_is_the_table_on_a_logarithmic_axis() -> None:
     for line, (_, rows) in zip(ax.get_lines(), table.groupby("gate"), strict=True):
         np.testing.assert_array_equal(line.get_ydata(), rows["drift"])
     assert ax.get_yscale() == "log"
+    ax.get_figure().canvas.draw()
+    labels = {text.get_text() for text in ax.get_yticklabels(which="both")}
+    assert {"0.03", "0.04", "0.06"} <= labels
+    assert not any("e" in label for label in labels)
 
 
 def test_drift_of_nothing_but_zero_is_drawn_on_a_linear_axis() -> None:
@@ -451,6 +506,47 @@ def test_drift_of_nothing_but_zero_is_drawn_on_a_linear_axis() -> None:
 def test_drift_refuses_a_single_epoch() -> None:
     with pytest.raises(ValueError, match="no drift; expected at least two recorded epochs"):
         plots.drift_over_epochs(summary(2, 1))
+
+
+def lines_of(ax: Axes) -> dict[str, np.ndarray]:
+    return {line.get_label(): line.get_xydata() for line in ax.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_folding_is_a_line_a_variant_over_latency() -> None:
+    table = folds(6)
+    ax = plots.fold_pareto(table.sample(frac=1, random_state=0), label="agreement")
+    lines = lines_of(ax)
+    assert set(lines) == {"mean", "norms", "unfolded"}
+    for variant in ("mean", "norms"):
+        rows = table[table["variant"] == variant].sort_values("folded")
+        np.testing.assert_array_equal(lines[variant], rows[["latency_ms", "accuracy"]])
+    np.testing.assert_array_equal(lines["unfolded"], [[10, 90]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("latency (ms)", "agreement (%)")
+    [top] = ax.child_axes
+    translated = {label.get_text(): tick for label, tick in zip(top.get_xticklabels(), top.get_xticks(), strict=True)}
+    assert translated == pytest.approx({str(k): 10 - k / 10 for k in range(7)})
+
+
+def test_the_upper_axis_labels_the_ends_and_what_has_room() -> None:
+    ax = plots.fold_pareto(folds(54))
+    [top] = ax.child_axes
+    shown = [int(label.get_text()) for label in top.get_xticklabels()]
+    assert shown[:2] == [0, 54]
+    assert 4 <= len(shown) < 12
+
+
+def test_folding_without_latency_is_drawn_over_the_number_of_gates() -> None:
+    ax = plots.fold_pareto(folds(3, timed=False))
+    assert ax.get_xlabel() == "folded gates"
+    assert not ax.child_axes
+    np.testing.assert_array_equal(lines_of(ax)["norms"], [[1, 89], [2, 88], [3, 87]])
+
+
+def test_variants_are_told_apart_by_marker_as_well_as_colour() -> None:
+    table = pd.concat([folds(2).assign(variant=f"{n}") for n in range(8)]).query("folded > 0")
+    styles = {(line.get_color(), line.get_linestyle()): line.get_marker() for line in plots.fold_pareto(table).lines}
+    assert len(styles) == 8
+    assert len(set(list(styles.values())[:6])) == 6
 
 
 def test_training_curves_are_the_metrics() -> None:

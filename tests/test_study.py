@@ -1,20 +1,36 @@
-"""The studies end to end in miniature, their resumption, and that no disturbance means no change."""
+"""The studies end to end in miniature, their resumption, their statistics, and that a changed digit is found."""
 
+import argparse
 import dataclasses
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import study
 import torch
+from scipy import stats
+from studies import ablation, blocks, comparison, forms, growth, robustness
+from studies.ablation import build_case
+from studies.robustness import Disturbance, disturbances
+from studies.table import Table, claimed
+from study import main
 
-from scripts import study
-from scripts.study import Disturbance, Table, ablation_cases, build_case, disturbances, main
+import stripe
+from stripe import open_run
 from stripe.asr import ASRLayer
 from stripe.data import Loader, load_images
 from stripe.models import create_model
+from stripe.stats import Moments, stripe_strength
 from stripe.training import evaluate
 from tests.conftest import randomize
 
+ROOT = Path(__file__).parents[1]
+TIMES = ["seconds", "cpu_seconds", "images_per_second"]
 ABLATION = "ablation --depth 20 --epochs 1 --batch 20 --train-samples 40 --test-samples 40 --seeds 0".split()
 
 
@@ -49,8 +65,13 @@ def test_ablation_writes_a_row_per_case_and_goes_on_where_it_stopped(tmp_path, m
     first = (tmp_path / "ablation.csv").read_text().splitlines()
     assert len(first) == 3
     trained = []
-    original = study.train_case
-    monkeypatch.setattr(study, "train_case", lambda case, *rest: trained.append(case) or original(case, *rest))
+    original = ablation.train
+
+    def train(*rest, description, **options):
+        trained.append(description)
+        return original(*rest, description=description, **options)
+
+    monkeypatch.setattr(ablation, "train", train)
     assert main([*words, "--insertion", "every", "last stage"]) == 0
     assert [(case["repeats"], case["insertion"]) for case in trained] == [(2, "every"), (1, "last stage")]
     table = pd.read_csv(tmp_path / "ablation.csv")
@@ -59,7 +80,7 @@ def test_ablation_writes_a_row_per_case_and_goes_on_where_it_stopped(tmp_path, m
     assert table[["accuracy_last", "accuracy_best"]].stack().between(0, 100).all()
     assert (table["best_epoch"] == 1).all()
     assert json.loads(table["config"][0])["depth"] == 20
-    assert json.loads(table["versions"][0]).keys() == {"python", "torch", "stripe"}
+    assert json.loads(table["versions"][0]).keys() >= {"python", "torch", "stripe-observation"}
     assert "accuracy_best" in capsys.readouterr().out
 
 
@@ -74,12 +95,13 @@ def test_a_training_that_was_cut_is_finished(tmp_path, capsys):
     (tmp_path / "cut/ablation.csv").unlink()
     (directory / "checkpoints/last.pt").unlink()  # stopped within the first epoch
     assert main([*words, "--out", str(tmp_path / "cut")]) == 0
-    assert (tmp_path / "cut/ablation.csv").read_bytes() == (tmp_path / "whole/ablation.csv").read_bytes()
+    whole, cut = (pd.read_csv(tmp_path / name / "ablation.csv").drop(columns=TIMES) for name in ("whole", "cut"))
+    pd.testing.assert_frame_equal(cut, whole)
 
 
 def test_cases_change_one_choice_at_a_time():
     choices = {"psi_init": [0.1, 0.3], "repeats": [1, 2, 3], "insertion": ["every"]}
-    cases = list(ablation_cases(choices, [0, 1]))
+    cases = list(ablation.cases_of(choices, [0, 1]))
     assert len(cases) == 2 * (1 + 1 + 2)
     assert cases[0] == {"psi_init": 0.1, "repeats": 1, "insertion": "every", "seed": 0}
     assert all((case["psi_init"] != 0.1) + (case["repeats"] != 1) <= 1 for case in cases)
@@ -96,7 +118,7 @@ def test_cases_change_one_choice_at_a_time():
 def test_insertion_in_some_of_the_blocks_leaves_the_plain_weights_alone(insertion, expected):
     case = {"psi_init": 0.1, "repeats": 1, "insertion": insertion, "seed": 4}
     options = {"depth": 20, "block": "bottleneck"}
-    arguments = study.argparse.Namespace(**options, module="senet")
+    arguments = argparse.Namespace(**options, module="senet")
     model = build_case(case, 10, arguments)
     assert names_of(model) == expected
     torch.manual_seed(4)
@@ -109,9 +131,9 @@ def test_insertion_in_some_of_the_blocks_leaves_the_plain_weights_alone(insertio
 
 
 def test_robustness_writes_and_draws_every_network_and_disturbance(checkpoints, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "SCALES", (0.5, 1.0))
-    monkeypatch.setattr(study, "SHIFTS", (0.0, 1.0))
-    monkeypatch.setattr(study, "SPREADS", (0.5,))
+    monkeypatch.setattr(robustness, "SCALES", (0.5, 1.0))
+    monkeypatch.setattr(robustness, "SHIFTS", (0.0, 1.0))
+    monkeypatch.setattr(robustness, "SPREADS", (0.5,))
     words = ["robustness", "--samples", "40", "--seeds", "0", "1", "--out", str(tmp_path)]
     assert main([*words, "--ckpt", *checkpoints[:2]]) == 0
     before = (tmp_path / "robustness.csv").read_text()
@@ -169,9 +191,318 @@ def test_no_hook_survives_an_error():
 
 def test_the_grid_is_whole_and_holds_the_undisturbed_case():
     grid = list(disturbances([0, 1]))
-    assert len(set(grid)) == len(grid) == len(study.SCALES) * len(study.SHIFTS) + 2 * len(study.SPREADS)
+    assert len(set(grid)) == len(grid) == len(robustness.SCALES) * len(robustness.SHIFTS) + 2 * len(robustness.SPREADS)
     assert Disturbance() in grid
-    assert dataclasses.asdict(grid[-1]) == {"a": 1.0, "b": 0.0, "s": study.SPREADS[-1], "seed": 1}
+    assert dataclasses.asdict(grid[-1]) == {"a": 1.0, "b": 0.0, "s": robustness.SPREADS[-1], "seed": 1}
+
+
+# ---- forms -----------------------------------------------------------------------------------------------
+
+
+FORMS = (
+    "forms --dataset digits --depth 11 --epochs 2 --batch 20 --train-samples 80 --val-samples 20 --test-samples 40"
+    " --record 10 --seeds 1"
+).split()
+
+
+def run_forms(where, *words):
+    assert main([*FORMS, "--out", str(where / "study"), "--runs", str(where / "runs"), *words]) == 0
+    return pd.read_csv(where / "study/results.csv") if (where / "study/results.csv").exists() else pd.DataFrame()
+
+
+def test_forms_are_trained_recorded_and_compared(tmp_path, capsys):
+    rows = run_forms(tmp_path, "--seeds", "1", "2")
+    assert list(zip(rows["seed"], rows["form"], strict=True))[:5] == [(1, form) for form in forms.FORMS] + [
+        (2, "plain")
+    ]
+    assert rows[["accuracy_last", "accuracy_best"]].stack().between(0, 100).all()
+    stripes = pd.read_csv(tmp_path / "study/stripes.csv")
+    assert set(stripes["form"]) == {"attention", "both"}
+    assert set(stripes["epoch"]) == {1, 2}
+    observed = open_run(tmp_path / "runs/resnet20-attention-senet-1")
+    strength = stripe_strength(Moments.of(observed.attention(observed.gates[0].name, 2))).strength
+    [recorded] = stripes.query("form == 'attention' and seed == 1 and epoch == 2 and gate == 'layer1.0'")["strength"]
+    assert recorded == pytest.approx(strength, rel=1e-9)
+    differences = pd.read_csv(tmp_path / "study/differences.csv")
+    accuracy = rows.pivot(index="seed", columns="form", values="accuracy_last")
+    assert differences["difference"][0] == pytest.approx((accuracy["attention"] - accuracy["plain"]).mean(), abs=1e-4)
+    assert (tmp_path / "study/forms-resnet20-senet.png").stat().st_size > 10_000
+    assert "difference" in capsys.readouterr().out
+
+
+def test_slices_of_no_time_make_an_epoch_each_and_end_where_one_go_ends(tmp_path, capsys):
+    words = ["--forms", "attention", "--minutes", "0"]
+    assert run_forms(tmp_path / "slices", *words).empty
+    assert "1 of 1 trainings to go" in capsys.readouterr().out
+    slices, whole = run_forms(tmp_path / "slices", *words), run_forms(tmp_path / "whole", *words[:2])
+    assert len(slices) == 1
+    pd.testing.assert_frame_equal(slices.drop(columns=TIMES), whole.drop(columns=TIMES))
+    seconds = json.loads((tmp_path / "slices/runs/resnet20-attention-senet-1/seconds.json").read_text())
+    assert slices["seconds"][0] == pytest.approx(sum(epoch["wall"] for epoch in seconds.values()))
+    assert list(seconds) == ["1", "2"]
+    stripes = [pd.read_csv(tmp_path / name / "study/stripes.csv") for name in ("slices", "whole")]
+    pd.testing.assert_frame_equal(*stripes)
+
+
+def test_a_case_that_another_process_trains_is_left_to_it(tmp_path):
+    with claimed(tmp_path / "runs/resnet20-plain-none-1") as mine:
+        assert mine
+        assert run_forms(tmp_path, "--forms", "plain").empty
+    assert len(run_forms(tmp_path, "--forms", "plain")) == 1
+
+
+def test_another_recipe_needs_another_setting(tmp_path, capsys):
+    run_forms(tmp_path, "--forms", "plain")
+    words = [
+        *FORMS,
+        "--out",
+        str(tmp_path / "study"),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--forms",
+        "plain",
+        "--lr",
+        "1",
+    ]
+    assert main(words) == 2
+    assert "another configuration" in capsys.readouterr().err
+    assert main([*words, "--setting", "hot"]) == 0
+    assert list(pd.read_csv(tmp_path / "study/results.csv")["setting"]) == ["resnet20", "hot"]
+
+
+def test_rows_of_several_processes_are_all_kept(tmp_path):
+    loop = "for i in range(20): Table(Path(sys.argv[1]), {}).put({'a': sys.argv[2], 'i': i}, {})"
+    script, scripts = f"import sys; from studies.table import *\n{loop}", Path(study.__file__).parent
+    command = [sys.executable, "-c", script, str(tmp_path / "a.csv")]
+    both = [subprocess.Popen([*command, name], cwd=scripts) for name in ("x", "y")]
+    assert [process.wait(120) for process in both] == [0, 0]
+    rows = pd.read_csv(tmp_path / "a.csv")
+    assert sorted(zip(rows["a"], rows["i"], strict=True)) == [(a, i) for a in "xy" for i in range(20)]
+
+
+# ---- comparison ------------------------------------------------------------------------------------------
+
+
+def results(seeds=6, gain=1.0):
+    """Rows of a study in which attention gains `gain` points over plain, and ASR nothing."""
+    rng = np.random.default_rng(0)
+    base, rows = rng.normal(80, 2, seeds), []
+    for form, more in (("plain", 0), ("attention", gain), ("asr", 0), ("both", gain)):
+        accuracy = base + more + rng.normal(0, 0.2, seeds)
+        module = "none" if form == "plain" else "senet"
+        for seed in range(seeds):
+            row = {"form": form, "module": module, "seed": seed, "best_epoch": 3, "seconds": 1.0, "setting": "s"}
+            rows.append(row | {"accuracy_last": accuracy[seed], "accuracy_best": accuracy[seed]})
+    return pd.DataFrame(rows)
+
+
+def test_power_is_that_of_simulated_tests():
+    x = np.random.default_rng(0).normal(0.5, 0.4, (20_000, 8))
+    found = (stats.ttest_1samp(x, 0, axis=1).pvalue < comparison.ALPHA).mean()
+    assert comparison.power(8, 0.4, 0.5) == pytest.approx(found, abs=0.01)
+    assert comparison.power(5, 0.4, 0.5) < found - 0.1
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.4, 3.0])
+def test_the_seeds_needed_are_the_fewest(spread):
+    needed = comparison.seeds_needed(spread)
+    assert comparison.power(needed, spread) >= comparison.POWER
+    assert needed == 2 or comparison.power(needed - 1, spread) < comparison.POWER
+    assert comparison.detectable(needed, spread) <= comparison.DIFFERENCE
+    assert comparison.power(needed, spread, comparison.detectable(needed, spread)) == pytest.approx(comparison.POWER)
+
+
+def test_paired_differences_find_a_gain_that_the_spread_of_seeds_hides():
+    rows = comparison.paired(results())
+    last = rows[rows["measure"] == "last"].set_index(["form", "base"])
+    gain, none = last.loc[("attention", "plain")], last.loc[("asr", "plain")]
+    assert gain["low"] < 1.0 < gain["high"]
+    assert gain["p_adjusted"] < 0.01
+    assert none["low"] < 0 < none["high"]
+    accuracy = results().pivot(index="seed", columns="form", values="accuracy_last")
+    expected = stats.ttest_rel(accuracy["attention"], accuracy["plain"])
+    assert gain["p"] == pytest.approx(expected.pvalue, abs=1e-4)
+    assert tuple(gain[["low", "high"]]) == pytest.approx(expected.confidence_interval(), abs=1e-4)
+    assert stats.ttest_ind(accuracy["attention"], accuracy["plain"]).pvalue > 0.05  # unpaired, it is lost
+
+
+def test_a_single_seed_gives_differences_without_an_interval():
+    row = comparison.paired(results(seeds=1)).iloc[0]
+    assert np.isfinite(row["difference"])
+    assert np.isnan(row["low"])
+    assert len(comparison.paired(results().query("form == 'plain'"))) == 0
+
+
+def test_the_figure_shows_every_seed_and_interval():
+    rows = results()
+    differences = comparison.paired(rows)
+    left, right = comparison.draw(rows, differences, "senet").axes
+    assert len(left.get_lines()) == 6 + 1
+    assert [text.get_text() for text in right.get_yticklabels()][0] == "SE \u2212 plain"
+    drawn = right.collections[0].get_segments()[0][:, 0]
+    assert tuple(drawn) == pytest.approx(tuple(differences.loc[0, ["low", "high"]]))
+
+
+# ---- growth ----------------------------------------------------------------------------------------------
+
+
+def table_of(strengths, width=0.01):
+    rows = [
+        {
+            "epoch": e + 1,
+            "gate": gate,
+            "channels": 16,
+            "strength": s,
+            "strength_low": s - width,
+            "strength_high": s + width,
+        }
+        | {"std": 0.1, "drift": 0.1 / (e + 1) ** 2}
+        for gate, line in strengths.items()
+        for e, s in enumerate(line)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_trends_rise_and_fall_only_where_the_intervals_are_apart():
+    strengths = {"up": [0.2, 0.5, 0.9], "down": [0.9, 0.95, 0.3], "flat": [0.500, 0.501, 0.502]}
+    table = growth.trends(table_of(strengths)).set_index("gate")
+    assert dict(table["trend"]) == {"up": "rises", "down": "falls", "flat": "neither"}
+    assert table["rho"]["up"] == 1
+    assert table["highest_at"]["down"] == 2
+    assert set(growth.trends(table_of(strengths, width=0.5))["trend"]) == {"neither"}
+    assert set(growth.trends(table_of(strengths), tolerance=0.02)["settled"]) == {2}
+    assert set(growth.trends(table_of(strengths), tolerance=1e-9)["settled"]) == {""}
+
+
+def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys):
+    run_forms(tmp_path, "--forms", "attention")
+    words = ["growth", str(tmp_path / "runs/resnet20-attention-senet-1"), "--dataset", "digits", "--samples", "20"]
+    words += ["--bootstrap", "20", "--out", str(tmp_path / "study/a"), "--runs", str(tmp_path / "runs")]
+    assert main(words) == 0
+    table = pd.read_csv(tmp_path / "study/a/inputs.csv")
+    assert list(table["input"].unique()) == ["test", "train", "blur", "noise", "digits"]
+    assert (table.query("input == 'test'")["shift"] == 0).all()
+    assert (table.query("input != 'test'")["shift"] > 0).all()
+    blurred = open_run(tmp_path / "runs/resnet20-attention-senet-1-blur")
+    row = table.query("input == 'blur' and gate == 'layer2.0'").iloc[0]
+    assert row["strength"] == pytest.approx(stripe_strength(blurred.moments()[0, "layer2.0"]).strength, abs=1e-7)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "study/a").iterdir()}
+    assert {"epochs.csv", "trends.csv", "growth.png", "inputs.png"} <= set(first)
+    assert main(words) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "study/a").iterdir()} == first
+    assert "highest_at" in capsys.readouterr().out
+
+
+# ---- check -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A README with a block of each kind that its records can fill, already filled."""
+    for name, table in {"results.csv": results(), "r.csv": pd.DataFrame({"gate": ["a"], "r_best": [0.123]})}.items():
+        table.to_csv(tmp_path / name, index=False)
+    (tmp_path / "a").mkdir()
+    table_of({"g": [0.2, 0.5, 0.9]}).to_csv(tmp_path / "a/epochs.csv", index=False)
+    inputs = [{"input": kind, "gate": "g", "strength": 0.5, "strength_low": 0.4, "strength_high": 0.6} for kind in "tu"]
+    pd.DataFrame(inputs).assign(shift_std=0.25, accuracy=50.0).to_csv(tmp_path / "a/inputs.csv", index=False)
+    kinds = (
+        "plan",
+        "forms s senet",
+        "differences s senet",
+        "trends a",
+        "inputs a",
+        "csv r.csv gate r_best:.2f",
+        "example",
+    )
+    marks = "\n\n".join(f"<!-- study:{kind} -->\n<!-- /study -->" for kind in kinds)
+    (tmp_path / "README.md").write_text(f"# Title\n\n{marks}\n\nThe end.\n")
+    assert checked(tmp_path, "--write") == 0
+    return tmp_path
+
+
+def checked(where, *words):
+    return main(["check", "--readme", str(where / "README.md"), "--records", str(where), *words])
+
+
+def test_what_was_written_is_found_right_and_only_the_blocks_were_touched(records, capsys):
+    text = (records / "README.md").read_text()
+    assert text.startswith("# Title\n\n<!-- study:plan -->\n\n| sd of differences |")
+    assert text.endswith("<!-- /study -->\n\nThe end.\n")
+    assert "| gate | r best |\n| --- | --- |\n| a | 0.12 |" in text
+    assert "| SE − plain | +1.0" in text
+    capsys.readouterr()
+    assert checked(records) == 0
+    assert "7 blocks" in capsys.readouterr().out
+    assert checked(records, "--write") == 0
+    assert (records / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("number", range(0, 60, 7))
+def test_a_changed_digit_in_any_block_is_found(records, number, capsys):
+    text = (records / "README.md").read_text()
+    places = [match.start() for match in re.finditer(r"(?<=\d)\d(?= [|(%±])", text)]
+    place = places[number % len(places)]
+    changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+    (records / "README.md").write_text(changed)
+    capsys.readouterr()
+    assert checked(records) == 1
+    assert "README.md" in capsys.readouterr().out
+    assert (records / "README.md").read_text() == changed
+
+
+@pytest.mark.parametrize("name", ["forms.csv", "differences.csv", "a/trends.csv"])
+def test_a_changed_digit_in_a_table_that_follows_from_another_is_found(records, name, capsys):
+    text = (records / name).read_text()
+    (records / name).write_text(text.replace("1", "2", 1))
+    assert checked(records) == 1
+    assert name in capsys.readouterr().out
+    (records / name).unlink()
+    assert checked(records) == 1
+    assert checked(records, "--write") == 0
+    assert (records / name).read_text() == text
+
+
+def test_a_changed_record_is_found(records):
+    table = pd.read_csv(records / "results.csv")
+    table.loc[0, "accuracy_last"] += 1
+    table.to_csv(records / "results.csv", index=False)
+    assert checked(records) == 1
+
+
+@pytest.mark.parametrize(
+    ("mark", "expected"),
+    [
+        ("<!-- study:nothing -->\n<!-- /study -->", "expected one of plan"),
+        ("<!-- study:forms s eca -->\n<!-- /study -->", "expected one of s senet"),
+        ("<!-- study:forms -->\n<!-- /study -->", "missing 2 required positional arguments"),
+        ("<!-- study:csv r.csv rr -->\n<!-- /study -->", "expected some of gate, r_best"),
+        ("<!-- study:trends b -->\n<!-- /study -->", "b/epochs.csv"),
+        ("<!-- study:plan -->", "in pairs"),
+        ("no mark at all", "in pairs"),
+    ],
+)
+def test_a_block_that_cannot_be_made_is_one_line(records, mark, expected, capsys):
+    (records / "README.md").write_text(mark)
+    assert checked(records) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert expected in line
+
+
+def test_blocks_read_the_benchmark_and_the_recorded_stripes(tmp_path):
+    rows = [{"case": "plain", "images_per_second": 100.0, "ratio": 1.0, "baseline": "plain"}]
+    (tmp_path / "deploy.json").write_text(json.dumps({"rows": rows}))
+    assert blocks.markdown("speed", tmp_path, []).endswith("| plain | 100 | 1.00 |")
+    strengths = {(1, "g"): 0.9, (2, "g"): 0.4, (1, "h"): 0.2, (2, "h"): 0.3}
+    table = pd.DataFrame([{"epoch": e, "gate": g, "strength": s} for (e, g), s in strengths.items()])
+    table.assign(setting="s", module="eca", form="attention", seed=1).to_csv(tmp_path / "stripes.csv", index=False)
+    text = blocks.markdown("stripes", tmp_path, ["s"])
+    assert text.endswith("| ECA | 1 | 0.55 (0.20 to 0.90) | 0.35 (0.30 to 0.40) | 1 of 2 |")
+
+
+@pytest.mark.skipif("study:" not in (ROOT / "README.md").read_text(), reason="the README says nothing of a study")
+def test_the_readme_follows_from_the_committed_records(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["check"]) == 0
 
 
 # ---- tables and bad input --------------------------------------------------------------------------------
@@ -179,7 +510,7 @@ def test_the_grid_is_whole_and_holds_the_undisturbed_case():
 
 def test_a_table_of_another_configuration_is_left_alone(tmp_path):
     path = tmp_path / "new" / "a.csv"
-    Table(path, {"epochs": 1}).add({"x": 0.1})
+    Table(path, {"epochs": 1}).put({"x": 0.1}, {})
     before = path.read_bytes()
     assert Table(path, {"epochs": 1}).missing([{"x": 0.1}, {"x": 0.2}]) == [{"x": 0.2}]
     with pytest.raises(ValueError, match="another configuration"):
@@ -194,6 +525,10 @@ def test_a_table_of_another_configuration_is_left_alone(tmp_path):
         (["robustness", "--ckpt", "SE=no/such.pt"], "no/such.pt"),
         (["ablation", "--dataset", "mnist"], "digits"),
         (["ablation", "--module", "sent", "--train-samples", "40"], "senet"),
+        (["forms", "--dataset", "mnist"], "digits"),
+        (["forms", "--dataset", "digits", "--train-samples", "9000"], "9"),
+        (["growth", "no/such"], "no/such"),
+        (["growth", str(stripe.load_example("cifar10-se-resnet20").path)], "last.pt"),
     ],
 )
 def test_bad_input_is_one_line(words, expected, tmp_path, capsys):

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stripe.cli import main
 from stripe.data import ImageSet, Loader, load_images
-from stripe.training import Evaluation, Recipe, evaluate, fit
+from stripe.training import Evaluation, Recipe, TensorBoard, evaluate, fit
 
 SHORT = Recipe(epochs=4, lr=0.05, milestones=(1, 3), seed=7)
 CONSTANTS = {"mean": (0.3,) * 3, "std": (0.3,) * 3}
@@ -420,7 +421,7 @@ def test_checkpoint_without_optimizer(parts, tmp_path, checkpoint):
     message = refusal(parts, tmp_path, checkpoint.with_name("epoch=0001.pt"))
     assert "lacks metrics, optimizer, scaler" in message
     torch.save([1, 2, 3], tmp_path / "list.pt")
-    assert "lacks epoch" in refusal(parts, tmp_path, tmp_path / "list.pt")
+    assert "is no checkpoint" in refusal(parts, tmp_path, tmp_path / "list.pt")
 
 
 def test_checkpoint_of_another_network(parts, tmp_path, checkpoint):
@@ -518,3 +519,98 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-6)
     assert not np.isclose(*one["train_loss"], rtol=1e-3)  # the weights moved by more than the tolerance
+
+
+# ---- compiled ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the compiler's own
+def test_compiled_training_equals_eager_and_leaves_the_model_alone(parts, tmp_path):
+    recipe = Recipe(**{**vars(SHORT), "compile": True})
+    small = lambda: nn.Sequential(*(module for module in network() if not isinstance(module, nn.Dropout)))  # noqa: E731
+    forwards = []
+
+    class Look:
+        def on_epoch_end(self, given, epoch, metrics):
+            handle = given[0].register_forward_hook(lambda *_: forwards.append(epoch))
+            evaluate(given, Loader(parts[1], 50))
+            handle.remove()
+
+    eager = train(parts, tmp_path / "eager", model=small())
+    torch._dynamo.utils.counters.clear()
+    model = small()
+    compiled = train(parts, tmp_path / "compiled", recipe, model=model, callbacks=[Look()])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    pd.testing.assert_frame_equal(compiled, eager, rtol=1e-4)
+    assert not np.isclose(eager["train_loss"].iloc[0], eager["train_loss"].iloc[-1], rtol=1e-3)  # it did train
+    assert list(model.state_dict()) == list(small().state_dict())
+    assert forwards == [1, 1, 2, 2, 3, 3, 4, 4]  # two batches an epoch, through hooks that compiled code skips
+
+    resumed = small()
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, tmp_path / "halves", recipe, model=small(), callbacks=[At(3, interrupt)])
+    train(parts, tmp_path / "halves", recipe, model=resumed, resume=tmp_path / "halves" / "checkpoints" / "last.pt")
+    assert same_weights(resumed, model)
+
+
+# ---- tensorboard -------------------------------------------------------------------------------------------
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read every scalar back: tag -> (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_holds_the_metrics_once_also_after_a_resume(parts, tmp_path):
+    with pytest.raises(KeyboardInterrupt), TensorBoard(tmp_path / "tensorboard") as board:
+        train(parts, tmp_path, callbacks=[board, At(3, interrupt)])  # epoch 3 is written, but not saved
+    assert [step for step, _ in scalars(tmp_path / "tensorboard")["lr"]] == [1, 2, 3]
+    with TensorBoard(tmp_path / "tensorboard") as board:
+        train(parts, tmp_path, callbacks=[board], resume=tmp_path / "checkpoints" / "last.pt")
+    metrics = pd.read_csv(tmp_path / "metrics.csv")
+    found = scalars(tmp_path / "tensorboard")
+    assert found.keys() == set(metrics) - {"epoch"}
+    for name, events in found.items():
+        assert [step for step, _ in events] == metrics["epoch"].tolist() == [1, 2, 3, 4]
+        np.testing.assert_allclose([value for _, value in events], metrics[name], rtol=1e-6)
+    assert metrics["train_loss"].nunique() == 4
+
+
+def test_tensorboard_leaves_out_what_was_not_measured(parts, tmp_path):
+    with TensorBoard(tmp_path / "tensorboard") as board:
+        fit(
+            network(),
+            Loader(parts[0], 32, train=True),
+            None,
+            Recipe(epochs=1),
+            directory=tmp_path,
+            description={},
+            callbacks=[board],
+            progress=False,
+        )
+    assert scalars(tmp_path / "tensorboard").keys() == {"lr", "train_loss", "train_accuracy"}
+
+
+def test_tensorboard_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'stripe-observation\[tensorboard\]'"):
+        TensorBoard(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_for_tensorboard_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    words = ["train", "--depth", "11", "--train-samples", "40", "--epochs", "1", "--tensorboard", "-c"]
+    assert main([*words, str(tmp_path / "a")]) == 0
+    [(step, loss)] = scalars(tmp_path / "a" / "tensorboard")["train_loss"]
+    assert (step, loss) == (1, pytest.approx(pd.read_csv(tmp_path / "a" / "metrics.csv")["train_loss"][0], rel=1e-6))
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main([*words, str(tmp_path / "b")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: TensorBoard's files need the package tensorboard")
+    assert not (tmp_path / "b").exists()

@@ -5,6 +5,7 @@ a permutation null and the best fit that the attention module can reach.
 """
 
 import copy
+import html
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -56,6 +57,14 @@ class Validation:
     def matched(self) -> bool:
         """Whether every gate matches by the rule."""
         return bool((self.table["verdict"] == "match").all())
+
+    def _repr_html_(self) -> str:
+        """Show each gate's correlation beside its controls, the accuracies and the rule, every name escaped."""
+        head = html.escape(f"protocol {self.protocol}, epoch {self.epoch}, {self.steps} steps; {self.rule}")
+        gates = self.table.drop(columns=["r2", "mean_abs_z", "inside", "p", "rmse_best"])
+        accuracies = pd.DataFrame(self.accuracies, index=["accuracy (%)"]).round(2)
+        tables = gates.to_html(index=False, float_format="{:.3g}".format) + accuracies.to_html()
+        return f"<p><b>Validation</b> {head}</p>{tables}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the observed samples as plain values for JSON; NaN becomes None."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from stripe.cli import collect, demo, figures, stats, train, validate
+from stripe.cli import check, collect, demo, figures, fold, report, stats, train, validate
 
 
 class Command(Protocol):
@@ -28,8 +28,11 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "collect": collect,
     "stats": stats,
+    "check": check,
     "figures": figures,
     "validate": validate,
+    "fold": fold,
+    "report": report,
     "demo": demo,
 }
 BAD_INPUT = (ArithmeticError, ModuleNotFoundError, OSError, RuntimeError, ValueError, TypeError)

@@ -6,6 +6,7 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,16 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--samples", type=options.positive, metavar="N", help="images to record (default: all)")
     options.add_loading(data)
     files = parser.add_argument_group("files")
-    files.add_argument("--out", type=Path, metavar="RUN", help="directory of the run")
+    files.add_argument("--out", metavar="RUN", help="directory of the run, or s3://BUCKET/RUN")
     files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
     files.add_argument("--dtype", default="float32", help="float32, or float16 at half the size")
     files.add_argument("--moments-only", action="store_true", help="no row per sample: count, mean, M2, min, max alone")
     files.add_argument("--by-label", action="store_true", help="with --moments-only: the mean of every class as well")
-    files.add_argument("--overwrite", action="store_true", help="replace epochs that the run holds already")
+    held = files.add_mutually_exclusive_group()
+    held.add_argument("--overwrite", action="store_true", help="replace epochs that the run holds already")
+    held.add_argument("--resume", action="store_true", help="skip them: go on with an interrupted recording")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record every checkpoint as an epoch of one run; all are read once before anything is written."""
+    """Record every checkpoint as an epoch of one run; under torchrun each process records its share of the images."""
     if arguments.list_gates or arguments.explain:
         return _list(arguments)
     if arguments.out is None:
@@ -65,14 +68,17 @@ def run(arguments: argparse.Namespace) -> int:
     from stripe.data import Loader
     from stripe.models import read_checkpoint
     from stripe.recorder import Recorder
+    from stripe.training import processes
 
-    loader, loaded, contents = None, None, _contents(arguments)
-    for epoch, spec in sorted(_epochs(arguments).items()):
+    process, contents = processes(), _contents(arguments)
+    share = {"rank": process.process_index, "world_size": process.num_processes, "workers": arguments.workers}
+    loader, loaded = None, None
+    for epoch, spec in _unrecorded(arguments, tell=process.is_main_process):
         checkpoint = read_checkpoint(spec, arguments.arch)
         constants = _constants(arguments, checkpoint)
         if loader is None or constants != loaded:
             images = _images(arguments, arguments.samples, constants)
-            loader, loaded = Loader(images, arguments.batch, workers=arguments.workers), constants
+            loader, loaded = Loader(images, arguments.batch, **share), constants
         gates = _gates(arguments, spec, _candidates(checkpoint, loader.images))
         with Recorder(
             checkpoint.model,
@@ -84,10 +90,28 @@ def run(arguments: argparse.Namespace) -> int:
             description=checkpoint.description.get("model", {"arch": arguments.arch or str(spec)}),
             data=loader.images.describe(),
             overwrite=arguments.overwrite,
+            shared=True,
         ) as recorder:
-            recorder.record(loader, epoch=epoch, progress=options.progress(f"epoch {epoch}"))
-        print(f"{arguments.out}: epoch {epoch}, {len(loader.images)} samples, {len(gates)} gates, from {spec}")
+            progress = options.progress(f"epoch {epoch}") if process.is_main_process else iter
+            recorder.record(loader, epoch=epoch, progress=progress)
+        if process.is_main_process:
+            print(f"{arguments.out}: epoch {epoch}, {len(loader.images)} samples, {len(gates)} gates, from {spec}")
     return 0
+
+
+def _unrecorded(arguments: argparse.Namespace, *, tell: bool) -> list[tuple[int, str]]:
+    """Return epochs and checkpoints, ascending, without those that --resume finds in the run."""
+    from stripe.store import open_run
+
+    held: list[int] = []
+    if arguments.resume:
+        with suppress(FileNotFoundError):  # nothing was recorded yet
+            held = open_run(arguments.out).epochs
+    epochs = sorted(_epochs(arguments).items())
+    for epoch, spec in epochs:
+        if tell and epoch in held:
+            print(f"{arguments.out}: epoch {epoch} is there, {spec} is skipped")
+    return [(epoch, spec) for epoch, spec in epochs if epoch not in held]
 
 
 def _contents(arguments: argparse.Namespace) -> str:
@@ -98,11 +122,11 @@ def _contents(arguments: argparse.Namespace) -> str:
 
 def _epochs(arguments: argparse.Namespace) -> dict[int, str]:
     """Read every checkpoint's epoch: what the file says, else its name (epoch=0012), else its position."""
-    from stripe.models import read_checkpoint
+    from stripe.models import read_epoch
 
     epochs: dict[int, str] = {}
     for position, spec in enumerate(arguments.ckpt):
-        recorded = read_checkpoint(spec, arguments.arch).epoch
+        recorded = read_epoch(spec)
         named = re.search(r"epoch=(\d+)", Path(spec).name)
         epoch = recorded if recorded is not None else int(named[1]) if named else position
         if epoch in epochs:

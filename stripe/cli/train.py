@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--psi-no-decay", action="store_true", help="no weight decay on ASR's learned vectors")
     recipe.add_argument("--psi-init", type=_psi, default=0.1, metavar="X", help="psi starts at this number, or normal")
     recipe.add_argument("--amp", default="no", help="mixed precision: no, bf16 or fp16")
+    recipe.add_argument("--compile", action="store_true", help="torch.compile the training: slow start, faster epochs")
     recipe.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="of weights, order, crops, split")
     recipe.add_argument("--gpu-id", metavar="ID", help="CUDA device to use, as CUDA_VISIBLE_DEVICES takes it")
     files = parser.add_argument_group("files")
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--record", type=options.positive, metavar="N", help="record N images' attention every epoch")
     files.add_argument("--record-split", default="test", help="the split those images come from")
     files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
+    files.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     options.add_json(files)
 
 
@@ -71,7 +74,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from stripe.data import Loader, load_images
     from stripe.models import create_model
-    from stripe.training import Recipe, evaluate, fit, processes
+    from stripe.training import Recipe, TensorBoard, evaluate, fit, processes
 
     process = processes()
     share = {"rank": process.process_index, "world_size": process.num_processes, "workers": arguments.workers}
@@ -85,6 +88,7 @@ def _train(arguments: argparse.Namespace) -> int:
         gamma=arguments.gamma,
         no_decay=("*.vector",) if arguments.psi_no_decay else (),
         amp=arguments.amp,
+        compile=arguments.compile,
         seed=arguments.manualSeed,
     )
     directory = _directory(arguments)
@@ -97,18 +101,21 @@ def _train(arguments: argparse.Namespace) -> int:
     network = _network(arguments, len(images.classes))
     model = create_model(**network)
     description = {"model": network, "data": training.describe(), "seed": arguments.manualSeed}
-    callbacks = [_recording(arguments, directory, model, description)] if arguments.record else []
-    fit(
-        model,
-        Loader(training, arguments.train_batch, train=True, seed=arguments.manualSeed, **share),
-        None if validation is None else Loader(validation, arguments.test_batch, **share),
-        recipe,
-        directory=directory,
-        description=description,
-        callbacks=callbacks if process.is_main_process else [],
-        resume=arguments.resume,
-        save_every=arguments.save_every,
-    )
+    callbacks = [_recording(arguments, directory, model, description, share)] if arguments.record else []
+    with ExitStack() as closing:
+        if arguments.tensorboard and process.is_main_process:
+            callbacks.append(closing.enter_context(TensorBoard(directory / "tensorboard")))
+        fit(
+            model,
+            Loader(training, arguments.train_batch, train=True, seed=arguments.manualSeed, **share),
+            None if validation is None else Loader(validation, arguments.test_batch, **share),
+            recipe,
+            directory=directory,
+            description=description,
+            callbacks=callbacks,
+            resume=arguments.resume,
+            save_every=arguments.save_every,
+        )
     evaluation = evaluate(model, Loader(test, arguments.test_batch, **share))
     if process.is_main_process:
         print(f"{directory}: metrics.csv, checkpoints/")
@@ -165,8 +172,10 @@ def _directory(arguments: argparse.Namespace) -> Path:
     return directory
 
 
-def _recording(arguments: argparse.Namespace, directory: Path, model: Any, description: dict[str, Any]) -> Any:
-    """Return the callback that records the probe set into the run after every epoch."""
+def _recording(
+    arguments: argparse.Namespace, directory: Path, model: Any, description: dict[str, Any], share: dict[str, Any]
+) -> Any:
+    """Return the callback that records this process's share of the probe set into the run after every epoch."""
     from stripe.data import Loader, load_images
     from stripe.gates import find_gates
     from stripe.recorder import RecorderCallback
@@ -178,8 +187,8 @@ def _recording(arguments: argparse.Namespace, directory: Path, model: Any, descr
         data_dir=arguments.data_dir,
         **options.constants(description),
     )
-    loader = Loader(images, arguments.test_batch, workers=arguments.workers)
-    gates = find_gates(model, next(iter(loader))[0][:2])
+    loader = Loader(images, arguments.test_batch, **share)
+    gates = find_gates(model, next(iter(Loader(images, 2)))[0])
     if not gates:
         raise ValueError("--record: the network has no gate; train one with --module senet, or do not record")
     return RecorderCallback(
@@ -191,6 +200,7 @@ def _recording(arguments: argparse.Namespace, directory: Path, model: Any, descr
         data=images.describe(),
         seeds={"manualSeed": arguments.manualSeed},
         overwrite=arguments.resume is not None,
+        shared=True,
     )
 
 

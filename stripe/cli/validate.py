@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--ckpt", required=True, metavar="PATH", help="the trained network that the run recorded")
     parser.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
-    parser.add_argument("--run", dest="run_path", type=Path, required=True, metavar="RUN", help="directory of its run")
+    parser.add_argument("--run", dest="run_path", required=True, metavar="RUN", help="directory of its run")
     options.add_data(parser)
     options.add_loading(parser)
     parser.add_argument("--train-samples", type=options.positive, metavar="N", help="learn from N training images")
@@ -98,17 +98,11 @@ def print_validation(validation: "Validation") -> None:
 def draw(validation: "Validation") -> Iterator[tuple[str, "Figure"]]:
     """Yield (name, figure): each gate's learned vector over its stripe, and all in one scatter."""
     import matplotlib.pyplot as plt
-    import numpy as np
 
-    from stripe import plots, stats
-    from stripe.cli.figures import figure_of
+    from stripe.cli.figures import draw_learned
+    from stripe.stats import Moments
 
-    moments = {gate: stats.Moments.of(values) for gate, values in validation.observed.items()}
-    for gate, stripe in moments.items():
-        r = validation.table.set_index("gate")["r"][gate]
-        ax = plots.learned_over_stripe(validation.learned[gate], stripe.mean, stripe.std, title=f"{gate}, r = {r:.2f}")
-        yield f"learned-{gate}", figure_of(ax)
-    learned = np.concatenate([validation.learned[gate] for gate in moments])
-    observed = np.concatenate([stripe.mean for stripe in moments.values()])
-    yield "learned-scatter", figure_of(plots.learned_scatter(learned, observed, title="all gates"))
+    stripes = {gate: Moments.of(values) for gate, values in validation.observed.items()}
+    r = dict(zip(validation.table["gate"], validation.table["r"], strict=True))
+    yield from draw_learned(validation.learned, stripes, r)
     plt.close("all")

@@ -5,9 +5,10 @@ products are gates, by what is computed and never by class names; `reading` take
 """
 
 from stripe.gates.finding import NORMALISERS, explain_gates, find_gates
-from stripe.gates.gate import Candidate, Gate, Product, Tap
+from stripe.gates.gate import Candidate, Gate, Product, Tap, table
 from stripe.gates.reading import read_gates, replace_gates
 
 __all__ = [
     "NORMALISERS", "Candidate", "Gate", "Product", "Tap", "explain_gates", "find_gates", "read_gates", "replace_gates",
+    "table",
 ]  # fmt: skip

@@ -5,11 +5,16 @@ A gate is a place where a network multiplies a feature map by one value per samp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Form = Literal["multiplicative", "additive", "affine", "radix"]
-Kind = Literal["attention", "squeeze"]
+Kind = Literal["attention", "squeeze", "energy"]
+"""For a sample and channel: the value; what it scales, averaged over space; the square of that, so averaged."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,20 @@ class Gate:
     def source(self) -> str | None:
         """Path of the module whose output is the gate's tensor, None when it is computed functionally."""
         return self.attention.path if self.attention and self.attention.side == "output" else None
+
+    def __repr__(self) -> str:
+        """Say in one line which gate it is: a list of gates prints as a list of lines."""
+        origin = f"from {self.source}" if self.source else "computed functionally"
+        return f"Gate('{self.name}': {self.channels} channels, {self.form}, {origin})"
+
+
+def table(gates: Sequence[Gate]) -> pd.DataFrame:
+    """Return a row per gate: name, channels, form, layout, site, source, and the layers before and after."""
+    import pandas as pd
+
+    columns = "name channels form layout site source before after".split()
+    rows = [{column: getattr(gate, column) for column in columns} for gate in gates]
+    return pd.DataFrame(rows, columns=columns).assign(after=[", ".join(gate.after) for gate in gates])
 
 
 @dataclass(frozen=True)

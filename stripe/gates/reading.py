@@ -26,18 +26,22 @@ Rows = Callable[[Gate, Tensor], Tensor]
 
 
 @contextmanager
-def read_gates(model: nn.Module, gates: Sequence[Gate], sink: Sink, *, squeeze: bool = False) -> Iterator[None]:
+def read_gates(
+    model: nn.Module, gates: Sequence[Gate], sink: Sink, *, squeeze: bool = False, energy: bool = False
+) -> Iterator[None]:
     """While open, hand every gate's values in every forward of `model` to `sink(gate, kind, values)`.
 
     `values` is a detached copy (N, C) on the network's device: the attention and, with `squeeze`, the feature
-    map averaged over space. Raises ValueError when a gate's channels are not as found, and RuntimeError when
-    a forward did not pass every gate, or none ran.
+    map averaged over space, with `energy`, its square averaged over space. Raises ValueError when a gate's
+    channels are not as found, and RuntimeError when a forward did not pass every gate, or none ran.
     """
     jobs = []
     for gate in gates:
         jobs.append(_reading(gate, "attention", gate.attention, _flat if gate.attention else _vector, sink))
         if squeeze:
             jobs.append(_reading(gate, "squeeze", gate.squeeze, _flat if gate.pooled else _average, sink))
+        if energy:
+            jobs.append(_reading(gate, "energy", None, _mean_square, sink))
     with _watching(model, jobs):
         yield
 
@@ -100,6 +104,11 @@ def _average(gate: Gate, scaled: Tensor) -> Tensor:
     if scaled.ndim < len(gate.layout):
         return scaled.flatten(2).mean(2)
     return _rows(gate, scaled.mean([d for d, letter in enumerate(gate.layout) if letter not in "NRGC"]))
+
+
+def _mean_square(gate: Gate, scaled: Tensor) -> Tensor:
+    """Rows of a feature map's squares averaged over space."""
+    return _average(gate, scaled.square())
 
 
 def _rows(gate: Gate, picked: Tensor) -> Tensor:

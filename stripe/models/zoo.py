@@ -1,11 +1,11 @@
 """Networks by name, from files and from factories of the user's own.
 
-No file is executed: pickles are read with `weights_only=True`, and what a file says of its network names no code.
+No file is executed or believed: what it says of its network names no code, fetches nothing, and is compared with its
+weights before the network takes memory.
 """
 
 import importlib
 import os
-import pickle
 import re
 import sys
 from collections.abc import Mapping
@@ -13,24 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stripe.attention import ATTENTION, create_attention
+from stripe.checkpoints import read_tensors
 from stripe.models.resnet import BLOCKS, WIDTHS, ResNet, block_of, depth_of
 
 ARCHITECTURES: dict[str, type[ResNet]] = {"resnet": ResNet}
-NUMPY_SCALARS: list[Any] = [
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *(np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))),
-]
-"""What a NumPy number in a checkpoint, such as an accuracy, is pickled as; it runs no code of the file's."""
 HUBS = ("timm:", "torchvision:")
 IMAGENET: dict[str, Any] = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 """Input of a torchvision network without published weights."""
 
+MAX_DEPTH = 2_000
+"""Of a CIFAR ResNet in a file."""
+
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_HUB_NAME = re.compile(r"((timm|torchvision):[\w.]+)(:pretrained)?")
 
 
 @dataclass(frozen=True)
@@ -86,19 +85,26 @@ def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkp
         model = _named_model(spec)
         return Checkpoint(model.eval(), description=_describe(model, spec))
     content = _read(path)
-    state = _weights(content, path)
-    epoch, description = content.get("epoch"), content.get("description")
-    description = description if isinstance(description, dict) else {}
-    config = description.get("model", {}) if arch is None else {"arch": arch}
-    if "arch" not in config:
-        config = {"arch": "resnet", **infer_config(state, path)}
+    state, description = _weights(content, path), content["description"]
     try:
-        model = create_model(**config) if arch is None else _named_model(arch)
+        model = _declared_model(description.get("model", {}), state, path) if arch is None else _named_model(arch)
         model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path}: weights do not fit {config}: {_one_line(error)}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights do not fit {arch or 'its network'}: {_one_line(error)}") from error
     known = {} if arch is None else _describe(model, arch)
-    return Checkpoint(model.eval(), epoch if isinstance(epoch, int) else None, known | description)
+    return Checkpoint(model.eval(), content["epoch"], known | description)
+
+
+def read_epoch(path_or_spec: str | Path) -> int | None:
+    """Read which epoch of training a file says to hold; None where it does not say, and for a name.
+
+    Raises what `read_checkpoint` raises for a file that cannot be read.
+    """
+    path = Path(path_or_spec)
+    if _is_name(str(path_or_spec)) and not path.exists():
+        return None
+    epoch: int | None = _read(path)["epoch"]
+    return epoch
 
 
 def infer_config(state: Mapping[str, Tensor], source: object = "state dict") -> dict[str, Any]:
@@ -108,7 +114,8 @@ def infer_config(state: Mapping[str, Tensor], source: object = "state dict") -> 
         ValueError: these are not a CIFAR ResNet's weights.
     """
     keys = set(state)
-    if not {"conv1.weight", "layer1.0.conv1.weight", "layer3.0.conv1.weight", "fc.weight"} <= keys:
+    needed = {"conv1.weight", "layer1.0.conv1.weight", "layer3.0.conv1.weight", "fc.weight"}
+    if not needed <= keys or state["fc.weight"].ndim != 2:
         raise ValueError(
             f"{source}: not a CIFAR ResNet's weights (no conv1, layer1..3, fc among {len(keys)} keys): "
             "name the network with --arch"
@@ -141,41 +148,71 @@ def _module_of(shapes: dict[str, torch.Size], channels: int, source: object) -> 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a file to a dict; a bare state dict comes back under "state_dict"."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"checkpoint '{path}' not found; expected a file, timm:NAME, torchvision:NAME or package.module:FACTORY"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals(NUMPY_SCALARS):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: refused, it is not a file of tensors and plain values alone; its code was not run"
-        ) from error
-    except Exception as error:  # torch and safetensors raise many kinds on foreign bytes
-        raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign): {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of weights, received {type(content).__name__}")
-    return content if isinstance(content.get("state_dict"), dict) else {"state_dict": content}
+    """Read a file to state_dict (a bare one is the whole file), epoch and description, as far as they are usable."""
+    content = read_tensors(path)
+    if not isinstance(content.get("state_dict"), dict):
+        content = {"state_dict": content}
+    epoch, description = content.get("epoch"), content.get("description")
+    description = description if isinstance(description, dict) else {}
+    usable = {
+        key: value for key, value in description.items() if isinstance(value, dict) or key not in ("model", "data")
+    }
+    return content | {"epoch": epoch if type(epoch) is int and epoch >= 0 else None, "description": usable}
 
 
 def _weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return the state dict with the reference code's spellings undone: `module.` prefixes and `fused_bn` norms."""
     state = {str(key).removeprefix("module."): value for key, value in content["state_dict"].items()}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: no weights inside; expected a state dict of tensors, alone or under 'state_dict'")
+    if not state or not all(isinstance(value, Tensor) and not value.is_complex() for value in state.values()):
+        raise ValueError(
+            f"{path}: no weights inside; expected a state dict of real tensors, alone or under 'state_dict'"
+        )
+    broken = [key for key, value in state.items() if value.is_floating_point() and bool(value.isnan().any())]
+    if broken:
+        raise ValueError(
+            f"{path}: weights are not numbers (NaN) in {len(broken)} of {len(state)} tensors, first '{broken[0]:.80}': "
+            "the training diverged; take an earlier epoch, or train again at a lower learning rate"
+        )
     for key in [key for key in state if ".fused_bn." in key]:
         layer, _, name = key.partition(".fused_bn.")
         value = state.pop(key)
         if f"{layer}.vector" not in state:
             state[f"{layer}.{name}"] = value
     return state
+
+
+def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """Build the network that a file declares, or that its keys tell, once its shapes are known to be those of `state`.
+
+    Raises ValueError for a network that cannot be built, RuntimeError for one that the weights do not fit.
+    """
+    config = dict(config) if "arch" in config else {"arch": "resnet", **infer_config(state, path)}
+    largest = max((value.shape[0] for value in state.values() if value.ndim), default=1)
+    limits = {"depth": MAX_DEPTH, "num_classes": largest, "repeats": len(state)}
+    for name, limit in limits.items():
+        if type(value := config.get(name, 1)) is not int or not 1 <= value <= limit:
+            raise ValueError(f"{path}: it declares {name} {value!s:.80}; expected 1 to {limit} with these weights")
+    try:
+        if hub := _HUB_NAME.fullmatch(str(config["arch"])[:200]):
+            config = {"arch": hub[1], "num_classes": config["num_classes"]}  # not :pretrained, it has weights
+            _require_shapes(config, state)
+        elif config["arch"] not in ARCHITECTURES:
+            raise ValueError(f"unknown arch '{config['arch']!s:.80}': name the network with --arch")
+        return create_model(**config)
+    except RuntimeError:
+        raise
+    except Exception as error:  # what a file declares fails in many ways
+        raise ValueError(f"{path}: the network that it declares cannot be built: {_one_line(error)}") from error
+
+
+def _require_shapes(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError unless a network, built without memory, takes these weights; a few are never so built."""
+    with torch.device("meta"):
+        try:
+            network = create_model(**config)
+        except NotImplementedError:
+            return
+    network.load_state_dict(state, assign=True)
 
 
 def _hub_model(spec: str, **options: Any) -> nn.Module:

@@ -1,0 +1,69 @@
+"""Time inference: plain, SE, ASR as trained, deployed, deployed as the reference does it, fused, under onnxruntime."""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.networks import DEVICE, add_network, build, pixels, prepared_forward, prepared_session
+from benchmarks.timing import Prepare, Result, check, measure, report
+from stripe import asr
+from stripe.folding import save_onnx
+
+REFERENCE = "deployed, norm kept (reference)"
+TOLERANCE = 1e-3  # of logits, float32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the network's arguments."""
+    add_network(parser, rounds=15, batch=128)
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    """Time one batch through every form, and compare what the forms of ASR compute."""
+    sizes = (arguments.depth, arguments.module)
+    cases = {name: partial(_prepare, name, *sizes, arguments.batch) for name in FORMS}
+    with tempfile.TemporaryDirectory() as folder:
+        if DEVICE == "cpu":
+            path = Path(folder, "fused.onnx")
+            save_onnx(_fused(*sizes), pixels(arguments.batch), path)
+            cases["fused, onnxruntime"] = partial(prepared_session, path, pixels(arguments.batch))
+        timings = measure(cases, arguments.rounds)
+    rows = report(timings, "plain", images=arguments.batch)
+    forms = [FORMS[name](*sizes) for name in ("ASR", "deployed", REFERENCE, "fused")]
+    with torch.inference_mode():
+        wanted, *others = (form(pixels(arguments.batch).to(DEVICE)) for form in forms)
+    error = max(float((wanted - other).abs().max() / wanted.abs().max()) for other in others)
+    return Result(rows, not check("relative difference between the forms of ASR", error, TOLERANCE))
+
+
+def _kept(depth: int, module: str) -> nn.Module:
+    network = build("ASR", depth, module)
+    asr.switch_to_deploy(network)
+    return network
+
+
+def _deployed(depth: int, module: str) -> nn.Module:
+    return asr.deploy(build("ASR", depth, module))
+
+
+def _fused(depth: int, module: str) -> nn.Module:
+    return asr.fuse(build("ASR", depth, module))
+
+
+FORMS = {
+    "plain": partial(build, "plain"),
+    "SE": partial(build, "SE"),
+    "ASR": partial(build, "ASR"),
+    "deployed": _deployed,
+    REFERENCE: _kept,
+    "fused": _fused,
+    "fused, channels-last": _fused,
+}
+
+
+def _prepare(name: str, depth: int, module: str, batch: int) -> Prepare:
+    return prepared_forward(FORMS[name](depth, module), pixels(batch), channels_last="channels-last" in name)

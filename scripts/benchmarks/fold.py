@@ -1,0 +1,67 @@
+"""Time a network before and after its attention is folded into constants: eager, channels-last, under onnxruntime."""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import stripe
+from benchmarks.networks import DEVICE, prepared_forward, prepared_session
+from benchmarks.timing import Prepare, Result, check, measure, report
+from stripe.folding import FoldReport, save_onnx
+
+CONSTANT = 0.3  # of every channel: speed does not depend on it
+TOLERANCE = 1e-9  # of the folded network, in float64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the network and its images."""
+    parser.add_argument("--ckpt", default="torchvision:mobilenet_v3_small", metavar="SPEC", help="what to fold")
+    parser.add_argument("--size", type=int, default=224, metavar="N", help="side of the images in pixels")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds over all cases")
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    """Time one batch through both networks, every way."""
+    images = _images(arguments.batch, arguments.size)
+    network, (folded, folding) = _load(arguments.ckpt), _fold(arguments.ckpt, arguments.size)
+    cases: dict[str, Prepare] = {}
+    for layout in ("eager", "channels-last"):
+        for name in ("attention", "folded"):
+            cases[f"{name}, {layout}"] = partial(_prepare, name, layout, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if DEVICE == "cpu":
+            for name, each in (("attention", network), ("folded", folded)):
+                save_onnx(each, images, Path(folder, f"{name}.onnx"))
+                cases[f"{name}, onnxruntime"] = partial(prepared_session, Path(folder, f"{name}.onnx"), images)
+        timings = measure(cases, arguments.rounds)
+    rows = report(timings, "attention, eager", images=arguments.batch)
+    print(
+        f"{len(folding.table)} gates, {(folding.table['direction'] == 'kept').sum()} of them kept as a multiplication"
+    )
+    return Result(rows, not check("relative error of the folded network", folding.error, TOLERANCE))
+
+
+def _images(batch: int, size: int) -> Tensor:
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _load(spec: str) -> nn.Module:
+    torch.manual_seed(0)
+    return stripe.models.load_checkpoint(spec)
+
+
+def _fold(spec: str, size: int) -> tuple[nn.Module, FoldReport]:
+    network, images = _load(spec), _images(3, size)
+    constants = {gate.name: torch.full((gate.channels,), CONSTANT) for gate in stripe.find_gates(network, images)}
+    return stripe.fold(network, constants, images)
+
+
+def _prepare(name: str, layout: str, arguments: argparse.Namespace) -> Prepare:
+    network = _load(arguments.ckpt) if name == "attention" else _fold(arguments.ckpt, arguments.size)[0]
+    images = _images(arguments.batch, arguments.size)
+    return prepared_forward(network, images, channels_last=layout == "channels-last")

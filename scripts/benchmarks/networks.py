@@ -1,0 +1,54 @@
+"""The networks that several benchmarks run, and the arguments that choose them."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import Prepare, synchronize
+from stripe.folding.export import onnx_session
+from stripe.models import create_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_network(parser: argparse.ArgumentParser, *, rounds: int, batch: int) -> None:
+    """Add --depth, --module, --batch and --rounds."""
+    parser.add_argument("--depth", type=int, default=164, help="of the bottleneck ResNet")
+    parser.add_argument("--module", default="senet", help="attention module")
+    parser.add_argument("--batch", type=int, default=batch, help="images of 32x32 at once")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds over all cases")
+
+
+def build(form: str, depth: int, module: str) -> nn.Module:
+    """Build the "plain", "SE" or "ASR" form of one network on the device, in eval mode."""
+    forms = {"plain": {}, "SE": {"module": module}, "ASR": {"module": module, "asr": True}}
+    torch.manual_seed(0)
+    return create_model("resnet", depth=depth, **forms[form]).to(DEVICE).eval()
+
+
+def pixels(samples: int) -> Tensor:
+    """Return images (samples, 3, 32, 32), the same on every call."""
+    return torch.rand(samples, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def forward(network: nn.Module, images: Tensor) -> None:
+    """Run the network once."""
+    with torch.inference_mode():
+        synchronize(network(images))
+
+
+def prepared_forward(network: nn.Module, images: Tensor, *, channels_last: bool = False) -> Prepare:
+    """Return a case's run of the network on a batch, on the device."""
+    network, images = network.to(DEVICE), images.to(DEVICE)
+    if channels_last:
+        network, images = (each.to(memory_format=torch.channels_last) for each in (network, images))
+    return partial(forward, network, images)
+
+
+def prepared_session(path: Path, images: Tensor) -> Prepare:
+    """Return a case's run of an ONNX file on a batch, under onnxruntime."""
+    session = onnx_session(path)
+    return partial(session.run, None, {session.get_inputs()[0].name: images.numpy()})

@@ -1,0 +1,45 @@
+"""Synthetic runs, as large as wanted, and the arguments that say how large."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stripe.store import GateColumn, RunWriter
+
+WIDTHS = (64, 128, 256)  # of a bottleneck ResNet's three stages
+AT_ONCE = 500  # samples appended together
+
+
+def gate_channels(gates: int) -> list[int]:
+    """Return the channels of each gate: a third of the gates in each stage; 54 gates are ResNet-164's 8,064."""
+    if gates < 3 or gates % 3:
+        raise ValueError(f"--gates {gates}: expected a multiple of three, a third for each width of {WIDTHS}")
+    return [width for width in WIDTHS for _ in range(gates // 3)]
+
+
+def write_run(path: Path, epochs: int, samples: int, channels: list[int]) -> list[str]:
+    """Write a run of stripes and noise; return its files, epoch by epoch."""
+    gates = [GateColumn(f"gate{number}", width) for number, width in enumerate(channels)]
+    with RunWriter(path, model={}, data={}, gates=gates) as writer:
+        for epoch in range(epochs):
+            with writer.epoch(epoch) as rows:
+                for ids, values in _batches(epoch, samples, sum(channels)):
+                    parts = np.split(values, np.cumsum(channels)[:-1], axis=1)
+                    rows.append(ids, ids % 10, {gate.name: part for gate, part in zip(gates, parts, strict=True)})
+    return sorted(str(part) for part in path.rglob("*.parquet"))
+
+
+def _batches(epoch: int, samples: int, channels: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    rng = np.random.default_rng(epoch)
+    stripe = 0.2 + 0.6 * rng.random(channels, np.float32)
+    for start in range(0, samples, AT_ONCE):
+        ids = np.arange(start, min(start + AT_ONCE, samples))
+        yield ids, stripe + np.float32(0.05) * rng.standard_normal((len(ids), channels), np.float32)
+
+
+def add_run(parser: argparse.ArgumentParser, *, gates: int) -> None:
+    """Add --gates."""
+    parser.add_argument("--gates", type=int, default=gates, help="of 64, 128 and 256 channels, a third each")

@@ -1,0 +1,72 @@
+"""Time recording and moments over the number of samples: time should grow as fast as the samples, memory not at all."""
+
+import argparse
+import math
+import tempfile
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks.runs import add_run, gate_channels, write_run
+from benchmarks.timing import Prepare, Result, Row, measure, report
+from stripe import open_run
+
+IMAGE_SIZE = 8  # pixels a side, of the recorded images: the network is small, so that recording shows
+BATCH = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes."""
+    parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 30_000, 100_000], metavar="N")
+    add_run(parser, gates=6)
+    parser.add_argument("--depth", type=int, default=11, help="of the bottleneck ResNet that is recorded")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds over all cases")
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    """Measure every size of either kind; the slope is that of log time over log samples, 1 for linear."""
+    sizes, channels = sorted(arguments.samples), gate_channels(arguments.gates)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {size: Path(folder, f"{size}") for size in sizes}
+        for size, path in paths.items():
+            write_run(path, 1, size, channels)
+        rows += _over({f"stats, {size}": partial(_moments, path) for size, path in paths.items()}, sizes, arguments)
+        recorded = Path(folder, "recorded")
+        cases = {f"collect, {size}": partial(_record, arguments.depth, size, recorded) for size in sizes}
+        rows += _over(cases, sizes, arguments)
+    return Result(rows)
+
+
+def _over(cases: dict[str, Prepare], sizes: list[int], arguments: argparse.Namespace) -> list[Row]:
+    rows = report(measure(cases, arguments.rounds), next(iter(cases)))
+    for (small, before), (large, after) in pairwise(zip(sizes, rows, strict=True)):
+        after["slope"] = math.log(after["seconds"] / before["seconds"]) / math.log(large / small)
+        print(f"{before['case']} to {large}: slope {after['slope']:.3f}")
+    return rows
+
+
+def _moments(path: Path) -> Prepare:
+    return partial(_take, path)
+
+
+def _take(path: Path) -> None:
+    open_run(path).moments()
+
+
+def _record(depth: int, samples: int, path: Path) -> Prepare:
+    import torch
+
+    import stripe
+    from benchmarks.networks import DEVICE, build
+
+    network = build("SE", depth, "senet")
+    images = torch.rand(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE)
+    gates = stripe.find_gates(build("SE", depth, "senet"), torch.rand(2, 3, 32, 32, device=DEVICE))
+    batches = [(images[: len(ids)], ids, ids) for ids in torch.arange(samples).split(BATCH)]
+
+    def run() -> None:
+        with stripe.Recorder(network, gates, f"{path}-{samples}", overwrite=True) as recorder:
+            recorder.record(batches, epoch=0)
+
+    return run

@@ -1,0 +1,152 @@
+"""Cases side by side: each in a process of its own, so that none warms, starves or hides another; runs interleave."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from stripe.timing import interleave
+
+Row = dict[str, Any]
+Prepare = Callable[[], Callable[[], Any]]
+"""What a case is: it can be pickled; called, it builds what is not timed and returns what is."""
+STOPPING = 10  # seconds that a process has to end by itself
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rows for the report; whether what was measured is also right."""
+
+    rows: list[Row]
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every round, the process's peak memory in MB (not known everywhere), what the last run returned."""
+
+    seconds: list[float]
+    peak_mb: float | None
+    returned: Any
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+
+def measure(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Timing]:
+    """Time every case `rounds` times, after one run to warm up; ChildProcessError for a case that fails."""
+    start_server({getattr(prepare, "func", prepare).__module__ for prepare in cases.values()})
+    with ExitStack() as running:
+        pipes = {name: running.enter_context(_process(name, prepare)) for name, prepare in cases.items()}
+        for name, pipe in pipes.items():
+            _receive(name, pipe)
+        last: dict[str, tuple[Any, float | None]] = {}
+
+        def run(name: str) -> None:
+            pipes[name].send(True)
+            last[name] = _receive(name, pipes[name])
+
+        seconds = interleave({name: lambda name=name: run(name) for name in pipes}, rounds)
+    return {name: Timing(seconds[name], last[name][1], last[name][0]) for name in pipes}
+
+
+def start_server(modules: Iterable[str]) -> None:
+    """Start the process that the cases' are forked from, where it does not run; it imports `modules` once for all."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), before]))
+    try:
+        multiprocessing.set_forkserver_preload(sorted(modules))
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+@contextmanager
+def _process(name: str, prepare: Prepare) -> Iterator[Connection]:
+    """Start a case's process; it ends with the block."""
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, prepare), name=name)
+    process.start()
+    there.close()
+    try:
+        with here:
+            yield here
+    finally:
+        process.join(STOPPING)
+        process.kill()
+
+
+def _serve(pipe: Connection, prepare: Prepare) -> None:
+    """Prepare, then run whenever the pipe says so, until it closes."""
+    try:
+        run = prepare()
+        pipe.send((None, None))
+        while pipe.recv():
+            returned = run()
+            pipe.send((returned, _peak_mb()))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        pipe.send(ChildProcessError(f"{type(error).__name__}: {error}"))
+
+
+def _receive(name: str, pipe: Connection) -> tuple[Any, float | None]:
+    try:
+        received = pipe.recv()
+    except EOFError:
+        received = ChildProcessError("its process died, perhaps for want of memory")
+    if isinstance(received, ChildProcessError):
+        raise ChildProcessError(f"case '{name}' failed: {received}")
+    return received  # type: ignore[no-any-return]
+
+
+def _peak_mb() -> float | None:
+    """Return the most memory this process has held; Linux alone tells it without what came before an exec."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def report(timings: Mapping[str, Timing], baseline: str, *, images: int | None = None) -> list[Row]:
+    """Print and return a row a case: median, least and most seconds, ratio of medians to `baseline`, peak memory."""
+    width = max(len(name) for name in timings)
+    rate = "  images/s" if images else ""
+    print(f"{'case':{width}}   seconds       min       max  x {baseline}  peak MB{rate}")
+    rows = []
+    for name, timing in timings.items():
+        ratio = timing.median / timings[baseline].median
+        low, high, peak = min(timing.seconds), max(timing.seconds), timing.peak_mb
+        row = {"case": name, "seconds": timing.median, "min": low, "max": high, "baseline": baseline, "ratio": ratio}
+        rows.append(row | {"peak_mb": peak} | ({"images_per_second": images / timing.median} if images else {}))
+        rate = f"  {images / timing.median:8.1f}" if images else ""
+        text = f"{timing.median:9.4f} {low:9.4f} {high:9.4f}  {ratio:{len(baseline) + 2}.3f}  "
+        print(f"{name:{width}} {text}{'-' if peak is None else round(peak):>7}{rate}", flush=True)
+    return rows
+
+
+def synchronize(tensor: Any) -> None:
+    """Wait for an accelerator that is computing `tensor`."""
+    if tensor.is_cuda:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def check(what: str, error: float, tolerance: float) -> bool:
+    """Print whether what was measured is right, and return it."""
+    right = error <= tolerance
+    print(f"{what}: {error:.2g}, expected at most {tolerance:.2g}{'' if right else ': WRONG'}")
+    return right

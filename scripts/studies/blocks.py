@@ -1,0 +1,161 @@
+"""What README.md says of the studies: each block is a table in Markdown, made from committed records alone."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+import stripe
+from stripe.stats import summarize
+from studies import comparison, growth
+from studies.comparison import label
+from studies.table import read
+
+Cells = Sequence[Sequence[str]]
+
+
+def forms(records: Path, setting: str, module: str) -> Cells:
+    """Accuracies of every form of a setting, from results.csv."""
+    rows = comparison.by_form(_results(records, setting, module))
+    yield "network", "seeds", "last epoch", "best validated epoch"
+    for row in rows.itertuples():
+        means = (f"{mean:.2f} ± {sd:.2f}" for mean, sd in ((row.last_mean, row.last_sd), (row.best_mean, row.best_sd)))
+        yield label(row.form, module), str(row.seeds), *means
+
+
+def differences(records: Path, setting: str, module: str) -> Cells:
+    """Paired differences at the last epoch, from results.csv."""
+    rows = comparison.paired(_results(records, setting, module))
+    yield "difference", "points", "95 % interval", "p", "adjusted p", "seeds to tell 0.5"
+    for row in rows[(rows["module"] == module) & (rows["measure"] == "last")].itertuples():
+        name = f"{label(row.form, module)} − {label(row.base, module)}"
+        interval = f"{row.low:+.2f} to {row.high:+.2f}"
+        yield (
+            name,
+            f"{row.difference:+.2f}",
+            interval,
+            f"{row.p:.3f}",
+            f"{row.p_adjusted:.3f}",
+            f"{row.seeds_needed:.0f}",
+        )
+
+
+def plan(records: Path) -> Cells:
+    """How many seeds tell how much, before any training."""
+    table = comparison.plan()
+    told = [name for name in table if name.startswith("told_by_")]
+    yield "sd of differences", "seeds to tell 0.5", *(f"told by {name.removeprefix('told_by_')} seeds" for name in told)
+    for row in table.to_dict("records"):
+        yield f"{row['spread']:.1f}", str(row["seeds"]), *(f"{row[name]:.2f}" for name in told)
+
+
+def stripes(records: Path, setting: str) -> Cells:
+    """Strength at the first and last epoch in every network that was recorded, from stripes.csv."""
+    table = read(records / "stripes.csv")
+    yield "network", "seed", "first epoch: mean (least to greatest gate)", "last epoch", "gates that fell"
+    networks = table[table["setting"] == setting].groupby(["module", "form", "seed"], sort=False)
+    for (module, form, seed), rows in networks:
+        by_gate = rows.pivot(index="gate", columns="epoch", values="strength")
+        first, last = by_gate.iloc[:, 0], by_gate.iloc[:, -1]
+        spans = (f"{part.mean():.2f} ({part.min():.2f} to {part.max():.2f})" for part in (first, last))
+        yield label(form, module), str(seed), *spans, f"{(last < first).sum()} of {len(by_gate)}"
+
+
+def trends(records: Path, name: str) -> Cells:
+    """The trend of every gate of a recorded training, from epochs.csv."""
+    yield (
+        "gate",
+        "channels",
+        "first epoch",
+        "last epoch (95 % interval)",
+        "rho",
+        "trend",
+        "std, first and last",
+        "settled",
+    )
+    for row in growth.trends(read(records / name / "epochs.csv")).itertuples():
+        last = f"{row.last:.3f} ({row.last_low:.3f} to {row.last_high:.3f})"
+        stds = f"{row.std_first:.4f}, {row.std_last:.4f}"
+        yield (
+            row.gate,
+            str(row.channels),
+            f"{row.first:.3f}",
+            last,
+            f"{row.rho:+.2f}",
+            row.trend,
+            stds,
+            str(row.settled),
+        )
+
+
+def inputs(records: Path, name: str) -> Cells:
+    """Strength on other images and how far their stripes are, from inputs.csv."""
+    table = read(records / name / "inputs.csv")
+    kinds = list(table["input"].unique())
+    yield "gate", *(f"{kind}: strength" for kind in kinds), *(f"{kind}: shift" for kind in kinds[1:])
+    for gate, rows in table.groupby("gate", sort=False):
+        strength, shift = (rows.set_index("input")[column] for column in ("strength", "shift_std"))
+        yield str(gate), *(f"{strength[kind]:.3f}" for kind in kinds), *(f"{shift[kind]:.2f}" for kind in kinds[1:])
+    accuracy = table.groupby("input", sort=False)["accuracy"].first()
+    texts = (f"{value:.1f} %" if pd.notna(value) else "" for value in accuracy)
+    yield "accuracy", *texts, *("" for _ in kinds[1:])
+
+
+def speed(records: Path) -> Cells:
+    """The benchmark of the deployed forms, from deploy.json."""
+    content = json.loads((records / "deploy.json").read_text())
+    yield "form", "images/s", f"time over {content['rows'][0]['baseline']}'s"
+    for row in content["rows"]:
+        yield row["case"], f"{row['images_per_second']:.0f}", f"{row['ratio']:.2f}"
+
+
+def example(records: Path) -> Cells:
+    """Strength in the example run, measured anew from its Parquet files."""
+    table = summarize(stripe.load_example("cifar10-se-resnet20"), bootstrap=0)
+    strength = table.pivot(index="gate", columns="epoch", values="strength")
+    yield "gate", *(f"epoch {epoch}" for epoch in strength)
+    for gate, row in strength.iterrows():
+        yield str(gate), *(f"{value:.2f}" for value in row)
+
+
+def csv(records: Path, path: str, *columns: str) -> Cells:
+    """Columns of a table of `records`, as NAME or NAME:FORMAT, such as `r:.2f`."""
+    table = read(records / path)
+    names = [column.partition(":")[0] for column in columns]
+    if unknown := [name for name in names if name not in table]:
+        raise ValueError(f"{path} lacks columns {', '.join(unknown)}: expected some of {', '.join(table)}")
+    yield [name.replace("_", " ") for name in names]
+    for row in table.to_dict("records"):
+        yield [format(row[name], column.partition(":")[2]) for name, column in zip(names, columns, strict=True)]
+
+
+def _results(records: Path, setting: str, module: str) -> pd.DataFrame:
+    """Return the rows of a module and of the plain networks beside it."""
+    parts = {(s, m): part for s, m, part in comparison.groups(read(records / "results.csv"))}
+    if (setting, module) not in parts:
+        known = ", ".join(" ".join(key) for key in parts)
+        raise ValueError(f"results.csv holds no '{setting} {module}': expected one of {known}")
+    return parts[setting, module]
+
+
+BLOCKS: dict[str, Callable[..., Cells]] = {
+    block.__name__: block for block in (plan, forms, differences, stripes, trends, inputs, speed, example, csv)
+}
+
+
+def markdown(name: str, records: Path, arguments: Sequence[str]) -> str:
+    """Make a block.
+
+    Raises:
+        ValueError: there is no such block, its arguments are wrong, or a record lacks what it needs.
+        FileNotFoundError: a record is missing.
+    """
+    if name not in BLOCKS:
+        raise ValueError(f"no block '{name}': expected one of {', '.join(BLOCKS)}")
+    try:
+        head, *body = (list(row) for row in BLOCKS[name](records, *arguments))
+    except TypeError as error:
+        raise ValueError(f"block '{' '.join([name, *arguments])}': {error}") from error
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,181 @@
+"""Trainings that differ by form, paired by seed. Rows of results.csv in, tables and a figure out; no network here."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import optimize, stats
+
+from stripe.stats import benjamini_hochberg
+from studies.table import read, write
+
+ALPHA, POWER = 0.05, 0.8  # of the paired, two-sided t-test
+DIFFERENCE = 0.5  # points of accuracy worth telling apart
+FEWEST, MOST = 2, 100_000  # seeds
+CERTAIN = 50.0  # standard errors: a difference as large is found, and the distribution's tail cannot be computed
+PAIRS = (("attention", "plain"), ("asr", "plain"), ("both", "attention"), ("asr", "attention"))
+MEASURES = {"last": "last epoch", "best": "best validated epoch"}
+NAMES = {"senet": "SE", "eca": "ECA", "srm": "SRM"}
+DECIMALS = 4  # of written tables: more than any accuracy has
+
+
+# ---- how many seeds --------------------------------------------------------------------------------------
+
+
+def power(pairs: int, spread: float, difference: float = DIFFERENCE) -> float:
+    """Probability that a paired t-test finds a `difference`, where paired differences have the sd `spread`."""
+    limit, shift = stats.t.isf(ALPHA / 2, pairs - 1), difference / spread * math.sqrt(pairs)
+    return float(stats.nct.sf(limit, pairs - 1, shift)) if shift < CERTAIN else 1.0  # the other tail adds nothing
+
+
+def seeds_needed(spread: float, difference: float = DIFFERENCE) -> int:
+    """Return the fewest seeds at which a paired t-test finds `difference` with the power `POWER`."""
+    if not spread > 0:
+        return FEWEST
+    return FEWEST + bisect_left(range(FEWEST, MOST), POWER, key=lambda pairs: power(pairs, spread, difference))
+
+
+def detectable(pairs: int, spread: float) -> float:
+    """Return the least difference that so many pairs tell with the power `POWER`; NaN for fewer than two."""
+    if pairs < 2:
+        return math.nan
+    return float(optimize.brentq(lambda d: power(pairs, spread, d) - POWER, 0.0, 40 * spread))
+
+
+def plan(spreads: Sequence[float] = (0.2, 0.3, 0.4, 0.5, 0.7), pairs: Sequence[int] = (3, 5, 8)) -> pd.DataFrame:
+    """Say before any training what seeds can tell, for several sd of paired differences.
+
+    A row: the seeds that tell 0.5 points, and the least difference that so many `pairs` tell.
+    """
+    rows = [
+        {"spread": spread, "seeds": seeds_needed(spread)} | {f"told_by_{n}": detectable(n, spread) for n in pairs}
+        for spread in spreads
+    ]
+    return pd.DataFrame(rows)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------
+
+
+def groups(results: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield (setting, module, its rows and those of the plain networks beside them)."""
+    for (setting, module), _ in results[results["module"] != "none"].groupby(["setting", "module"], sort=False):
+        beside = results["module"].isin([module, "none"]) & (results["setting"] == setting)
+        yield str(setting), str(module), results[beside]
+
+
+def by_form(results: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each setting and form: seeds, accuracies' mean and sd, epochs, median speed."""
+    rows = []
+    for (setting, module, form), part in results.groupby(["setting", "module", "form"], sort=False):
+        row = {"setting": setting, "module": module, "form": form, "seeds": len(part)}
+        for measure in MEASURES:
+            accuracy = part[f"accuracy_{measure}"]
+            row |= {f"{measure}_mean": accuracy.mean(), f"{measure}_sd": accuracy.std()}
+        rows.append(row | {"best_epoch": part["best_epoch"].mean(), "seconds": part["seconds"].median()})
+    return pd.DataFrame(rows).round(DECIMALS)
+
+
+def paired(results: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each setting, module, pair of forms and measure: the mean difference with its t-interval.
+
+    `p` is the paired t-test's, `p_adjusted` over the pairs of a measure (Benjamini, Hochberg 1995). `seeds_needed`
+    are those that the observed sd asks for to tell 0.5 points, `told` the least difference that these seeds tell.
+    """
+    tables = []
+    for setting, module, part in groups(results):
+        for measure in MEASURES:
+            accuracies = part.pivot(index="seed", columns="form", values=f"accuracy_{measure}")
+            rows = [difference(accuracies, *pair) for pair in PAIRS if set(pair) <= set(accuracies)]
+            table = pd.DataFrame(rows)
+            if len(table):
+                table.insert(len(table.columns), "p_adjusted", benjamini_hochberg(table["p"].to_numpy()))
+                tables.append(
+                    pd.DataFrame({"setting": setting, "module": module, "measure": measure}, table.index).join(table)
+                )
+    return pd.concat(tables, ignore_index=True).round(DECIMALS) if tables else pd.DataFrame()
+
+
+def difference(accuracies: pd.DataFrame, form: str, base: str) -> dict[str, object]:
+    """Compare two columns of accuracies (seeds, forms) in pairs of one seed; NaN where a single pair tells nothing."""
+    differences = (accuracies[form] - accuracies[base]).dropna()
+    pairs, mean, sd = len(differences), differences.mean(), differences.std()
+    row: dict[str, object] = {"form": form, "base": base, "seeds": pairs, "difference": mean, "sd": sd}
+    if pairs < 2 or not sd > 0:
+        return row | dict.fromkeys(("low", "high", "p", "seeds_needed", "told"), math.nan)
+    reach = stats.t.isf(ALPHA / 2, pairs - 1) * sd / math.sqrt(pairs)
+    p = stats.ttest_1samp(differences, 0.0).pvalue
+    row |= {"low": mean - reach, "high": mean + reach, "p": p}
+    return row | {"seeds_needed": seeds_needed(sd), "told": detectable(pairs, sd)}
+
+
+def label(form: str, module: str) -> str:
+    """Return the name that a table or a figure gives to a form."""
+    name = NAMES.get(module, module)
+    return {"plain": "plain", "attention": name, "asr": f"ASR({name})", "both": f"ASR({name})+{name}"}[form]
+
+
+# ---- figure ----------------------------------------------------------------------------------------------
+
+
+def draw(results: pd.DataFrame, differences: pd.DataFrame, module: str, measure: str = "last") -> Figure:
+    """Draw a module's accuracies, a line a seed, and the paired differences with their intervals."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.9, 2.6), layout="constrained", width_ratios=(3, 2))
+    forms = [form for form in ("plain", "attention", "asr", "both") if form in set(results["form"])]
+    accuracies = results.pivot(index="seed", columns="form", values=f"accuracy_{measure}")[forms]
+    for seed, row in accuracies.iterrows():
+        left.plot(forms, row, color="0.6", linewidth=0.8, marker=".", label=f"seed {seed}")
+    left.plot(forms, accuracies.mean(), color="#0072B2", linestyle="", marker="_", markersize=18, label="mean")
+    left.set_xticks(range(len(forms)), [label(form, module) for form in forms])
+    left.set_ylabel(f"test accuracy (%),\n{MEASURES[measure]}")
+    _draw_differences(right, differences[differences["measure"] == measure], module)
+    for ax in (left, right):
+        ax.tick_params(labelsize=7)
+        ax.xaxis.label.set_size(8)
+        ax.yaxis.label.set_size(8)
+    return figure
+
+
+def _draw_differences(ax: Axes, rows: pd.DataFrame, module: str) -> None:
+    places = np.arange(len(rows))
+    ax.axvspan(-DIFFERENCE, DIFFERENCE, color="0.92", zorder=0)
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.hlines(places, rows["low"], rows["high"], color="#D55E00", linewidth=1.2)
+    ax.plot(rows["difference"], places, color="#D55E00", linestyle="", marker="o", markersize=4)
+    names = [f"{label(row.form, module)} \u2212 {label(row.base, module)}" for row in rows.itertuples()]
+    ax.set_yticks(places, names)
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="difference in points, 95 % t-interval;\ngrey: within 0.5 points")
+
+
+# ---- all of it -------------------------------------------------------------------------------------------
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    """Return what follows from results.csv in a directory, by file name; nothing without it."""
+    if not (out / "results.csv").exists():
+        return {}
+    results = read(out / "results.csv")
+    found = {"forms.csv": by_form(results), "differences.csv": paired(results)}
+    return {name: table for name, table in found.items() if len(table)}
+
+
+def report(out: Path) -> None:
+    """Write and print what follows from results.csv in a directory, and draw every setting and module."""
+    found = tables(out)
+    for name, table in found.items():
+        write(table, out / name)
+        print(table.to_string(index=False))
+    if "differences.csv" not in found:
+        return
+    for setting, module, part in groups(read(out / "results.csv")):
+        rows = found["differences.csv"].query("setting == @setting and module == @module")
+        if len(rows):
+            figure = draw(part, rows, module)
+            figure.savefig(out / f"forms-{setting}-{module}.png", dpi=200, metadata={"Software": None})
+            plt.close(figure)

@@ -1,0 +1,158 @@
+"""Forms: train networks plain, with attention, with ASR and with both, seed by seed; compare them in pairs of one seed.
+
+Test accuracy is that of the last epoch and of the epoch best on held-out training images, in deployed form. Networks
+with attention of the image are recorded after every epoch. Several processes may run at once and share the work.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import stripe
+from stripe.data import ImageSet, Loader, load_images
+from stripe.models import create_model
+from stripe.recorder import RecorderCallback
+from stripe.stats import summarize
+from stripe.training import Recipe
+from studies import comparison
+from studies.table import Row, Table, add_data, claimed
+from studies.training import Images, OutOfTime, train
+
+FORMS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "attention": {},
+    "asr": {"asr": True},
+    "both": {"asr": True, "both": True},
+}
+RECIPE = ("epochs", "scheduler", "milestones", "lr", "weight_decay", "amp", "compile")
+SETTINGS = ("dataset", "depth", "block", "batch", "train_samples", "val_samples", "test_samples", *RECIPE)
+STRIPES = [
+    "epoch",
+    "gate",
+    "channels",
+    "samples",
+    "strength",
+    "std",
+    "sample_share",
+    "drift",
+    "label_share",
+    "rank",
+    "flags",
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the study's arguments."""
+    add_data(parser, "hf:../shared/data/cifar10", 128, Path("figures/study"))
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--setting", default="resnet20", metavar="NAME", help="of all options but forms, module, seeds")
+    what.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="which networks")
+    what.add_argument("--module", default="senet", help="attention module")
+    what.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights, order, crops, held-out images"
+    )
+    what.add_argument("--depth", type=int, default=20, help="of the ResNet")
+    what.add_argument("--block", default="bottleneck", help="of the ResNet: bottleneck or basicblock")
+    what.add_argument("--train-samples", type=int, default=20_000, metavar="N", help="training images")
+    what.add_argument("--val-samples", type=int, default=2_000, metavar="N", help="further ones, held out")
+    what.add_argument("--test-samples", type=int, metavar="N", help="test images (default: all)")
+    what.add_argument("--record", type=int, default=1_000, metavar="N", help="test images to record after every epoch")
+    how = parser.add_argument_group("how")
+    how.add_argument("--epochs", type=int, default=15, metavar="N", help="of each training")
+    how.add_argument("--scheduler", default="cosine", help="step, cosine or onecycle")
+    how.add_argument("--milestones", type=int, nargs="+", default=[81, 122], metavar="E", help="epochs of the steps")
+    how.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
+    how.add_argument("--weight-decay", type=float, default=5e-4, help="of all weights")
+    how.add_argument("--amp", default="bf16", help="mixed precision: no, bf16 or fp16")
+    how.add_argument("--compile", action="store_true", help="torch.compile the training")
+    how.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="M", help="begin no epoch after as many, but the first"
+    )
+    how.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where networks and runs go")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train every case without a row, then compare and draw what there is."""
+    deadline = time.monotonic() + 60 * arguments.minutes
+    config = {name: getattr(arguments, name) for name in SETTINGS}
+    results, stripes = (
+        Table(arguments.out / f"{name}.csv", config, setting=arguments.setting) for name in ("results", "stripes")
+    )
+    cases = list(cases_of(arguments.forms, arguments.module, arguments.seeds))
+    missing = results.missing(cases)
+    images, test = load(arguments) if missing else (None, None)
+    try:
+        for number, case in enumerate(missing):
+            if number and time.monotonic() >= deadline:
+                raise OutOfTime
+            directory = arguments.runs / "-".join([arguments.setting, *map(str, case.values())])
+            with claimed(directory) as mine:
+                if not mine or not results.missing([case]):
+                    continue  # another process trains it, or has by now
+                parts = Images(*images.hold_out(arguments.val_samples, case["seed"]), test)
+                row, observed = train_case(case, parts, directory, arguments, deadline)
+                if observed:
+                    stripes.put(case, *observed)
+                results.put(case, row)
+            print(f"{directory}: {row['accuracy_last']:.2f} %, {row['seconds']:.0f} s", flush=True)
+    except OutOfTime:
+        left = len(results.missing(cases))
+        print(f"time is up after {arguments.minutes:g} minutes: {left} of {len(cases)} trainings to go; run it again")
+    comparison.report(arguments.out)
+
+
+def cases_of(forms: Sequence[str], module: str, seeds: Sequence[int]) -> Iterator[Row]:
+    """Yield all forms of a seed before the next seed, so that every finished seed gives pairs."""
+    for seed, form in itertools.product(seeds, forms):
+        yield {"form": form, "module": "none" if form == "plain" else module, "seed": seed}
+
+
+def load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
+    """Load the images to train on and to hold out, and the test images."""
+    samples = arguments.train_samples + arguments.val_samples
+    images = load_images(arguments.dataset, "train", samples=samples, data_dir=arguments.data_dir)
+    constants = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
+    test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **constants)
+    return images, test
+
+
+def train_case(
+    case: Row, images: Images, directory: Path, arguments: argparse.Namespace, deadline: float
+) -> tuple[Row, list[Row]]:
+    """Train one case; return its row, and one for each epoch and gate where the image has attention."""
+    options = FORMS[case["form"]] | {"module": None if case["form"] == "plain" else case["module"]}
+    network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(images.test.classes)} | options
+    torch.manual_seed(case["seed"])
+    model = create_model("resnet", **network)
+    description = {"model": {"arch": "resnet", **network}, "data": images.training.describe(), "seed": case["seed"]}
+    gated = case["form"] in ("attention", "both")
+    probe = images.test.take(min(arguments.record, len(images.test)))
+    row = train(
+        model,
+        images,
+        Recipe(seed=case["seed"], **{name: _plain(getattr(arguments, name)) for name in RECIPE}),
+        directory=directory,
+        description=description,
+        batch=arguments.batch,
+        callbacks=[_recording(model, probe, directory, description)] if gated else [],
+        deadline=deadline,
+    )
+    table = summarize(stripe.open_run(directory), bootstrap=0)[STRIPES] if gated else None
+    return row, [] if table is None else table.to_dict("records")
+
+
+def _recording(model: nn.Module, probe: ImageSet, directory: Path, description: dict[str, Any]) -> RecorderCallback:
+    loader = Loader(probe, 100)
+    gates = stripe.find_gates(model, next(iter(loader))[0][:2])
+    about = {"description": description["model"], "data": probe.describe(), "seeds": {"seed": description["seed"]}}
+    return RecorderCallback(loader, gates, directory, overwrite=True, **about)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

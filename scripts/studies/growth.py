@@ -1,0 +1,210 @@
+"""Growth: do the stripes of a recorded training rise, fall, settle, and are they those of other images too?
+
+From the run alone: strength, std and drift of every gate and epoch, and each gate's trend. With the run's checkpoint
+the same gates are recorded on training images, test images, these blurred and noisy, and handwritten digits.
+"""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+
+import stripe
+from stripe import plots
+from stripe.data import ImageSet, Loader, load_images
+from stripe.models import read_checkpoint
+from stripe.stats import drift, settled_epoch, summarize
+from stripe.training import evaluate
+from studies.table import add_data, read, write
+
+TOLERANCE = 0.01  # of drift: attention lies between 0 and 1
+BLUR = 1.5  # sigma in pixels
+LEAST_CHANGE = 0.01  # of strength, below which nothing rises or falls
+NOISE = 0.1  # sd, for pixels in 0..1
+DECIMALS = 4
+EPOCHS = ("epoch gate channels samples strength strength_low strength_high std sample_share drift rank flags").split()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the study's arguments."""
+    parser.add_argument("run", metavar="RUN", help="a run with several epochs")
+    add_data(parser, "hf:../shared/data/cifar10", 100)
+    parser.add_argument("--ckpt", metavar="PATH", help="its network (default: RUN/checkpoints/last.pt)")
+    parser.add_argument("--samples", type=int, default=1_000, metavar="N", help="images of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--bootstrap", type=int, default=1_000, metavar="N", help="resamples of the intervals")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where runs go")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure the run, record and measure the other images, write tables and figures."""
+    observed, out = stripe.open_run(arguments.run), arguments.out
+    if len(observed.epochs) < 2:
+        raise ValueError(f"run '{arguments.run}' holds epochs {observed.epochs}: growth takes two or more")
+    write(summarize(observed, bootstrap=arguments.bootstrap)[EPOCHS].round(2 * DECIMALS), out / "epochs.csv")
+    checkpoint = read_checkpoint(arguments.ckpt or Path(arguments.run, "checkpoints", "last.pt"))
+    data = {key: checkpoint.description.get("data", {}).get(key) for key in ("size", "mean", "std")}
+    images = inputs(arguments, {key: value for key, value in data.items() if value is not None})
+    write(measure(checkpoint.model, images, arguments).round(2 * DECIMALS), out / "inputs.csv")
+    report(out)
+
+
+# ---- over epochs -----------------------------------------------------------------------------------------
+
+
+def trends(epochs: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
+    """Return a row per gate: strength at the first and last epoch, Spearman's rho with the epoch, where it settles.
+
+    A gate rises or falls where rho and the change agree, the intervals of first and last epoch are apart, and the
+    change is 0.01 or more. Epochs depend on each other, so no p-value is given with rho. `settled` is the first epoch
+    after which drift stays under `tolerance`.
+    """
+    rows = []
+    for gate, part in epochs.groupby("gate", sort=False):
+        first, last = part.iloc[0], part.iloc[-1]
+        rho = float(spearmanr(part["epoch"], part["strength"]).statistic)
+        row = {"gate": gate, "channels": first["channels"], "first": first["strength"], "last": last["strength"]}
+        row |= {"last_low": last["strength_low"], "last_high": last["strength_high"], "rho": rho}
+        row |= {"trend": _trend(first, last, rho), "highest_at": part.loc[part["strength"].idxmax(), "epoch"]}
+        row |= {"std_first": first["std"], "std_last": last["std"]}
+        rows.append(row | {"settled": settled_epoch(part["epoch"], part["drift"], tolerance) or ""})
+    return pd.DataFrame(rows).round(DECIMALS)
+
+
+def _trend(first: pd.Series, last: pd.Series, rho: float) -> str:
+    change = last["strength"] - first["strength"]
+    apart = last["strength_low"] > first["strength_high"] or last["strength_high"] < first["strength_low"]
+    if not (apart and rho * change > 0 and abs(change) >= LEAST_CHANGE):
+        return "neither"
+    return "rises" if change > 0 else "falls"
+
+
+# ---- other images ----------------------------------------------------------------------------------------
+
+
+def inputs(arguments: argparse.Namespace, constants: dict[str, Any]) -> dict[str, ImageSet]:
+    """Load images of every kind, normalised as the network's; digits are as many as there are."""
+    where = {"data_dir": arguments.data_dir, **constants}
+    train, test = (load_images(arguments.dataset, s, samples=arguments.samples, **where) for s in ("train", "test"))
+    pixels = test.images if isinstance(test.images, Tensor) else test.images.decode()
+    digits = load_images("digits", "test", size=pixels.shape[-1], mean=test.mean, std=test.std)
+    return {
+        "test": test,
+        "train": train,
+        "blur": dataclasses.replace(test, images=gaussian_blur(pixels, [2 * math.ceil(2 * BLUR) + 1] * 2, [BLUR] * 2)),
+        "noise": dataclasses.replace(test, images=noisy(pixels, arguments.seed)),
+        "digits": digits.take(min(len(digits), arguments.samples)),
+    }
+
+
+def noisy(pixels: Tensor, seed: int) -> Tensor:
+    """Add Gaussian noise to uint8 images (N, 3, H, W)."""
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
+    return (pixels + 255 * NOISE * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def measure(model: nn.Module, images: dict[str, ImageSet], arguments: argparse.Namespace) -> pd.DataFrame:
+    """Record every kind of image into a run of its own, unless it is there, and return a row per kind and gate.
+
+    `shift` is the mean absolute difference of the stripe from that of the test images, `shift_std` the same in units
+    of their mean std; accuracy in percent, NaN for digits, whose classes are others.
+    """
+    tables, reference = [], None
+    for kind, part in images.items():
+        observed = record(model, part, arguments.runs / f"{Path(arguments.run).resolve().name}-{kind}")
+        table = summarize(observed, bootstrap=arguments.bootstrap).set_index("gate")
+        moments = {gate: found for (_, gate), found in observed.moments().items()}
+        reference = reference or moments
+        shift = pd.Series({gate: drift(reference[gate], found) for gate, found in moments.items()})
+        spread = pd.Series({gate: np.nanmean(found.std) for gate, found in reference.items()})
+        accuracy = math.nan if kind == "digits" else evaluate(model, Loader(part, arguments.batch)).accuracy
+        columns = ["channels", "samples", "strength", "strength_low", "strength_high", "std", "flags"]
+        about = {"input": kind, "accuracy": accuracy, "shift": shift, "shift_std": shift / spread}
+        tables.append(table[columns].assign(**about).reset_index())
+    return pd.concat(tables, ignore_index=True)
+
+
+def record(model: nn.Module, images: ImageSet, path: Path) -> stripe.Run:
+    """Record a kind of image as epoch 0, in place of what there is."""
+    loader = Loader(images, 100)
+    gates = stripe.find_gates(model, next(iter(loader))[0][:3])
+    with stripe.Recorder(model, gates, path, data=images.describe(), overwrite=True) as recorder:
+        recorder.record(loader)
+    return stripe.open_run(path)
+
+
+# ---- what is drawn and said ------------------------------------------------------------------------------
+
+
+def draw(epochs: pd.DataFrame) -> Figure:
+    """Draw strength with its intervals, std and drift over epochs."""
+    figure, axes = plt.subplots(1, 3, figsize=(6.9, 2.6), layout="constrained")
+    plots.strength_over_epochs(epochs, ax=axes[0])
+    for line, (_, rows) in zip(axes[0].get_lines(), epochs.groupby("gate", sort=False), strict=True):
+        axes[1].plot(rows["epoch"], rows["std"], color=line.get_color(), linewidth=0.8, marker=".", markersize=2.5)
+    for bar in figure.axes[len(axes) :]:
+        bar.remove()  # many gates: one colour bar is enough, the last panel's
+    axes[1].set(xlabel="epoch", ylabel="std over images, mean of channels", ylim=(0, None))
+    plots.drift_over_epochs(epochs, ax=axes[2])
+    return _finish(figure)
+
+
+def draw_inputs(inputs: pd.DataFrame) -> Figure:
+    """Draw strength with its interval on every kind of image, and how far the stripe moves from the test images'."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.9, 2.6), layout="constrained")
+    colors = plt.colormaps["viridis"](np.linspace(0, 0.9, inputs["input"].nunique()))
+    for number, ((kind, rows), color) in enumerate(zip(inputs.groupby("input", sort=False), colors, strict=True)):
+        places = np.arange(len(rows)) + 0.12 * (number - 2)
+        left.vlines(places, rows["strength_low"], rows["strength_high"], color=color, linewidth=1)
+        left.plot(
+            places, rows["strength"], color=color, linestyle="", marker="osD^v"[number % 5], markersize=3, label=kind
+        )
+        if kind != "test":
+            right.plot(places, rows["shift_std"], color=color, linestyle="", marker="osD^v"[number % 5], markersize=3)
+    for ax in (left, right):
+        ax.set_xticks(range(inputs["gate"].nunique()), inputs["gate"].unique(), rotation=45, ha="right")
+    left.set(ylabel="stripe strength", ylim=(0, 1.03))
+    right.set(ylabel="stripe's distance from that of\ntest images, in their std", ylim=(0, None))
+    return _finish(figure)
+
+
+def _finish(figure: Figure) -> Figure:
+    """Put the first panel's legend below all panels and give the text its size."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for ax in figure.axes:
+        if legend := ax.get_legend():
+            legend.remove()
+        ax.tick_params(which="both", labelsize=7)
+        ax.xaxis.label.set_size(8)
+        ax.yaxis.label.set_size(8)
+    if len(handles) <= plots.LEGEND_ROOM:
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    return figure
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    """Return what follows from the measurements in a directory, by file name."""
+    return {"trends.csv": trends(read(out / "epochs.csv"))}
+
+
+def report(out: Path) -> None:
+    """Write what follows from the measurements in a directory, draw it and print it."""
+    for name, table in tables(out).items():
+        write(table, out / name)
+        print(table.to_string(index=False))
+    measured = read(out / "inputs.csv")
+    print(measured.pivot_table("strength", "gate", "input", sort=False).round(3).to_string())
+    for name, figure in (("growth", draw(read(out / "epochs.csv"))), ("inputs", draw_inputs(measured))):
+        figure.savefig(out / f"{name}.png", dpi=200, metadata={"Software": None})
+        plt.close(figure)
+        print(out / f"{name}.png")

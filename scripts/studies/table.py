@@ -1,0 +1,112 @@
+"""Tables that processes grow together, row by row, and directories that one of them takes; both outlive a kill."""
+
+import argparse
+import fcntl
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from benchmark import device, versions
+
+Row = dict[str, Any]
+
+
+class Table:
+    """Rows of one configuration in a CSV, written anew, by rename, whenever some are added.
+
+    A file may hold several configurations where `identity`, columns of every row, tells them apart.
+    """
+
+    def __init__(self, path: Path, config: Row, **identity: Any) -> None:
+        """Open the table at `path`.
+
+        Raises:
+            ValueError: it holds rows of the same identity and of another configuration.
+        """
+        self.path = path
+        self._identity = identity
+        about = {"config": json.dumps(config), "versions": json.dumps(versions())}
+        self._always = identity | about | {"machine": device()}
+        others = [row for row in self._read() if _same(row, identity) and row["config"] != about["config"]]
+        if others:
+            raise ValueError(
+                f"'{path}' holds rows of another configuration, {others[0]['config']}; expected {about['config']}: "
+                f"name another {'setting' if identity else '--out'}"
+            )
+
+    def missing(self, cases: Iterable[Row]) -> list[Row]:
+        """Return the cases without a row, by now."""
+        rows = self._read()
+        return [case for case in cases if not any(_same(row, self._identity | case) for row in rows)]
+
+    def put(self, case: Row, *results: Row) -> None:
+        """Add a row for each result, in place of what there is of the case; they are on disk afterwards."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _held(self.path.parent / ".lock", fcntl.LOCK_EX):
+            rows = [row for row in self._read() if not _same(row, self._identity | case)]
+            rows += [case | result | self._always for result in results]
+            write(pd.DataFrame(rows), self.path)
+
+    def frame(self) -> pd.DataFrame:
+        """Return the rows of this configuration; no row, no columns."""
+        rows = read(self.path) if self.path.exists() else pd.DataFrame()
+        return rows[[_same(row, self._identity) for row in rows.to_dict("records")]]
+
+    def _read(self) -> list[Row]:
+        """Return the rows as text, so that no digit changes when they are written again."""
+        if not self.path.exists():
+            return []
+        return pd.read_csv(self.path, dtype=str, keep_default_na=False).to_dict("records")  # type: ignore[return-value]
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Read a table without taking a word for a missing value."""
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV, by rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    table.to_csv(partial, index=False)
+    partial.replace(path)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[bool]:
+    """Hold a directory against other processes within the `with`; False where another holds it, the dead do not."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_held(directory.parent / f".{directory.name}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
+
+
+@contextmanager
+def _held(path: Path, how: int) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, how)
+        yield
+
+
+def _same(row: Row, case: Row) -> bool:
+    """Tell whether a row read from a file is that of a case: 0.1 and "0.1" are the same."""
+    return all(str(row.get(key)) == str(value) for key, value in case.items())
+
+
+def add_data(
+    parser: argparse.ArgumentParser, dataset: str = "digits", batch: int = 64, out: Path | None = None
+) -> None:
+    """Add --dataset, --data-dir, --batch and --out, which must be given where it has no default."""
+    parser.add_argument("--dataset", default=dataset, metavar="URI", help="digits, cifar10, hf:NAME_OR_DIR, ...")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="of torchvision's sets")
+    parser.add_argument(
+        "--out", type=Path, required=out is None, default=out, metavar="DIR", help="where tables go; continued"
+    )
+    parser.add_argument("--batch", type=int, default=batch, metavar="N", help="images per batch")

@@ -1,0 +1,148 @@
+"""A run measured by the workers of a Dask cluster: they read it themselves; moments and finished figures travel.
+
+The workers need stripe and the run: a directory that all of them see under the same path, or s3://. A worker that
+dies costs what it was doing, which another one does again.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from stripe.stats import Measured, Moments, measure, moments, tabulate
+from stripe.store import Epoch, Part, Run, open_run
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+TIMEOUT = 20  # seconds to wait for the scheduler, and then for a first worker
+FAN_IN = 8  # moments merged by one task
+
+Key = tuple[int, str]  # epoch, gate
+
+
+@contextmanager
+def connect(address: str, timeout: float | None = None) -> Iterator[Client]:
+    """Join the cluster whose scheduler listens at `address`, such as "tcp://10.0.0.1:8786", within TIMEOUT seconds.
+
+    Raises:
+        ConnectionError: no scheduler answers, or it has no worker.
+        ModuleNotFoundError: Dask is not installed.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ModuleNotFoundError("a cluster needs Dask: pip install 'stripe-observation[cluster]'") from error
+    timeout = TIMEOUT if timeout is None else timeout
+    try:
+        client = Client(address, timeout=timeout)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"no Dask scheduler answers at '{address}' ({_one_line(error)}): start one with `dask scheduler`"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=timeout)
+        except TimeoutError as error:
+            raise ConnectionError(
+                f"the Dask scheduler at '{address}' has no worker: start some with `dask worker {address}`"
+            ) from error
+        yield client
+
+
+def summarize_on(client: Client, run: Run, *, samples: bool = True, **options: Any) -> pd.DataFrame:
+    """Return the table of `stats.summarize(run, samples=..., **options)`, computed on the cluster.
+
+    With samples a task takes a gate of an epoch, so every figure is the local one: bit for bit where workers run BLAS
+    on a like processor with as many threads (else the rank may differ by 1e-14). Without, moments are taken part by
+    part and merged: figures agree to the rounding of means, 1e-12 relative.
+
+    Raises:
+        ValueError: the run is empty, damaged, or another one where the workers look.
+        OSError: the workers cannot read it.
+    """
+    if run.has_samples and not samples:
+        found = moments_on(client, run)
+        return tabulate(Measured.of_moments(epoch, gate, merged) for (epoch, gate), merged in found.items())
+    names = [gate.name for gate in run.gates]
+    gates = [[name] for name in names] if run.has_samples else [names]
+    tasks = [(epoch, chosen) for epoch in run.epochs for chosen in gates]
+    path, stamp = _place(run)
+    futures = [client.submit(_measure, path, stamp, *task, options, pure=False) for task in tasks]
+    measured: list[list[Measured]] = client.gather(futures)
+    return tabulate(each for some in measured for each in some)
+
+
+def moments_on(client: Client, run: Run) -> dict[Key, Moments]:
+    """Return `run.moments()` of a run with samples, taken of every part by itself and merged in a tree."""
+    path, stamp = _place(run)
+    merged: dict[Key, Moments] = {}
+    trees = []
+    for epoch in sorted(run.manifest.epochs, key=lambda epoch: epoch.epoch):
+        parts = [client.submit(_moments, path, stamp, epoch.epoch, part, pure=False) for part in epoch.parts]
+        trees.append(_merged(client, parts))
+    for found in client.gather(trees):
+        merged |= found
+    return merged
+
+
+def _merged(client: Client, futures: list[Future[Any]]) -> Future[Any]:
+    while len(futures) > 1:
+        groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
+        futures = [client.submit(_merge, group, pure=False) for group in groups]
+    return futures[0]
+
+
+# ---- on the workers ----------------------------------------------------------------------------------------
+
+
+def _measure(path: str, stamp: str, epoch: int, gates: list[str], options: dict[str, Any]) -> list[Measured]:
+    return list(measure(_open(path, stamp), epoch, gates, **options))
+
+
+def _moments(path: str, stamp: str, epoch: int, part: Part) -> dict[Key, Moments]:
+    alone = copy.copy(_open(path, stamp))  # as if the run held this part only
+    alone.manifest, alone.epochs = replace(alone.manifest, epochs=(Epoch(epoch, (part,)),)), [epoch]
+    return moments(alone)
+
+
+def _merge(parts: Sequence[Mapping[Key, Moments]]) -> dict[Key, Moments]:
+    merged = dict(parts[0])
+    for part in parts[1:]:
+        merged |= {key: merged[key].merge(moments) for key, moments in part.items()}
+    return merged
+
+
+@lru_cache(maxsize=4)
+def _open(path: str, stamp: str) -> Run:
+    """Open the run on a worker; ValueError when it is not the one that was asked for."""
+    try:
+        run = open_run(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"a worker finds no run at '{path}': put it where all workers see it, a shared directory or s3://"
+        ) from error
+    if _stamp(run) != stamp:
+        raise ValueError(f"a worker finds another run at '{path}', or it has changed: measure it again")
+    return run
+
+
+def _place(run: Run) -> tuple[str, str]:
+    """Return where workers find the run and how they know it."""
+    return run.path if "://" in run.path else os.path.abspath(run.path), _stamp(run)
+
+
+def _stamp(run: Run) -> str:
+    return hashlib.sha256(run.manifest.to_json().encode()).hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,102 @@
+"""Win back what folding cost: batch-norm statistics estimated anew, and a short distillation to the original."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stripe.folding.constants import Progress
+from stripe.training import TrainingBatches
+
+REESTIMATED = 50  # batches whose statistics are averaged
+WARM_UP = 0.05  # share of the distillation's steps in which its rate rises
+
+
+def reestimate_norms(model: nn.Module, loader: Iterable[Sequence[Tensor]], *, batches: int = REESTIMATED) -> nn.Module:
+    """Return a copy whose batch norms hold the average statistics of the first `batches` of images.
+
+    Nothing else is in train mode meanwhile, so dropout and the like do not disturb them.
+    """
+    model = copy.deepcopy(model).eval()
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # average over all batches
+        norm.train()
+    with torch.no_grad():
+        for images, *_ in itertools.islice(loader, batches):
+            model(images.to(_device(model)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    loader: TrainingBatches,
+    *,
+    steps: int,
+    lr: float = 0.02,
+    weight_decay: float = 1e-4,
+    amp: str = "no",
+    progress: Progress = iter,
+) -> nn.Module:
+    """Return a copy of `student` trained for some steps to give the logits that `teacher` gives; labels are not used.
+
+    SGD with Nesterov's momentum, the rate rising to `lr` and falling by a cosine; the loss is the Kullback-Leibler
+    divergence of the students' class probabilities from the teacher's (Hinton et al. 2015, temperature 1). `amp` is
+    "no" or "bf16".
+
+    Raises:
+        ValueError: an unknown `amp`, or nothing to train.
+        FloatingPointError: the loss is no longer finite.
+    """
+    if amp not in ("no", "bf16"):
+        raise ValueError(f"amp '{amp}': expected no or bf16")
+    student, teacher = copy.deepcopy(student).train(), teacher.eval()
+    weights = [weight.requires_grad_() for weight in student.parameters()]
+    optimizer = torch.optim.SGD(weights, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True, fused=True)
+    autocast = torch.autocast(_device(student).type, torch.bfloat16, enabled=amp == "bf16")
+    for step, images in zip(progress(range(steps)), _endless(loader), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * _rate(step / steps)
+        images = images.to(_device(student))
+        with autocast:
+            with torch.no_grad():
+                wanted = teacher(images)
+            given = student(images)
+        logs = given.float().log_softmax(1), wanted.float().log_softmax(1)
+        loss = F.kl_div(*logs, log_target=True, reduction="batchmean")
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"distillation's loss is {loss.item()} at step {step}: lower its learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return student.eval()
+
+
+def _rate(progress: float) -> float:
+    """Return the share of the highest learning rate at a share of the steps."""
+    return min((progress + 1e-3) / WARM_UP, 1.0) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _endless(loader: TrainingBatches) -> Any:
+    """Yield images, epoch after epoch."""
+    for epoch in itertools.count(1):
+        loader.set_epoch(epoch)
+        for images, *_ in loader:
+            yield images
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))

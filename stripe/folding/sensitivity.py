@@ -1,0 +1,87 @@
+"""Which gates bear a constant: what the network loses with each, in which order they go, and what foretells it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from stripe.folding.constants import Constants, GateUse, Progress
+from stripe.gates import Gate, replace_gates
+from stripe.stats import stripe_strength
+
+Metric = Callable[[nn.Module], float]
+"""How good a network is, higher is better, such as its accuracy in percent on held-out images."""
+
+ORDERS = ("greedy", "single")
+
+
+def sensitivity(
+    model: nn.Module, gates: Sequence[Gate], constants: Constants, metric: Metric, *, progress: Progress = iter
+) -> dict[str, float]:
+    """Return what the metric loses with each gate alone at its constant, by gate, in order of execution."""
+    whole = metric(model)
+    return {gate.name: whole - _metric_at(model, gates, constants, [gate.name], metric) for gate in progress(gates)}
+
+
+def greedy_order(
+    model: nn.Module,
+    gates: Sequence[Gate],
+    constants: Constants,
+    metric: Metric,
+    *,
+    damage: Mapping[str, float],
+    progress: Progress = iter,
+) -> list[str]:
+    """Order the gates so that each step takes the one whose constant, beside those before, costs least.
+
+    Takes G (G + 1) / 2 - G - 1 evaluations for G gates; the first step is read from `damage`, the gates' own. Of
+    equals the first in execution goes first.
+    """
+    left = [gate.name for gate in gates]
+    order = [min(left, key=lambda name: damage[name])]
+    left.remove(order[0])
+    for _ in progress(range(len(left) - 1)):
+        kept = {name: _metric_at(model, gates, constants, [*order, name], metric) for name in left}
+        order.append(max(left, key=kept.__getitem__))
+        left.remove(order[-1])
+    return order + left
+
+
+def _metric_at(
+    model: nn.Module, gates: Sequence[Gate], constants: Constants, names: Sequence[str], metric: Metric
+) -> float:
+    """Return the metric with some gates at their constants."""
+    with replace_gates(model, gates, {name: torch.as_tensor(constants[name]).float() for name in names}):
+        return metric(model)
+
+
+PREDICTORS: dict[str, Callable[[GateUse], float]] = {
+    "1 - strength": lambda use: 1 - stripe_strength(use.values).strength,
+    "within": lambda use: stripe_strength(use.values).within,
+    "energy error": lambda use: use.error(use.constant("energy")),
+}
+"""What could foretell a gate's damage before it is measured; larger should mean more damage."""
+
+
+def predictors(uses: Mapping[str, GateUse]) -> pd.DataFrame:
+    """Return the value of each predictor, a row per gate, a column per predictor."""
+    columns = {name: [predict(use) for use in uses.values()] for name, predict in PREDICTORS.items()}
+    return pd.DataFrame(columns, index=pd.Index(list(uses), name="gate"))
+
+
+def rank_correlations(uses: Mapping[str, GateUse], damage: Mapping[str, float]) -> pd.DataFrame:
+    """Compare each predictor with the measured damage: columns predictor, rho (Spearman), p, gates.
+
+    rho is not a number below three gates, or where all are equal.
+    """
+    rows = []
+    for name, values in predictors(uses).items():
+        measured = [damage[gate] for gate in values.index]
+        varied = len(values) > 2 and values.nunique() > 1 and len(set(measured)) > 1
+        rho, p = spearmanr(values, measured) if varied else (float("nan"), float("nan"))
+        rows.append((name, float(rho), float(p), len(values)))
+    return pd.DataFrame(rows, columns=["predictor", "rho", "p", "gates"])

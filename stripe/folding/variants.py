@@ -1,0 +1,53 @@
+"""The same network with more and more gates folded, by each kind of constant, with and without recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from stripe.folding.constants import Constants
+from stripe.folding.exact import FoldReport, fold
+from stripe.gates.trace import Images
+
+Recovery = Callable[[nn.Module], nn.Module]
+"""Makes a better network of a folded one, such as `reestimate_norms` or `distill` with their loaders."""
+
+NONE = "none"  # the weighting of a network without folded gates
+AS_FOLDED: Mapping[str, Recovery] = {NONE: lambda network: network}
+"""The recovery that is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A network with the first `folded` gates of an order folded; `report` is None where there are none."""
+
+    folded: int
+    weighting: str
+    recovery: str
+    network: nn.Module
+    report: FoldReport | None
+
+
+def variants(
+    model: nn.Module,
+    images: Images,
+    order: Sequence[str],
+    constants: Mapping[str, Constants],
+    *,
+    counts: Iterable[int],
+    recoveries: Mapping[str, Recovery],
+) -> Iterator[Variant]:
+    """Yield a variant for each count of folded gates, each weighting in `constants`, and each recovery.
+
+    `images` is a small batch as `fold` takes it. A count of 0 is `model` itself, as weighting "none": with a
+    recovery it tells what this gives a network of which nothing is folded.
+    """
+    for count in counts:
+        for weighting in constants if count else [NONE]:
+            network, report = model, None
+            if count:
+                network, report = fold(model, {name: constants[weighting][name] for name in order[:count]}, images)
+            for name, recover in recoveries.items():
+                yield Variant(count, weighting, name, recover(network), report)

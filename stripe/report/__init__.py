@@ -1,0 +1,112 @@
+"""A run as one self-contained HTML page: no network, nothing of the run runs as script, at most LIMIT bytes.
+
+Curves are small SVG and heatmaps a canvas, drawn by page.js: plotly would take half of the page's bytes and would read
+gate names as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stripe import plots, stats
+from stripe.report.content import about, address, describe_gates, document, judged, learned_vectors, shown_epochs
+from stripe.report.panels import sample_panels
+from stripe.store import Run
+
+LIMIT = 10_000_000  # bytes of the page
+SETTLED_DRIFT = 0.01  # a gate has settled once its drift stays below
+RESERVE = 20_000  # bytes for what the panels say of themselves beside their values
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+_HERE = Path(__file__).parent
+_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+
+
+def render(
+    run: Run,
+    *,
+    validation: dict[str, Any] | None = None,
+    fold: dict[str, Any] | None = None,
+    bootstrap: int = stats.RESAMPLES,
+    tolerance: float = SETTLED_DRIFT,
+    command: str = "",
+    progress: Progress = iter,
+) -> str:
+    """Return the page of a run.
+
+    Args:
+        run: of samples or of moments; these have no heatmaps.
+        validation: what ``Validation.to_dict`` gave, of this run's gates.
+        fold: tables (lists of plain records) and figures by name, such as fold.json's.
+        bootstrap: resamples of the strengths' intervals; 0: none.
+        tolerance: a gate has settled at the first epoch after which its drift stays below.
+        command: how the page is made, shown on it.
+        progress: wraps the iterators over gates and epochs.
+
+    Raises:
+        ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold.
+    """
+    learned = learned_vectors(run, validation)
+    epoch = validation["epoch"] if validation else max(run.epochs, default=0)
+    content = {
+        "run": address(run.path),
+        "epochs": shown_epochs(run),
+        "tolerance": tolerance,
+        "stripe_epoch": epoch,
+        "gates": describe_gates(run, learned, epoch, tolerance=tolerance, bootstrap=bootstrap, progress=progress),
+        "colors": base64.b64encode(plots.HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
+        "validation": validation and judged(validation),
+        "fold": fold and document(fold),
+        "about": about(run, command),
+    }
+    room = LIMIT - len(_page(content).encode()) - RESERVE
+    return _page(content | {"heatmaps": sample_panels(run, room, progress=progress)})
+
+
+def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:
+    """Write ``render(run, **choices)`` to `path`, whole or not at all; OSError where that cannot be."""
+    path = Path(path)
+    page = render(run, **choices)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", encoding="utf-8", delete=False) as file:
+        try:
+            file.write(page)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    return path
+
+
+def _page(content: dict[str, Any]) -> str:
+    """Fill the template; the policy allows this style and this script alone."""
+    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+    page = (_HERE / "page.html").read_text(encoding="utf-8")
+    for place, text in {
+        "POLICY": policy,
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": data,
+    }.items():  # what is foreign last
+        page = page.replace(f"{{{{{place}}}}}", text, 1)
+    return page
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,141 @@
+"""Heatmaps small enough for a page: some images, channels and epochs, evenly chosen; a byte a value."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stripe.report.content import spread
+from stripe.store import KINDS, Run
+
+MAX_EPOCHS = 20
+SIZES = (500, 512), (100, 512), (100, 64), (50, 64), (1, 1)  # images and channels, by what is given up to make room
+LEVELS = 255  # codes 1 to 255 span a panel's range, 0 is not finite
+
+Values = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a run is shown: epochs, how many images, and the channels of each gate."""
+
+    epochs: list[int]
+    rows: int
+    channels: dict[str, list[int]]
+
+    def bytes(self, kinds: int) -> int:
+        """Return at most how many bytes the panels take, in base64."""
+        width = sum(len(channels) for channels in self.channels.values())
+        panels = len(self.epochs) * kinds
+        ids = len(self.epochs) * self.rows * 36  # where every epoch has images of its own
+        indices = sum(7 * len(channels) for channels in self.channels.values())
+        return int(1.34 * panels * width * (self.rows + 1)) + len(self.channels) * (200 + 40 * panels) + ids + indices
+
+
+def choose(run: Run, room: int, samples: int) -> Choice:
+    """Choose, of an epoch's `samples` and the channels, as many as fit into `room` bytes at all epochs."""
+    epochs = [run.epochs[i] for i in spread(len(run.epochs), MAX_EPOCHS)]
+    for size, smaller in pairwise(SIZES):
+        for rows, width in np.geomspace(size, smaller, 50).round().astype(int).tolist():
+            channels = {gate.name: spread(gate.channels, width) for gate in run.gates}
+            choice = Choice(epochs, min(rows, samples), channels)
+            if choice.bytes(_kinds(run)) <= room:
+                return choice
+    return choice
+
+
+def sample_panels(
+    run: Run, room: int, *, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> dict[str, Any] | None:
+    """Return the panels of every gate, kind and epoch in at most `room` bytes; None for a run without samples."""
+    if not run.has_samples:
+        return None
+    samples, kinds = len(run.samples(run.epochs[-1])), KINDS[: _kinds(run)]
+    choice = choose(run, room, samples)
+    panels: dict[str, list[Codes]] = {gate: [] for gate in choice.channels}
+    ranges: dict[str, list[list[float | None]]] = {gate: [] for gate in choice.channels}
+    images, images_of = [], []
+    for epoch, rows, shown in _chosen_rows(run, choice, progress):
+        if shown not in images:
+            images.append(shown)
+        images_of.append(images.index(shown))
+        for kind in kinds:
+            for gate, values in _read(run, epoch, kind, rows, choice).items():
+                codes, low, high = quantise(values)
+                panels[gate].append(codes)
+                ranges[gate].append([low, high])
+    return {
+        "epochs": choice.epochs,
+        "all_epochs": len(run.epochs),
+        "kinds": kinds,
+        "images": images,
+        "images_of": images_of,
+        "all_images": samples,
+        "gates": [
+            {"channels": choice.channels[gate], "ranges": ranges[gate], "panels": pack(panels[gate])}
+            for gate in choice.channels
+        ],
+    }
+
+
+def quantise(values: Values) -> tuple[Codes, float | None, float | None]:
+    """Return codes (images, channels) with the range they span: value = low + (code - 1) / 254 * (high - low)."""
+    finite = np.isfinite(values)
+    if not finite.any():
+        return np.zeros(values.shape, np.uint8), None, None
+    low, high = float(values[finite].min()), float(values[finite].max())
+    shares = (np.where(finite, values, low).astype(np.float64) - low) / ((high - low) or 1.0)
+    codes = np.where(finite, 1 + np.rint(shares * (LEVELS - 1)), 0).astype(np.uint8)
+    return codes, float(f"{low:.9g}"), float(f"{high:.9g}")
+
+
+def pack(panels: Iterable[Codes]) -> str:
+    """Compress panels (images, channels), each as its channels' medians and the differences to them modulo 256."""
+    packed = zlib.compressobj(6)
+    parts = []
+    for codes in panels:
+        middle = np.median(codes, axis=0).astype(np.uint8)
+        parts += [packed.compress(middle.tobytes()), packed.compress((codes - middle).tobytes())]
+    return base64.b64encode(b"".join([*parts, packed.flush()])).decode()
+
+
+def _kinds(run: Run) -> int:
+    return 2 if run.manifest.squeeze else 1
+
+
+def _chosen_rows(
+    run: Run, choice: Choice, progress: Callable[[Iterable[Any]], Iterable[Any]]
+) -> Iterator[tuple[int, Indices, dict[str, list[Any]]]]:
+    """Yield epoch, row numbers and the images there: those of the last epoch wherever an epoch holds them all."""
+    last = run.samples(choice.epochs[-1])
+    wanted = last[spread(len(last), choice.rows)]
+    for epoch in progress(choice.epochs):
+        samples = run.samples(epoch)
+        order = np.argsort(samples, kind="stable")
+        rows = order[np.searchsorted(samples, wanted, sorter=order).clip(max=len(samples) - 1)]
+        if not np.array_equal(samples[rows], wanted):
+            rows = np.array(spread(len(samples), choice.rows), dtype=np.intp)
+        ids = [number if abs(number) < 2**53 else str(number) for number in samples[rows].tolist()]
+        yield epoch, rows, {"samples": ids, "labels": run.labels(epoch)[rows].tolist()}
+
+
+def _read(run: Run, epoch: int, kind: str, rows: Indices, choice: Choice) -> dict[str, Values]:
+    """Return the chosen values of every gate, (images, channels), holding one row group at a time beside them."""
+    found = {gate: np.empty((len(rows), len(channels)), np.float32) for gate, channels in choice.channels.items()}
+    start = 0
+    for batch in run.batches(epoch, kind=kind):
+        size = len(next(iter(batch.values())))
+        here = np.flatnonzero((rows >= start) & (rows < start + size))
+        for gate, values in batch.items():
+            found[gate][here] = values[rows[here] - start][:, choice.channels[gate]]
+        start += size
+    return found

@@ -1,0 +1,32 @@
+"""Runs on disk: attention as Parquet beside a manifest; a file is visible once whole, an epoch once named.
+
+A run is a directory, or an object-storage prefix such as ``s3://bucket/run``::
+
+    run.json                                    the manifest, the only word on what is finished
+    attention/epoch=0012/part-0000-000.parquet  a row per sample: sample, label, attention:<gate>, squeeze:<gate>
+    moments/epoch=0012/part-0000-000.parquet    instead, in a run of moments: a row per gate, then one per class
+    .unfinished/epoch=0013/                     what is being written; readers never look here
+    .damaged/                                   what a repair set aside
+"""
+
+from stripe.store.checking import EpochCheck, RunCheck, check_run, repair_run
+from stripe.store.manifest import (
+    CONTENTS,
+    KINDS,
+    SCHEMA_VERSION,
+    UNKNOWN_LABEL,
+    VALUE_TYPES,
+    Epoch,
+    GateColumn,
+    Manifest,
+    Part,
+)
+from stripe.store.reading import LabelMeans, Run, open_run
+from stripe.store.rows import EpochWriter, MomentsWriter, Rows
+from stripe.store.writing import RunWriter
+
+__all__ = [
+    "CONTENTS", "KINDS", "SCHEMA_VERSION", "UNKNOWN_LABEL", "VALUE_TYPES", "Epoch", "EpochCheck", "EpochWriter",
+    "GateColumn", "LabelMeans", "Manifest", "MomentsWriter", "Part", "Rows", "Run", "RunCheck", "RunWriter",
+    "check_run", "open_run", "repair_run",
+]  # fmt: skip

@@ -1,0 +1,204 @@
+"""Checking and repairing a run: what is whole is told epoch by epoch; repair moves files aside and deletes none."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs
+
+from stripe.store.directory import ROOTS, Directory, out_of_reach
+from stripe.store.manifest import (
+    MANIFEST,
+    ORIGIN,
+    PART_NAME,
+    SCHEMA_VERSION,
+    Epoch,
+    Manifest,
+    Part,
+    epoch_number,
+    rank_and_sequence,
+)
+from stripe.store.parts import parse_footer, read_footer
+from stripe.store.reading import read_part
+from stripe.store.refusals import listing, one_line, require
+
+DAMAGED = ".damaged"
+
+
+@dataclass(frozen=True)
+class EpochCheck:
+    """What was found of an epoch; no problem: all its values can be read, and are those that were written."""
+
+    epoch: int
+    parts: int
+    rows: int
+    bytes: int
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class RunCheck:
+    """What was found of a run.
+
+    Attributes:
+        path: where it is.
+        problem: what is wrong with run.json, in which case ``epochs`` are those that can be rebuilt; None: nothing.
+        epochs: the finished ones, ascending.
+        interrupted: epochs whose recording is under way or was interrupted; they are not part of the run.
+        unnamed: parts that belong to no finished epoch.
+    """
+
+    path: str
+    problem: str | None
+    epochs: tuple[EpochCheck, ...]
+    interrupted: tuple[int, ...]
+    unnamed: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether run.json and every finished epoch are whole."""
+        return self.problem is None and not any(epoch.problem for epoch in self.epochs)
+
+
+def check_run(path: str | os.PathLike[str]) -> RunCheck:
+    """Read every byte of a run; FileNotFoundError where there is none, ValueError for one of a newer version."""
+    return _check(Directory(path))[0]
+
+
+def repair_run(path: str | os.PathLike[str]) -> RunCheck:
+    """Make a run whole again and return what is left of it; doing it twice, or after a crash, is safe.
+
+    Damaged epochs leave the manifest, which is rebuilt from the parts where it cannot be read. Parts that no epoch
+    names, and an unreadable run.json, go to ``.damaged/``; what an interrupted recording staged is deleted.
+    Raises what ``check_run`` does, BlockingIOError while the run is being written, and ValueError where run.json
+    cannot be read and no part is whole.
+    """
+    directory = Directory(path)
+    _check(directory)  # before anything is created
+    with directory.sole_writer():
+        check, manifest = _check(directory)
+        if manifest is None:
+            raise ValueError(f"{check.problem}; it cannot be rebuilt either: no part that is left tells how")
+        with directory.writing():
+            if not check.whole:
+                if check.problem and directory.holds(MANIFEST):
+                    _set_aside(directory, MANIFEST, keep=True)
+                whole = {epoch.epoch for epoch in check.epochs if not epoch.problem}
+                manifest = replace(manifest, epochs=tuple(each for each in manifest.epochs if each.epoch in whole))
+                directory.write_manifest(manifest)
+            for name in directory.unnamed(manifest):
+                _set_aside(directory, name)
+            directory.clear()
+        return _check(directory)[0]
+
+
+def _check(directory: Directory) -> tuple[RunCheck, Manifest | None]:
+    """Return what was found, and the manifest, rebuilt where it cannot be read and a part tells how."""
+    problem, manifest = None, None
+    try:
+        manifest = directory.read_manifest()
+    except (FileNotFoundError, ValueError) as error:
+        _refuse_newer(directory)
+        problem, manifest = one_line(error), _rebuilt(directory)
+        if manifest is None and isinstance(error, FileNotFoundError):
+            raise
+    epochs, unnamed = [], []
+    if manifest:
+        epochs = [_check_epoch(directory, manifest, each) for each in sorted(manifest.epochs, key=lambda e: e.epoch)]
+        unnamed = directory.unnamed(manifest)
+    interrupted = tuple(sorted(directory.interrupted()))
+    return RunCheck(directory.path, problem, tuple(epochs), interrupted, tuple(unnamed)), manifest
+
+
+def _check_epoch(directory: Directory, manifest: Manifest, epoch: Epoch) -> EpochCheck:
+    problem = None
+    try:
+        columns = ["sample"] if manifest.has_samples else ["gate"]
+        tables = [
+            table.select(columns) for part in epoch.parts for table in read_part(directory, manifest, epoch.epoch, part)
+        ]
+        if manifest.has_samples:
+            values, times = np.unique(pa.concat_tables(tables)["sample"].to_numpy(), return_counts=True)
+            require((times == 1).all(), f"samples come twice: {listing(values[times > 1].tolist())}")
+    except (FileNotFoundError, ValueError) as error:
+        problem = one_line(error)
+    rows, size = (sum(getattr(part, field) for part in epoch.parts) for field in ("rows", "bytes"))
+    return EpochCheck(epoch.epoch, len(epoch.parts), rows, size, problem)
+
+
+# ---- rebuilding -------------------------------------------------------------------------------------------
+
+
+def _refuse_newer(directory: Directory) -> None:
+    """Leave alone what a newer version of stripe wrote (ValueError)."""
+    try:
+        with directory.files.open_input_file(MANIFEST) as stream:
+            schema = json.loads(stream.read())["schema"]
+    except (FileNotFoundError, ValueError, RecursionError, TypeError, LookupError):
+        return
+    newer = type(schema) is int and schema > SCHEMA_VERSION
+    require(not newer, f"run '{directory.path}' has schema version {schema}; expected {SCHEMA_VERSION}: upgrade stripe")
+
+
+def _rebuilt(directory: Directory) -> Manifest | None:
+    """Put the manifest together from the parts of all epochs but the interrupted ones; None where no part is whole.
+
+    What cannot be known is whether an epoch had further parts, of which no trace is left.
+    """
+    infos = [info for root in ROOTS for info in directory.files_in(root) if PART_NAME.fullmatch(info.base_name)]
+    described = [(info, *_describe(directory, info)) for info in infos]
+    origins = Counter(origin for _, origin, _ in described if origin)
+    if not origins:
+        return None
+    [(common, _)] = origins.most_common(1)
+    manifest, interrupted = Manifest.from_json(common), directory.interrupted()
+    parts: dict[int, list[Part]] = {}
+    for info, origin, part in described:
+        number = epoch_number(info.path)
+        if origin in (None, common) and number is not None and info.path == f"{manifest.folder(number)}/{part.name}":
+            parts.setdefault(number, []).append(part)
+    epochs = [Epoch(number, tuple(_with_gaps(parts[number]))) for number in sorted(parts.keys() - interrupted)]
+    created = min(info.mtime for info in infos).astimezone(UTC).isoformat(timespec="seconds")
+    return replace(manifest, created=created, epochs=tuple(epochs))
+
+
+def _describe(directory: Directory, info: fs.FileInfo) -> tuple[str | None, Part]:
+    """Return the origin that a part carries, None where its footer is unreadable, and what a manifest says of it."""
+    try:
+        with directory.reading(), directory.files.open_input_file(info.path) as stream:
+            footer = read_footer(stream)
+        metadata = parse_footer(footer)
+        origin = Manifest.from_json((metadata.metadata or {})[ORIGIN.encode()]).origin()
+        return origin, Part(info.base_name, metadata.num_rows, info.size, zlib.crc32(footer))
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        if out_of_reach(error):
+            raise
+        return None, Part(info.base_name, 1, max(1, info.size))
+
+
+def _with_gaps(parts: Iterable[Part]) -> list[Part]:
+    """Add the parts that are missing between the first and the last of a rank."""
+    known = {rank_and_sequence(part.name): part for part in parts}
+    for rank in {rank for rank, _ in known}:
+        sequences = [sequence for each, sequence in known if each == rank]
+        for sequence in range(min(sequences), max(sequences)):
+            known.setdefault((rank, sequence), Part(f"part-{rank:04d}-{sequence:03d}.parquet", 1, 1))
+    return [known[key] for key in sorted(known)]
+
+
+def _set_aside(directory: Directory, name: str, keep: bool = False) -> None:
+    """Move a file to ``.damaged/``, or copy it with ``keep``; readers that look for Parquet do not find it there."""
+    stem, number = f"{DAMAGED}/{name.removesuffix('.parquet')}", 0
+    while directory.holds(target := f"{stem}.{number}"):
+        number += 1
+    directory.files.create_dir(posixpath.dirname(target), recursive=True)
+    (directory.files.copy_file if keep else directory.files.move)(name, target)

@@ -1,0 +1,147 @@
+"""A run's directory: local, or a prefix of an object store, behind one seam; the lock and the atomic manifest."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyarrow import fs
+
+from stripe.store.manifest import FOLDERS, MANIFEST, PART_NAME, Manifest, epoch_number
+from stripe.store.refusals import one_line, require_count
+
+STAGING = ".unfinished"
+ROOTS = sorted({*FOLDERS.values()})
+LOCK = ".lock"
+MAX_MANIFEST_BYTES = 64 * 2**20
+
+
+class Directory:
+    """A run's directory behind Arrow's file systems: local, or what a URI names. All paths are inside it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Point at ``path``, a directory or a URI, which need not exist."""
+        self.path = os.fspath(path)
+        if "://" in self.path:
+            base, root = fs.FileSystem.from_uri(self.path)
+        else:
+            base, root = fs.LocalFileSystem(), os.path.abspath(self.path)
+        self.files = fs.SubTreeFileSystem(root, base)
+        self._local_root = root if isinstance(base, fs.LocalFileSystem) else None
+
+    def holds(self, name: str) -> bool:
+        """Return whether there is such a file or folder."""
+        return bool(self.files.get_file_info(name).type != fs.FileType.NotFound)
+
+    def sync(self, *names: str) -> None:
+        """Push local files or folders to the disk, so that they survive a power cut."""
+        if self._local_root is None:
+            return
+        for name in names:
+            handle = os.open(os.path.join(self._local_root, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a failed write into an OSError of one line that names the run."""
+        try:
+            yield
+        except OSError as error:
+            raise self._failure(error, "written", "make room or choose another directory") from error
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn a failure of the storage, and not damaged content, into an OSError of one line that names the run."""
+        try:
+            yield
+        except OSError as error:
+            if not out_of_reach(error):
+                raise
+            raise self._failure(error, "read", "look at the connection and the permissions, then try again") from error
+
+    def _failure(self, error: OSError, done: str, remedy: str) -> OSError:
+        why = os.strerror(error.errno) if error.errno else one_line(error)
+        return OSError(error.errno or errno.EIO, f"run '{self.path}' could not be {done} ({why}): {remedy}")
+
+    @contextmanager
+    def sole_writer(self) -> Iterator[None]:
+        """Make the directory and keep other writers off it; the kernel drops the lock of a dead process."""
+        with self.writing():
+            self.files.base_fs.create_dir(self.files.base_path, recursive=True)
+        if self._local_root is None:
+            yield
+            return
+        import fcntl  # writing needs POSIX, reading does not
+
+        with open(os.path.join(self._local_root, LOCK), "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                message = f"run '{self.path}' is being written already: wait for it, or choose another directory"
+                raise BlockingIOError(message) from error
+            try:
+                yield
+            finally:
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it with forked children
+
+    def read_manifest(self) -> Manifest:
+        """Read run.json; FileNotFoundError when there is none, ValueError when it is damaged."""
+        with self.reading():
+            return self._read_manifest()
+
+    def _read_manifest(self) -> Manifest:
+        info = self.files.get_file_info(MANIFEST)
+        if info.type != fs.FileType.File:
+            why = f"it holds no {MANIFEST}" if self.holds("") else "no such directory"
+            raise FileNotFoundError(f"'{self.path}' is not a run ({why}): pass the directory of a recording")
+        try:
+            require_count(info.size, 0, MAX_MANIFEST_BYTES, f"bytes of {MANIFEST}")
+            with self.files.open_input_file(MANIFEST) as stream:
+                return Manifest.from_json(stream.read())
+        except ValueError as error:
+            raise ValueError(f"run '{self.path}': {error}") from error
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Replace run.json by one rename, after everything it names is on the disk."""
+        staged = f".{MANIFEST}"
+        with self.writing():
+            with self.files.open_output_stream(staged) as stream:
+                stream.write(manifest.to_json().encode())
+            self.sync(staged)
+            self.files.move(staged, MANIFEST)
+            self.sync("")
+
+    def files_in(self, folder: str) -> list[fs.FileInfo]:
+        """List the files under ``folder``, by path; none when there is no such folder."""
+        infos = self.files.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
+        return sorted((info for info in infos if info.type == fs.FileType.File), key=lambda info: info.path)
+
+    def interrupted(self) -> set[int]:
+        """Return the epochs that are being recorded, or whose recording was interrupted."""
+        infos = self.files.get_file_info(fs.FileSelector(STAGING, allow_not_found=True))
+        return {number for info in infos if (number := epoch_number(info.path)) is not None}
+
+    def unnamed(self, manifest: Manifest) -> list[str]:
+        """List the parts in the folders of epochs that the manifest does not name."""
+        named = {f"{manifest.folder(found.epoch)}/{part.name}" for found in manifest.epochs for part in found.parts}
+        found = [info.path for root in ROOTS for info in self.files_in(root) if PART_NAME.fullmatch(info.base_name)]
+        return [path for path in found if path not in named]
+
+    def clear(self, *epochs: int) -> None:
+        """Undo interrupted recordings, and any of ``epochs``: delete parts the manifest does not name, then STAGING."""
+        begun = self.interrupted().union(epochs)
+        for path in self.unnamed(self.read_manifest()) if begun else ():
+            if epoch_number(path) in begun:
+                self.files.delete_file(path)
+        if self.holds(STAGING):
+            self.files.delete_dir(STAGING)
+
+
+def out_of_reach(error: BaseException) -> bool:
+    """Tell a failure of the storage from damaged content, for which Arrow raises OSError without a number."""
+    return isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error))

@@ -1,0 +1,186 @@
+"""The manifest: everything run.json says, checked field by field; nothing here touches a disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from stripe.store.refusals import listing, one_line, require, require_count, require_unique
+
+SCHEMA_VERSION = 1
+UNKNOWN_LABEL = -1
+VALUE_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
+KINDS = ("attention", "squeeze")
+CONTENTS = ("samples", "moments", "label-moments")
+"""What a run holds: a row per sample, or moments over samples alone, or these with the mean of every class."""
+
+MANIFEST = "run.json"
+ORIGIN = "stripe"  # the key, in a part's metadata, of Manifest.origin
+FOLDERS = {"samples": "attention", "moments": "moments", "label-moments": "moments"}  # by contents
+PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
+MAX_CHANNELS = 2**20  # this and the next refuse a hostile manifest, far above any real one
+MAX_COUNT = 2**50
+
+
+@dataclass(frozen=True)
+class GateColumn:
+    """A recorded gate: its unique name, its number of channels, and where the network computes it."""
+
+    name: str
+    channels: int
+    layout: str = "NCHW"
+    form: str = "multiplicative"
+    source: str | None = None
+    site: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot name or size a column (ValueError)."""
+        for text in (self.name, self.layout, self.form, self.source or "", self.site or ""):
+            require(type(text) is str and text.isprintable(), f"gate text {text!r:.80}: expected printable text")
+        require(0 < len(self.name) <= 1000, f"gate name {self.name!r:.80}: expected 1 to 1000 characters")
+        require_count(self.channels, 1, MAX_CHANNELS, f"channels of gate '{self.name:.80}'")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished Parquet file: its name inside the epoch's folder, rows, size, and CRC-32 of its footer."""
+
+    name: str
+    rows: int
+    bytes: int
+    footer: int | None = None  # pages carry their own checksums; early runs have none of the footer
+
+    def __post_init__(self) -> None:
+        """Refuse a name that could lead out of the folder, and sizes that are none (ValueError)."""
+        require(type(self.name) is str and PART_NAME.fullmatch(self.name), f"unsafe part name {self.name!r:.80}")
+        require_count(self.rows, 1, MAX_COUNT, f"rows of {self.name}")
+        require_count(self.bytes, 1, MAX_COUNT, f"bytes of {self.name}")
+        require_count(0 if self.footer is None else self.footer, 0, 2**32 - 1, f"footer of {self.name}")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A finished epoch: its number, and its parts in the order they are read."""
+
+    epoch: int
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a number that is no epoch, an epoch without parts, and a part named twice (ValueError)."""
+        require_count(self.epoch, 0, MAX_COUNT, "epoch")
+        require(self.parts, f"epoch {self.epoch} has no parts")
+        require_unique((part.name for part in self.parts), "part names must differ")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything run.json says, field by field."""
+
+    schema: int
+    created: str
+    versions: dict[str, str]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    seeds: dict[str, Any]
+    dtype: str
+    squeeze: bool
+    gates: tuple[GateColumn, ...]
+    contents: str = CONTENTS[0]
+    epochs: tuple[Epoch, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse fields of the wrong type, unknown or unfit choices and repeated names (ValueError)."""
+        require_count(self.schema, SCHEMA_VERSION, SCHEMA_VERSION, "schema version")
+        for field, kind in {"created": str, "squeeze": bool, "dtype": str, "contents": str}.items():
+            require(type(getattr(self, field)) is kind, f"'{field}': expected {kind.__name__}")
+        for field in ("versions", "model", "data", "seeds"):
+            require(type(getattr(self, field)) is dict, f"'{field}': expected an object")
+        require(self.dtype in VALUE_TYPES, f"dtype '{self.dtype:.80}'; expected one of {listing(VALUE_TYPES)}")
+        require(self.contents in CONTENTS, f"contents '{self.contents:.80}'; expected one of {listing(CONTENTS)}")
+        require(
+            self.has_samples or (self.dtype, self.squeeze) == ("float32", False),
+            "moments are of float32 attention alone: leave out squeeze and dtype float16",
+        )
+        require(self.gates, "no gates; expected at least one")
+        require_unique((gate.name for gate in self.gates), "gate names must differ")
+        require_unique((epoch.epoch for epoch in self.epochs), "epochs must differ")
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Parse run.json strictly: anything but a manifest of this version is a ValueError of one line."""
+        try:
+            record = json.loads(text)
+            require_count(record["schema"], SCHEMA_VERSION, SCHEMA_VERSION, "schema version")
+            gates = tuple(GateColumn(**gate) for gate in record["gates"])
+            epochs = tuple(
+                Epoch(**{**epoch, "parts": tuple(Part(**part) for part in epoch["parts"])})
+                for epoch in record["epochs"]
+            )
+            return cls(**{**record, "gates": gates, "epochs": epochs})
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            why = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+            remedy = "rebuild it with `stripe check --repair`, upgrade stripe, or record anew"
+            raise ValueError(f"{MANIFEST} is not usable ({why}): {remedy}") from error
+
+    def to_json(self) -> str:
+        """Write run.json; TypeError or ValueError for a description that is not plain JSON."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    def origin(self) -> str:
+        """Return what every part carries, so that run.json can be rebuilt: all but the epochs and the time."""
+        return json.dumps(asdict(replace(self, created="", epochs=())), separators=(",", ":"), allow_nan=False)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether there is a row per sample."""
+        return self.contents == CONTENTS[0]
+
+    def folder(self, epoch: int) -> str:
+        """Return where the parts of ``epoch`` lie."""
+        return f"{FOLDERS[self.contents]}/{epoch_name(epoch)}"
+
+    def arrow_schema(self) -> pa.Schema:
+        """Return the columns of every part; the label is null where it is unknown, or stands for all samples."""
+        origin = {ORIGIN: self.origin()}
+        if not self.has_samples:
+            return MOMENTS_SCHEMA.with_metadata(origin)
+        value = pa.field("element", VALUE_TYPES[self.dtype], nullable=False)
+        columns = [pa.field("sample", pa.int64(), nullable=False), pa.field("label", pa.int32())]
+        for kind in KINDS if self.squeeze else KINDS[:1]:
+            for gate in self.gates:
+                vectors = pa.list_(value, gate.channels)
+                columns.append(pa.field(f"{kind}:{gate.name}", vectors, nullable=False))
+        return pa.schema(columns, metadata=origin)
+
+
+MOMENTS_SCHEMA = pa.schema(
+    [
+        pa.field("gate", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("count", pa.int64(), nullable=False),
+        pa.field("mean", pa.list_(pa.float64()), nullable=False),
+        *(pa.field(name, pa.list_(pa.float64())) for name in ("m2", "low", "high")),  # these and the next: null
+        *(pa.field(name, pa.int64()) for name in ("near_bounds", "nonfinite")),  # in the row of a class
+    ]
+)
+
+
+def epoch_name(epoch: int) -> str:
+    """Name an epoch's folder."""
+    return f"epoch={epoch:04d}"
+
+
+def epoch_number(path: str) -> int | None:
+    """Return the epoch in whose folder ``path`` lies, or which it names; None for another path."""
+    found = re.search(r"(?:^|/)epoch=([0-9]{4,15})(?:/|$)", path)
+    return int(found[1]) if found else None
+
+
+def rank_and_sequence(part: str) -> tuple[int, int]:
+    """Return the numbers in a part's name."""
+    rank, sequence = part.removesuffix(".parquet").split("-")[-2:]
+    return int(rank), int(sequence)

@@ -1,0 +1,222 @@
+"""Recording a run: an epoch is published whole by one rename of the manifest, or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, Self
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from stripe.store.directory import ROOTS, STAGING, Directory
+from stripe.store.manifest import (
+    CONTENTS,
+    MANIFEST,
+    MAX_COUNT,
+    SCHEMA_VERSION,
+    Epoch,
+    GateColumn,
+    Manifest,
+    Part,
+    epoch_name,
+    rank_and_sequence,
+)
+from stripe.store.parts import PartWriter, parse_footer, read_footer
+from stripe.store.refusals import listing, only, require, require_count
+from stripe.store.rows import EpochWriter, MomentsWriter, Rows
+
+DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
+
+
+class RunWriter:
+    """Opens a new run or continues one; an epoch is recorded whole or not at all.
+
+    Several processes write one run together when each passes its ``rank`` and a ``barrier`` that waits for
+    all of them: rank 0 then publishes what every rank wrote.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: Mapping[str, Any],
+        data: Mapping[str, Any],
+        gates: Sequence[GateColumn],
+        squeeze: bool = False,
+        dtype: str = "float32",
+        contents: str = CONTENTS[0],
+        seeds: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        rank: int = 0,
+        barrier: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Create the run at ``path``, or continue one that has the same gates, dtype, squeeze, contents and data.
+
+        ``contents`` is one of CONTENTS; ``model``, ``data`` and ``seeds`` are plain JSON values; ``overwrite``
+        lets an epoch replace its earlier recording. Raises ValueError where the run on disk differs,
+        FileExistsError for a foreign directory, BlockingIOError while another writer has the run.
+        """
+        wanted = Manifest(
+            schema=SCHEMA_VERSION,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=_versions(),
+            model=dict(model),
+            data=dict(data),
+            seeds=dict(seeds or {}),
+            dtype=dtype,
+            squeeze=squeeze,
+            gates=tuple(gates),
+            contents=contents,
+        )
+        wanted = Manifest.from_json(wanted.to_json())  # as a reader will see it
+        self._directory = Directory(path)
+        self._overwrite, self._rank, self._barrier = overwrite, rank, barrier
+        with ExitStack() as held:
+            if rank == 0:
+                held.enter_context(self._directory.sole_writer())
+                self._begin(wanted)
+            barrier()
+            self._manifest = self._directory.read_manifest()
+            self._held = held.pop_all()
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the writer."""
+        self.close()
+
+    def close(self) -> None:
+        """Let another process write the run."""
+        self._held.close()
+
+    @property
+    def epochs(self) -> list[int]:
+        """The finished epochs, ascending."""
+        return sorted(epoch.epoch for epoch in self._manifest.epochs)
+
+    @contextmanager
+    def epoch(self, number: int) -> Iterator[Rows]:
+        """Record epoch ``number``: published when the block ends, gone without a trace when it raises.
+
+        The parts of an overwritten epoch get new names and one rename of the manifest switches from old to
+        new, so a crash leaves either. Raises FileExistsError for a recorded epoch, OSError for a full disk.
+        """
+        require_count(number, 0, MAX_COUNT, "epoch")
+        if number in self.epochs and not self._overwrite:
+            raise FileExistsError(
+                f"run '{self._directory.path}' holds epoch {number} already: pass --overwrite (overwrite=True) "
+                "to replace it, or choose another run"
+            )
+        try:
+            if self._rank == 0:
+                self._directory.clear(number)
+            self._barrier()
+            schema = self._manifest.arrow_schema()
+            staged = f"{STAGING}/{epoch_name(number)}/part-{self._rank:04d}"
+            with PartWriter(self._directory, schema, staged) as parts, ThreadPoolExecutor(1) as thread:
+                rows: Rows
+                if self._manifest.has_samples:
+                    rows = EpochWriter(schema, parts, thread)
+                else:
+                    rows = MomentsWriter(self._manifest, parts)
+                yield rows
+                rows.finish()
+            self._barrier()
+            if self._rank == 0:
+                self._publish(number)
+            self._barrier()
+            self._manifest = self._directory.read_manifest()
+        except BaseException:
+            with suppress(OSError, ValueError):  # what stays is cleared when the run is next opened for writing
+                if self._rank == 0:
+                    self._directory.clear(number)
+            raise
+
+    def _begin(self, wanted: Manifest) -> None:
+        """Write the manifest of a new run, or check that the recording fits the run that is there."""
+        found = self._directory.read_manifest() if self._directory.holds(MANIFEST) else None
+        if found and found.epochs:
+            self._require_same(found, wanted)
+            self._directory.clear()
+        elif found or not (foreign := [name for name in ROOTS if self._directory.holds(name)]):
+            self._directory.write_manifest(wanted)
+        else:
+            raise FileExistsError(
+                f"'{self._directory.path}' has a folder {foreign[0]} but no {MANIFEST}, so it is no run: "
+                "choose another directory"
+            )
+
+    def _require_same(self, found: Manifest, wanted: Manifest) -> None:
+        run = f"run '{self._directory.path}'"
+        for field in ("dtype", "squeeze", "contents", "data"):
+            old, new = getattr(found, field), getattr(wanted, field)
+            require(old == new, f"{run} has {field} {old}, this recording {new}: choose another run")
+        old, new = ([f"{gate.name} ({gate.channels})" for gate in each.gates] for each in (found, wanted))
+        require(
+            set(old) == set(new),
+            f"{run} has gates (channels) that this recording lacks: {only(old, new)}; and lacks: {only(new, old)}: "
+            "choose another run",
+        )
+
+    def _publish(self, number: int) -> None:
+        """Move the staged parts of all ranks into place, then name them in the manifest: the commit."""
+        staged = self._staged(number)
+        require(staged, f"epoch {number} of run '{self._directory.path}' got no samples: append at least one batch")
+        self._require_samples_once(staged)
+        epochs = {epoch.epoch: epoch for epoch in self._manifest.epochs}
+        used = [rank_and_sequence(part.name)[1] for part in epochs[number].parts] if number in epochs else [-1]
+        with self._directory.writing():
+            epochs[number] = Epoch(number, tuple(self._move_parts(staged, number, first=max(used) + 1)))
+        ascending = tuple(epochs[key] for key in sorted(epochs))
+        self._directory.write_manifest(replace(self._manifest, epochs=ascending))
+        self._directory.clear(number)
+
+    def _staged(self, number: int) -> list[str]:
+        """List what has been written of an epoch and not yet published, by rank and sequence."""
+        infos = self._directory.files_in(f"{STAGING}/{epoch_name(number)}")
+        return sorted((info.path for info in infos), key=rank_and_sequence)
+
+    def _move_parts(self, staged: Sequence[str], number: int, first: int) -> Iterator[Part]:
+        """Give staged parts their final names, numbered from ``first`` within each rank."""
+        files, folder = self._directory.files, self._manifest.folder(number)
+        files.create_dir(folder, recursive=True)
+        for path in staged:
+            rank, sequence = rank_and_sequence(path)
+            name = f"part-{rank:04d}-{first + sequence:03d}.parquet"
+            with files.open_input_file(path) as stream:
+                footer = read_footer(stream)
+                yield Part(name, parse_footer(footer).num_rows, stream.size(), zlib.crc32(footer))
+            files.move(path, f"{folder}/{name}")
+        self._directory.sync(folder, folder.partition("/")[0])
+
+    def _require_samples_once(self, staged: Sequence[str]) -> None:
+        """Refuse samples that two ranks recorded; within a rank, ``append`` did. Moments cannot tell."""
+        if not self._manifest.has_samples or len({rank_and_sequence(path)[0] for path in staged}) == 1:
+            return
+        ids = []
+        for path in staged:
+            with self._directory.files.open_input_file(path) as stream:
+                ids.append(pq.read_table(stream, columns=["sample"])["sample"].to_numpy())
+        values, times = np.unique(np.concatenate(ids), return_counts=True)
+        repeated = values[times > 1].tolist()
+        require(not repeated, f"two ranks recorded samples {listing(repeated)}: give each sample to one rank")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

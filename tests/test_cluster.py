@@ -1,0 +1,176 @@
+"""Statistics on a real Dask cluster of two worker processes: the local table, also when one of them is killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stripe.cli import main
+from stripe.cluster import connect, moments_on, summarize_on
+from stripe.stats import moments, summarize
+from stripe.store import GateColumn, RunWriter, open_run
+
+distributed = pytest.importorskip("distributed")
+
+GATES = [GateColumn("a", 6), GateColumn("b", 3), GateColumn("c", 9)]
+
+
+def record(path, *, epochs=(0, 2), samples=60, ranks=1, contents="samples"):
+    """Record random attention; several ranks take contiguous shares, one part each."""
+    rng = np.random.default_rng(0)
+    values = {epoch: {gate.name: rng.random((samples, gate.channels)) for gate in GATES} for epoch in epochs}
+    labels = rng.integers(0, 4, samples)
+    meet = threading.Barrier(ranks)
+
+    def share(rank):
+        rows = np.arange(samples * rank // ranks, samples * (rank + 1) // ranks)
+        options = {"model": {}, "data": {}, "gates": GATES, "contents": contents, "rank": rank, "barrier": meet.wait}
+        with RunWriter(path, **options) as writer:
+            for epoch in epochs:
+                with writer.epoch(epoch) as part:
+                    part.append(rows, labels[rows], {gate: each[rows] for gate, each in values[epoch].items()})
+
+    threads = [threading.Thread(target=share, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return open_run(path)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two worker processes of one thread."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+        with distributed.LocalCluster(**options, silence_logs=50) as cluster:
+            yield cluster
+
+
+@pytest.fixture
+def client(cluster):
+    with connect(cluster.scheduler_address) as client:
+        yield client
+
+
+def test_the_table_is_the_local_one(tmp_path, client):
+    run = record(tmp_path / "run")
+    expected = summarize(run, bootstrap=50)
+    pd.testing.assert_frame_equal(summarize_on(client, run, bootstrap=50), expected, check_exact=True)
+    assert not summarize_on(client, run, bootstrap=60).equals(expected)
+    assert expected["strength_low"].notna().all()
+
+
+def test_a_run_of_moments_is_measured_too(tmp_path, client):
+    run = record(tmp_path / "run", contents="label-moments", ranks=2)
+    pd.testing.assert_frame_equal(summarize_on(client, run), summarize(run), check_exact=True)
+
+
+def test_moments_of_parts_merge_in_a_tree(tmp_path, client):
+    run = record(tmp_path / "run", ranks=11, samples=110)
+    assert [len(epoch.parts) for epoch in run.manifest.epochs] == [11, 11]  # more than a task merges
+    found, whole = moments_on(client, run), moments(run)
+    assert list(found) == list(whole)
+    for key, expected in whole.items():
+        assert (found[key].count, found[key].near_bounds) == (expected.count, expected.near_bounds)
+        for name in ("mean", "m2", "low", "high"):
+            np.testing.assert_allclose(getattr(found[key], name), getattr(expected, name), rtol=1e-12)
+    table = summarize_on(client, run, samples=False)
+    pd.testing.assert_frame_equal(table, summarize(run, samples=False), rtol=1e-12)
+    assert table["strength"].notna().all()
+    assert table["rank"].isna().all()
+
+
+def kill_midway(cluster, victim, total, done):
+    """Kill a worker once a tenth of the tasks are done, and note how many were."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        states = [task.state for task in list(cluster.scheduler.tasks.values())]
+        if len(states) == total and states.count("memory") >= total / 10:
+            break
+        time.sleep(0.005)
+    done.append(states.count("memory"))
+    os.kill(victim, signal.SIGKILL)
+
+
+def test_a_worker_killed_midway_changes_nothing(tmp_path, cluster, client):
+    run = record(tmp_path / "run", epochs=range(20), samples=400)
+    expected = summarize(run, bootstrap=500)
+    victim, done = next(iter(client.run(os.getpid).values())), []
+    killer = threading.Thread(target=kill_midway, args=(cluster, victim, len(expected), done))
+    killer.start()
+    table = summarize_on(client, run, bootstrap=500)
+    killer.join()
+    assert 6 <= done[0] < len(expected) == 60
+    pd.testing.assert_frame_equal(table, expected, check_exact=True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(victim, 0)
+    client.wait_for_workers(2, timeout=60)  # the nanny puts another in its place
+
+
+def test_the_command_writes_the_local_table(tmp_path, cluster):
+    record(tmp_path / "run")
+    for name, words in {"local": [], "cluster": ["--dask", cluster.scheduler_address]}.items():
+        assert main(["stats", str(tmp_path / "run"), "--csv", str(tmp_path / f"{name}.csv"), *words]) == 0
+    assert (tmp_path / "local.csv").read_bytes() == (tmp_path / "cluster.csv").read_bytes()
+    assert main(["stats", str(tmp_path / "run"), "--moments-only", "--csv", str(tmp_path / "moments.csv")]) == 0
+    assert (tmp_path / "local.csv").read_bytes() != (tmp_path / "moments.csv").read_bytes()
+
+
+def test_workers_that_cannot_read_the_run_say_so(tmp_path, client):
+    run = record(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match="put it where all workers see it"):
+        summarize_on(client, run)
+    record(tmp_path / "run", epochs=(1,))
+    with pytest.raises(ValueError, match="another run"):
+        summarize_on(client, run)
+
+
+def test_a_damaged_part_is_named(tmp_path, client):
+    run = record(tmp_path / "run")
+    part = tmp_path / "run" / "attention" / "epoch=0002" / "part-0000-000.parquet"
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"epoch=0002/part-0000-000\.parquet is damaged"):
+        summarize_on(client, run)
+
+
+def test_no_scheduler_is_one_line(tmp_path, capsys, monkeypatch):
+    record(tmp_path / "run")
+    monkeypatch.setattr("stripe.cluster.TIMEOUT", 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        free = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        for address in (free, "no such address"):
+            assert main(["stats", str(tmp_path / "run"), "--dask", address]) == 2
+            [line] = capsys.readouterr().err.strip().splitlines()
+            assert line.startswith(f"error: no Dask scheduler answers at '{address}'")
+
+
+def test_no_worker_is_told():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with (
+            distributed.LocalCluster(n_workers=0, dashboard_address=None, silence_logs=50) as empty,
+            pytest.raises(ConnectionError, match="has no worker"),
+            connect(empty.scheduler_address, timeout=1),
+        ):
+            pass
+
+
+def test_dask_missing_is_told(tmp_path):
+    record(tmp_path / "run")
+    code = "import sys; sys.modules['distributed'] = None; from stripe.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["stats", str(tmp_path / "run"), "--dask", "tcp://127.0.0.1:1"]
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "stripe-observation[cluster]" in result.stderr

@@ -1,0 +1,153 @@
+"""`make_figures.py`: the gallery of the example run, and what lies beside a run's attention."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import stripe
+from stripe.cli import main
+from stripe.cli.figures import EXAMPLE_RUN, draw, file_name
+from stripe.store import GateColumn, RunWriter
+
+LEARNED = 0.5
+VARIANTS = [
+    {"folded": 0, "weighting": "none", "recovery": "none", "test": 90.0},
+    {"folded": 1, "weighting": "mean", "recovery": "none", "test": 88.0},
+    {"folded": 1, "weighting": "mean", "recovery": "norms", "test": 89.0},
+]
+LATENCY = [
+    {"folded": folded, "backend": backend, "batch": batch, "milliseconds": batch * (9 - folded)}
+    for backend in ("eager", "onnxruntime")
+    for batch in (1, 128)
+    for folded in (0, 1)
+]
+
+
+@pytest.fixture
+def example(tmp_path):
+    """A small run of three gates and three epochs."""
+    rng, gates = np.random.default_rng(0), [GateColumn(f"layer{n}.se", 4 * n) for n in (1, 2, 3)]
+    with RunWriter(tmp_path / "small", model={}, data={}, gates=gates) as writer:
+        for epoch in (1, 2, 4):
+            with writer.epoch(epoch) as rows:
+                rows.append(range(9), None, {gate.name: rng.random((9, gate.channels)) for gate in gates})
+    return tmp_path / "small"
+
+
+def drawn(path):
+    """Return every figure of a run by name."""
+    return dict(draw(stripe.open_run(path), bootstrap=0))
+
+
+def write_validation(run, epoch, learned, gates=None):
+    names = gates or [gate.name for gate in stripe.open_run(run).gates]
+    content = {"epoch": epoch, "gates": [{"gate": gate, "r": None} for gate in names], "learned": learned}
+    (run / "validation.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    """The figures that the command draws when it is given nothing, and what it printed last."""
+    out = tmp_path_factory.mktemp("gallery")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out)
+        assert main(["figures"]) == 0
+    return out / "figures" / EXAMPLE_RUN
+
+
+def test_without_arguments_the_example_is_drawn_as_it_is_committed(gallery):
+    committed = Path(__file__).parents[1] / "figures" / EXAMPLE_RUN
+    gates = [gate.name for gate in stripe.load_example(EXAMPLE_RUN).gates]
+    names = {file.name for file in gallery.iterdir()}
+    assert names >= {f"{name}.png" for name in ("grid", "std", "strength-over-epochs", "drift", "training")}
+    assert names >= {f"stripe-{gate}.png" for gate in gates}
+    assert names == {file.name for file in committed.glob("*.png")}
+    for name in names:
+        fresh, kept = plt.imread(gallery / name), plt.imread(committed / name)
+        assert np.abs(fresh - kept).mean() < 0.01, f"{name} is not what the example shows: run make_figures.py"
+
+
+def test_the_same_figures_have_the_same_bytes(gallery, tmp_path):
+    run = stripe.load_example(EXAMPLE_RUN).path
+    assert main(["figures", run, "--out", str(tmp_path)]) == 0
+    for file in gallery.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+        assert b"Software" not in file.read_bytes(), "matplotlib's version would change the bytes"
+
+
+def test_a_run_without_files_beside_it_shows_its_attention_alone(example):
+    names = set(drawn(example))
+    assert names == {file_name("stripe", gate.name) for gate in stripe.open_run(example).gates} | {
+        "grid", "std", "strength", "strength-over-epochs", "drift",
+    }  # fmt: skip
+
+
+def test_std_is_that_of_the_first_and_the_last_epoch(example):
+    run = stripe.open_run(example)
+    figure = drawn(example)["std"]
+    for ax, gate in zip(figure.axes, run.gates, strict=True):
+        for patch, epoch in zip(ax.patches, (run.epochs[0], run.epochs[-1]), strict=True):
+            expected = run.attention(gate.name, epoch).std(axis=0, ddof=1, dtype=float)
+            np.testing.assert_allclose(patch.get_data().values, expected, rtol=1e-6)
+
+
+def test_a_validation_is_drawn_over_the_stripe_of_its_epoch(example):
+    run = stripe.open_run(example)
+    gate, epoch = run.gates[0], run.epochs[1]
+    learned = {gate.name: [LEARNED] * gate.channels, "elsewhere": [0.1]}
+    write_validation(example, epoch, learned, gates=[gate.name, "elsewhere"])
+    figures = drawn(example)
+    [ax] = figures[file_name("learned", gate.name)].axes
+    points, line = ax.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), np.sort(run.attention(gate.name, epoch).mean(axis=0, dtype=float)))
+    assert set(points.get_ydata()) == {LEARNED}
+    assert ax.get_title() == f"{gate.name}, r = nan"
+    [scatter] = figures["learned-scatter"].axes
+    assert len(scatter.get_lines()[0].get_xdata()) == gate.channels
+    assert "learned-elsewhere" not in figures
+
+
+def test_a_validation_of_an_epoch_that_is_not_there_is_left_out(example):
+    write_validation(example, 999, {})
+    assert not [name for name in drawn(example) if name.startswith("learned")]
+
+
+def test_a_fold_table_is_drawn_over_the_latency_of_the_largest_batch(example):
+    (example / "fold.json").write_text(json.dumps({"measure": "accuracy", "variants": VARIANTS, "latency": LATENCY}))
+    ax = drawn(example)["fold-pareto"].axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+    assert lines["mean, none"] == [[8 * 128, 88]]
+    assert lines["mean, norms"] == [[8 * 128, 89]]
+    assert lines["unfolded"] == [[9 * 128, 90]]
+    (example / "fold.json").write_text(json.dumps({"measure": "agreement", "variants": VARIANTS}))
+    ax = drawn(example)["fold-pareto"].axes[0]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("folded gates", "agreement (%)")
+
+
+@pytest.mark.parametrize(("name", "text"), [("fold.json", '{"rows": []}'), ("validation.json", "{}")])
+def test_a_foreign_file_beside_a_run_is_named(example, name, text):
+    (example / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}' lacks '.*': write it anew, or move it away"):
+        drawn(example)
+
+
+@pytest.mark.parametrize(
+    ("gate", "name"),
+    [
+        ("layer1.0.se#1", "stripe-layer1.0.se#1"),
+        ("../../etc/x", "stripe-.._.._etc_x"),
+        ("a b:c", "stripe-a_b_c"),
+        ("", "stripe-"),
+    ],
+)
+def test_a_gates_name_never_leads_out_of_the_directory(gate, name):
+    assert file_name("stripe", gate) == name
+
+
+def test_figures_go_to_a_directory_of_the_runs_name(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["figures", str(example), "--bootstrap", "0"]) == 0
+    assert (tmp_path / "figures/small/grid.png").exists()

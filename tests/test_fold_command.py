@@ -1,0 +1,172 @@
+"""The fold command on a network trained on the digits: tables, files, choices, and what it says of bad input."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from stripe.cli import main
+from stripe.cli.fold import choose_count
+from stripe.data import Loader, load_images
+from stripe.gates import find_gates
+from stripe.models import create_model, load_checkpoint
+from stripe.training import evaluate
+from tests.test_cli import fails
+
+TRAIN = [
+    "--depth",
+    "11",
+    "--module",
+    "senet",
+    "--train-samples",
+    "400",
+    "--train-batch",
+    "20",
+    "--epochs",
+    "4",
+    "--scheduler",
+    "cosine",
+]
+FOLD = ["--train-samples", "400", "--test-samples", "60", "--samples", "40", "--batch", "60"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fold") / "se"
+    assert main(["train", *TRAIN, "--record", "30", "-c", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def folded(trained, tmp_path_factory):
+    """All gates folded, by every means, with the run's stripes as means."""
+    out = tmp_path_factory.mktemp("fold") / "out"
+    words = [
+        *FOLD,
+        "--run",
+        trained,
+        "--order",
+        "greedy",
+        "--distill-steps",
+        "3",
+        "--recover-each",
+        "--onnx",
+        "--out",
+        out,
+    ]
+    assert main(["fold", "--ckpt", *map(str, [trained / "checkpoints" / "last.pt", *words])]) == 0
+    return out
+
+
+def test_every_step_has_its_accuracies(trained, folded):
+    table = pd.read_csv(folded / "variants.csv", keep_default_na=False)
+    recoveries = ["none", "re-estimated", "distilled"]
+    expected = [(0, "none", recovery) for recovery in recoveries]
+    expected += [(k, kind, each) for k in (1, 2, 3) for kind in ("mean", "energy") for each in recoveries]
+    assert list(table[["folded", "weighting", "recovery"]].itertuples(index=False, name=None)) == expected
+    test = load_images("digits", "test", samples=60)
+    plain = evaluate(load_checkpoint(trained / "checkpoints" / "last.pt"), Loader(test, 60)).accuracy
+    assert table["test"][0] == pytest.approx(plain)
+    assert table["test"].nunique() > 1
+    assert (table["error"] < 1e-12).all()
+    assert list(table["last"][::6][1:]) == list(pd.read_csv(folded / "gates.csv").sort_values("place")["gate"])
+
+
+def test_the_folded_network_is_a_plain_checkpoint(folded):
+    model = load_checkpoint(folded / "folded.pt")
+    plain = create_model("resnet", depth=11)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    images = next(iter(Loader(load_images("digits", "test", samples=4), 4)))[0]
+    assert find_gates(model, images) == []
+    program = torch.export.load(folded / "folded.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(images), model(images))
+        assert not torch.allclose(plain.train()(images), model(images))
+    chosen = pd.read_csv(folded / "variants.csv", keep_default_na=False)
+    test = evaluate(model, Loader(load_images("digits", "test", samples=60), 60)).accuracy
+    best = chosen[(chosen["folded"] == 3)].sort_values("validation").iloc[-1]
+    assert test in set(chosen[(chosen["folded"] == 3) & (chosen["validation"] == best["validation"])]["test"])
+
+
+def test_tables_hold_predictors_latencies_and_onnx(folded):
+    content = json.loads((folded / "fold.json").read_text())
+    assert content["measure"] == "accuracy"
+    assert [row["gate"] for row in content["rows"]] == ["layer1.0", "layer2.0", "layer3.0"]
+    assert {row["direction"] for row in content["rows"]} == {"back"}
+    assert content["rows"][0]["into"] == "layer1.0.bn3.weight, layer1.0.bn3.bias"
+    assert {row["predictor"] for row in content["predictors"]} == {"1 - strength", "within", "energy error"}
+    latency = pd.DataFrame(content["latency"])
+    assert list(latency["folded"]) == [0, 1, 2, 3] * 2
+    assert (latency["milliseconds"] > 0).all()
+    before, after = content["onnx"]
+    assert before["nodes"] - after["nodes"] >= 3 * 5  # mean, two linear layers, two activations
+    assert 0 <= after["relative_error"] < 1e-4
+    assert "Sigmoid" in before["operators"]
+    assert "Sigmoid" not in after["operators"]
+    assert (folded / "tradeoff.png").stat().st_size > 5000
+
+
+def test_keep_leaves_the_most_sensitive_gates(trained, tmp_path):
+    words = ["--ckpt", trained / "checkpoints" / "last.pt", *FOLD, "--keep", "1", "--backends", "--out", tmp_path]
+    assert main(["fold", *map(str, words)]) == 0
+    gates = pd.read_csv(tmp_path / "gates.csv", keep_default_na=False)
+    assert gates[gates["direction"] == ""]["place"].tolist() == [3]
+    by_damage = gates.astype({"damage": float, "energy error": float}).sort_values(["damage", "energy error"])
+    assert by_damage["place"].tolist() == [1, 2, 3]
+    assert not (tmp_path / "folded.pt").exists()
+    assert not (tmp_path / "latency.csv").exists()
+    table = pd.read_csv(tmp_path / "variants.csv", keep_default_na=False)
+    assert list(table["folded"]) == [0, 2, 2, 2, 2]
+    assert list(table["recovery"]) == [*["none"] * 3, *["re-estimated"] * 2]
+    model = torch.export.load(tmp_path / "folded.pt2").module()
+    assert sum("sigmoid" in str(node.target) for node in model.graph.nodes) == 1
+
+
+def test_the_choice_folds_as_many_as_are_bearable():
+    rows = [
+        {"folded": folded, "validation": validation}
+        for folded, validation in [(0, 90.0), (1, 89.0), (1, 89.8), (2, 89.4), (2, 89.6), (3, 80.0), (3, 85.0)]
+    ]
+    assert choose_count(rows, 3, None, None) == 3
+    assert choose_count(rows, 3, None, 0.5) == 2
+    assert choose_count(rows, 3, None, 0.3) == 1
+    assert choose_count(rows, 3, None, 0.1) == 0
+    assert choose_count(rows, 3, 1, None) == 2
+
+
+def test_a_network_of_other_classes_is_measured_by_agreement(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, name in ((split, name) for split in ("train", "test") for name in ("cat", "dog")):
+        for number in range(6):
+            path = tmp_path / "images" / split / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "a.pt")
+    words = ["--ckpt", tmp_path / "a.pt", "--arch", "torchvision:mobilenet_v3_small", "--counts", "9", "--backends"]
+    words += ["--dataset", f"imagefolder:{tmp_path}/images", "--out", tmp_path / "out"]
+    assert main(["fold", *map(str, words)]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.split() == "0 folded none none agreement in %: validation 100.00, test 100.00".split()
+    assert json.loads((tmp_path / "out" / "fold.json").read_text())["measure"] == "agreement"
+
+
+def test_bad_input_is_one_line(trained, tmp_path, capsys):
+    ckpt = ["fold", "--ckpt", trained / "checkpoints" / "last.pt", *FOLD, "--out", tmp_path / "out"]
+    assert "expected one of greedy, single" in fails(capsys, *ckpt, "--order", "random")
+    assert "--backends tflite: expected some of" in fails(capsys, *ckpt, "--backends", "tflite")
+    assert "give one of them" in fails(capsys, *ckpt, "--keep", "1", "--max-drop", "1")
+    assert "--distill-steps -1" in fails(capsys, *ckpt, "--distill-steps", "-1")
+    assert "4 gates to fold: expected 0 to 3" in fails(capsys, *ckpt, "--counts", "4")
+    assert "-6 gates to fold: expected 0 to 3" in fails(capsys, *ckpt, "--keep", "9")
+    plain = tmp_path / "plain.pt"
+    torch.save({"state_dict": create_model("resnet", depth=11).state_dict()}, plain)
+    assert "has no gate to fold" in fails(capsys, "fold", "--ckpt", plain, *FOLD, "--out", tmp_path / "out")
+    assert main(["collect", "--ckpt", str(trained / "checkpoints" / "last.pt"), "--samples", "9", "--gates", "layer1.0",
+                 "--out", str(tmp_path / "run")]) == 0  # fmt: skip
+    assert "lacks gates layer2.0, layer3.0" in fails(capsys, *ckpt, "--run", tmp_path / "run")
+    assert not (tmp_path / "out").exists()

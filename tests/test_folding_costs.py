@@ -1,0 +1,333 @@
+"""What folding costs and how it is won back: constants, damage and order, recovery, variants."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from stripe import folding
+from stripe.data import Loader, load_images
+from stripe.gates import find_gates, replace_gates
+from stripe.models import create_model
+from stripe.recorder import Recorder
+from stripe.stats import stripe_strength
+from stripe.store import open_run
+from tests.conftest import randomize, relative_error
+
+IMAGES = torch.randn(12, 3, 40, 48, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.2, 2, 12).view(
+    -1, 1, 1, 1
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Its attention depends on the image, as that of fresh weights hardly does."""
+    torch.manual_seed(0)
+    model = randomize(create_model("resnet", depth=11, module="senet")).eval()
+    for name, weight in model.named_parameters():
+        if "attention_module.fc" in name:
+            nn.init.normal_(weight, 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def gates(network):
+    return find_gates(network, IMAGES[:2])
+
+
+@pytest.fixture(scope="module")
+def uses(network, gates):
+    return folding.measure_gates(network, gates, [(IMAGES[:5],), (IMAGES[5:],)])
+
+
+def values_and_maps(network, gate):
+    """A gate's values (N, C) and what it scales (N, C, H, W), by plain hooks on its block."""
+    block, seen = network.get_submodule(gate.site), {}
+    hooks = [
+        block.attention_module.register_forward_hook(lambda m, i, out: seen.update(g=out.flatten(1).double())),
+        block.bn3.register_forward_hook(lambda m, i, out: seen.update(x=out.double())),
+    ]
+    with torch.no_grad():
+        network(IMAGES)
+    for hook in hooks:
+        hook.remove()
+    return seen["g"], seen["x"]
+
+
+# ---- constants ----
+def test_the_energy_weighted_constant_leaves_the_least_error(network, gates, uses):
+    for gate in gates:
+        g, x = values_and_maps(network, gate)
+        energies = x.square().mean((2, 3))
+        result = (g[:, :, None, None] * x).square().sum()
+        best = ((g[:, :, None, None] * x * x).sum((0, 2, 3)) / x.square().sum((0, 2, 3))).numpy()
+        use = uses[gate.name]
+        np.testing.assert_allclose(use.constant("energy"), best, rtol=1e-5)
+        np.testing.assert_allclose(use.constant("mean"), g.mean(0), rtol=1e-6)
+        assert np.abs(use.constant("mean") - best).max() > 1e-4
+        for weighting in folding.WEIGHTINGS:
+            c = torch.from_numpy(use.constant(weighting))[:, None, None]
+            wrong = ((g[:, :, None, None] - c) * x).square().sum()
+            assert use.error(use.constant(weighting)) == pytest.approx(float(wrong / result), rel=1e-4)
+        assert use.error(use.constant("energy")) < use.error(use.constant("mean"))
+        assert energies.shape == g.shape
+
+
+def test_measuring_in_parts_changes_nothing(network, gates, uses):
+    whole = folding.measure_gates(network, gates, [(IMAGES,)])
+    for name, use in uses.items():
+        np.testing.assert_allclose(use.energy, whole[name].energy, rtol=1e-5)
+        np.testing.assert_allclose(use.values.mean, whole[name].values.mean, rtol=1e-6)
+    half = folding.measure_gates(network, gates, [(IMAGES[:5],)])
+    assert np.abs(half["layer1.0"].energy / whole["layer1.0"].energy - 1).max() > 1e-3
+
+
+def test_a_channel_without_energy_has_its_mean_and_no_error(gates, uses):
+    use = uses[gates[0].name]
+    silent = folding.GateUse(use.values, *(np.zeros_like(use.energy) for _ in range(3)))
+    np.testing.assert_array_equal(silent.constant("energy"), use.values.mean)
+    assert silent.error(silent.constant("mean")) == 0.0
+
+
+def test_an_added_gate_is_weighted_by_nothing():
+    import timm
+
+    model = randomize(timm.create_model("gcresnet33ts")).eval()
+    images = torch.rand(3, 3, 64, 96)
+    gate = find_gates(model, images)[0]
+    use = folding.measure_gates(model, [gate], [(images,)])[gate.name]
+    assert gate.form == "additive"
+    np.testing.assert_array_equal(use.energy, 1.0)
+    np.testing.assert_allclose(use.constant("energy"), use.constant("mean"), rtol=1e-12)
+
+
+def test_the_means_of_a_run_are_its_stripes(network, gates, tmp_path):
+    loader = Loader(load_images("digits", "test", samples=10), 5)
+    for epoch in (1, 2):
+        with Recorder(network, gates, tmp_path / "run") as recorder:
+            recorder.record(loader, epoch=epoch)
+    run = open_run(tmp_path / "run")
+    constants = folding.mean_constants(run)
+    assert list(constants) == [gate.name for gate in gates]
+    for name, vector in constants.items():
+        np.testing.assert_allclose(vector, run.attention(name, 2).mean(0, dtype=np.float64), rtol=1e-12)
+
+
+def test_bad_weightings_and_empty_loaders_are_refused(network, gates, uses):
+    with pytest.raises(ValueError, match="no weighting 'median'; expected one of mean, energy"):
+        uses[gates[0].name].constant("median")
+    with pytest.raises(RuntimeError, match="no forward ran"):
+        folding.measure_gates(network, gates, [])
+
+
+# ---- damage and order ----
+def closeness(network):
+    """A metric: minus the squared distance of the logits from those of the network as it is."""
+    with torch.no_grad():
+        wanted = network(IMAGES)
+
+        def metric(model):
+            with torch.no_grad():
+                return -float((model(IMAGES) - wanted).square().mean())
+
+    return metric
+
+
+def fixed(network, constants, names):
+    """The network with the attention modules of some blocks replaced by constants, without any of stripe's hooks."""
+
+    class Fixed(nn.Module):
+        def __init__(self, vector):
+            super().__init__()
+            self.vector = torch.from_numpy(vector).float()
+
+        def forward(self, x):
+            return self.vector.view(1, -1, 1, 1).expand(len(x), -1, -1, -1)
+
+    network = copy.deepcopy(network)
+    for name in names:
+        network.get_submodule(name).attention_module = Fixed(constants[name])
+    return network
+
+
+def test_damage_and_greedy_order_are_those_of_brute_force(network, gates, uses):
+    constants = {name: use.constant("mean") + 0.3 for name, use in uses.items()}
+    metric = closeness(network)
+    damage = folding.sensitivity(network, gates, constants, metric)
+    expected = {gate.name: -metric(fixed(network, constants, [gate.name])) for gate in gates}
+    assert damage == pytest.approx(expected, rel=1e-4)
+    assert min(expected.values()) > 0
+    order, left = [], [gate.name for gate in gates]
+    while left:
+        best = max(left, key=lambda name: metric(fixed(network, constants, [*order, name])))
+        order.append(best)
+        left.remove(best)
+    assert folding.greedy_order(network, gates, constants, metric, damage=damage) == order
+    assert order != sorted(order, reverse=True)
+
+
+def test_one_gate_is_an_order(network, gates, uses):
+    def metric(model):
+        raise AssertionError("nothing to compare")
+
+    assert folding.greedy_order(network, gates[:1], {}, metric, damage={gates[0].name: 1.0}) == [gates[0].name]
+
+
+def test_predictors_are_ranked_against_the_damage(gates, uses):
+    errors = {name: use.error(use.constant("energy")) for name, use in uses.items()}
+    table = folding.rank_correlations(uses, errors).set_index("predictor")
+    assert table["rho"]["energy error"] == pytest.approx(1.0)
+    backwards = folding.rank_correlations(uses, {name: -error for name, error in errors.items()})
+    assert backwards.set_index("predictor")["rho"]["energy error"] == pytest.approx(-1.0)
+    values = folding.predictors(uses)
+    assert list(values.index) == [gate.name for gate in gates]
+    strength = stripe_strength(uses[gates[0].name].values)
+    assert values["1 - strength"].iloc[0] == 1 - strength.strength
+    assert values["within"].iloc[0] == strength.within
+    assert folding.rank_correlations(uses, dict.fromkeys(uses, 0.0))["rho"].isna().all()
+
+
+# ---- recovery ----
+class Batches:
+    """Training batches of the same images, in another order each epoch."""
+
+    samples = 12
+
+    def __init__(self, images=IMAGES):
+        self.images, self.epochs = images, []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epochs[-1]))
+        yield from ((self.images[part], None) for part in order.split(6))
+
+
+def test_reestimated_norms_hold_the_average_of_the_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, momentum=0.3), nn.Dropout(0.9)).eval()
+    batches = [(IMAGES[:6], None), (3 * IMAGES[6:], None), (torch.full_like(IMAGES, 99.0), None)]
+    again = folding.reestimate_norms(model, batches, batches=2)
+    mean = (batches[0][0].mean((0, 2, 3)) + batches[1][0].mean((0, 2, 3))) / 2
+    torch.testing.assert_close(again[1].running_mean, mean)
+    assert again[1].momentum == 0.3
+    assert not any(module.training for module in again.modules())
+    assert torch.equal(model[1].running_mean, torch.zeros(3))
+    all_of_them = folding.reestimate_norms(model, batches)
+    assert (all_of_them[1].running_mean - mean).abs().min() > 1
+
+
+def test_distillation_brings_the_student_nearer_and_leaves_the_rest(network, gates, uses):
+    student, _ = folding.fold(network, {name: use.constant("mean") + 0.5 for name, use in uses.items()}, IMAGES[:3])
+    states = [copy.deepcopy(model.state_dict()) for model in (student, network)]
+
+    def distance(model):
+        with torch.no_grad():
+            given, wanted = (m(IMAGES).log_softmax(1) for m in (model, network))
+        return float(nn.functional.kl_div(given, wanted, log_target=True, reduction="batchmean"))
+
+    batches = Batches()
+    taught = folding.distill(student, network, batches, steps=40, lr=0.005)
+    assert distance(taught) < 0.5 * distance(student)
+    assert batches.epochs == list(range(1, 21))
+    for model, state in zip((student, network), states, strict=True):
+        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    untaught = folding.distill(student, network, Batches(), steps=0)
+    assert distance(untaught) == distance(student)
+    with pytest.raises(ValueError, match="amp 'fp8': expected no or bf16"):
+        folding.distill(student, network, Batches(), steps=1, amp="fp8")
+    with pytest.raises(FloatingPointError, match="lower its learning rate"):
+        folding.distill(student, network, Batches(IMAGES * float("nan")), steps=1)
+
+
+def test_variants_are_all_of_them(network, gates, uses):
+    constants = {kind: {name: use.constant(kind) for name, use in uses.items()} for kind in folding.WEIGHTINGS}
+    order = [gate.name for gate in gates][::-1]
+    scaled = {**folding.AS_FOLDED, "scaled": lambda model: nn.Sequential(model, nn.Identity())}
+    found = list(folding.variants(network, IMAGES[:3], order, constants, counts=[0, 1, 3], recoveries=scaled))
+    labels = [(variant.folded, variant.weighting, variant.recovery) for variant in found]
+    both = ("none", "scaled")
+    each = [(count, kind, recovery) for count in (1, 3) for kind in folding.WEIGHTINGS for recovery in both]
+    assert labels == [(0, "none", "none"), (0, "none", "scaled"), *each]
+    assert found[0].network is network
+    assert [gate.name for gate in find_gates(found[2].network, IMAGES[:3])] == order[:0:-1]
+    wanted = {name: torch.from_numpy(constants["energy"][name]).float() for name in order}
+    with torch.no_grad(), replace_gates(network, gates, wanted):
+        expected = network(IMAGES)
+    with torch.no_grad():
+        by_labels = dict(zip(labels, found, strict=True))
+        assert relative_error(by_labels[3, "energy", "none"].network(IMAGES), expected) < 1e-5
+        assert relative_error(by_labels[3, "mean", "none"].network(IMAGES), expected) > 1e-5
+
+
+# ---- taking it to its use ----
+SMALL = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A torchvision network with nine gates, and itself folded."""
+    torch.manual_seed(0)
+    model = randomize(torchvision.models.mobilenet_v3_small()).eval()
+    gates = find_gates(model, SMALL)
+    uses = folding.measure_gates(model, gates, [(SMALL,)])
+    return model, folding.fold(model, {name: use.constant("mean") + 0.2 for name, use in uses.items()}, SMALL)[0]
+
+
+def test_nothing_of_the_attention_is_left_in_onnx(pair, tmp_path):
+    before, after = (folding.save_onnx(model, SMALL, tmp_path / f"{i}.onnx") for i, model in enumerate(pair))
+    assert before.operators["HardSigmoid"] == 9
+    assert before.operators["ReduceMean"] == 10
+    assert before.operators["Conv"] - after.operators["Conv"] == 18
+    assert "HardSigmoid" not in after.operators
+    assert "Mul" not in after.operators
+    assert after.operators["ReduceMean"] == 1
+    assert after.nodes < before.nodes
+    assert max(before.relative_error, after.relative_error) < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.onnx", "1.onnx"]
+
+
+def test_programs_and_weights_reload(pair, tmp_path):
+    model, folded = pair
+    program = torch.export.load(folding.save_program(folded, SMALL, tmp_path / "a.pt2")).module()
+    with torch.no_grad():
+        expected = folded(SMALL.repeat(3, 1, 1, 1))
+        assert relative_error(program(SMALL.repeat(3, 1, 1, 1)), expected) < 1e-6
+        assert relative_error(model(SMALL.repeat(3, 1, 1, 1)), expected) > 1e-4
+    from safetensors.torch import load_file
+
+    state = load_file(folding.save_weights(folded, tmp_path / "a.safetensors"))
+    assert all(torch.equal(state[name], value) for name, value in folded.state_dict().items())
+
+
+def test_an_onnx_graph_that_differs_is_not_written(tmp_path, monkeypatch):
+    from stripe.folding import export
+
+    monkeypatch.setattr(export, "ONNX_TOLERANCE", -1.0)
+    with pytest.raises(ArithmeticError, match="in onnxruntime; expected"):
+        folding.save_onnx(nn.Conv2d(3, 4, 3), SMALL, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latencies_have_a_row_per_network_backend_and_batch():
+    networks = {"one": nn.Conv2d(3, 4, 3), "two": nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid())}
+    backends = ["eager", "compile", "onnxruntime"]
+    table = folding.latencies(networks, SMALL, backends=backends, batches=(1, 3), rounds=2)
+    keys = [(row.backend, row.batch, row.network) for row in table.itertuples()]
+    assert keys == [(b, n, name) for b in backends for n in (1, 3) for name in networks]
+    assert (table["low"] <= table["milliseconds"]).all()
+    assert (table["milliseconds"] <= table["high"]).all()
+    assert (table["speedup"][::2] == 1.0).all()
+    np.testing.assert_allclose(
+        table["speedup"][1::2].to_numpy(),
+        table["milliseconds"][::2].to_numpy() / table["milliseconds"][1::2].to_numpy(),
+    )
+    with pytest.raises(ValueError, match="no backend 'tflite'; expected some of eager, compile, onnxruntime"):
+        folding.latencies(networks, SMALL, backends=["tflite"])

@@ -1,0 +1,158 @@
+"""Several processes under torchrun, on gloo: each sample once, one process's values, and what a dead one leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from stripe.cli import main
+from stripe.models import create_model
+from stripe.store import open_run
+from tests.conftest import randomize
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TRAIN = "--depth 11 --module senet --train-batch 16 --test-batch 20 --lr 0.05 --squeeze".split()
+
+
+def launch(*words):
+    """Start a script under torchrun with two processes of one thread each."""
+    script, *arguments = map(str, words)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*LAUNCH, str(ROOT / "scripts" / f"{script}.py"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = {"arch": "resnet", "depth": 11, "module": "senet"}
+    state = randomize(create_model(**model)).state_dict()
+    torch.save({"state_dict": state, "epoch": 4, "description": {"model": model}}, tmp_path / "a.pt")
+    return tmp_path / "a.pt"
+
+
+@pytest.mark.parametrize("contents", [[], pytest.param(["--moments-only", "--by-label"], marks=pytest.mark.slow)])
+def test_two_processes_record_what_one_records(tmp_path, checkpoint, contents):
+    words = ["--ckpt", str(checkpoint), "--samples", "110", "--batch", "20", *contents]
+    code, out, error = finish(launch("collect_attention", *words, "--out", tmp_path / "two"))
+    assert code == 0, error
+    assert out.splitlines() == [f"{tmp_path}/two: epoch 4, 110 samples, 3 gates, from {checkpoint}"]
+    assert main(["collect", *words, "--out", str(tmp_path / "one")]) == 0
+    one, two = (open_run(tmp_path / name) for name in ("one", "two"))
+    parts = [part.name for part in two.manifest.epochs[0].parts]
+    assert parts == ["part-0000-000.parquet", "part-0001-000.parquet"]
+    assert len(one.manifest.epochs[0].parts) == 1
+    for key, moments in one.moments().items():
+        found = two.moments()[key]
+        assert found.count == moments.count == 110
+        np.testing.assert_allclose(found.mean, moments.mean, rtol=1e-12)
+        np.testing.assert_allclose(found.m2, moments.m2, rtol=1e-12)
+        assert not np.allclose(moments.m2, 0)
+    if not contents:
+        np.testing.assert_array_equal(two.samples(4), one.samples(4))
+        np.testing.assert_array_equal(two.labels(4), one.labels(4))
+        for gate in one.gates:
+            np.testing.assert_array_equal(two.attention(gate.name, 4), one.attention(gate.name, 4))
+    else:
+        means = [run.label_means("layer1.0", 4) for run in (one, two)]
+        np.testing.assert_array_equal(means[0].counts, means[1].counts)
+        np.testing.assert_allclose(means[0].means, means[1].means, rtol=1e-12)
+
+
+def test_two_processes_train_and_record_their_shares(tmp_path):
+    words = [*TRAIN, "--train-samples", "200", "--val-samples", "40", "--epochs", "2", "--record", "50"]
+    code, out, error = finish(launch("train", *words, "-c", tmp_path / "run"))
+    assert code == 0, error
+    assert out.count("test: accuracy") == 1
+    run = open_run(tmp_path / "run")
+    assert run.epochs == [1, 2]
+    for epoch in run.manifest.epochs:
+        assert [part.name[:9] for part in epoch.parts] == ["part-0000", "part-0001"]
+        assert [part.rows for part in epoch.parts] == [20, 30]
+        assert run.samples(epoch.epoch).tolist() == [i * 360 // 50 for i in range(50)]
+    assert pd.read_csv(tmp_path / "run" / "metrics.csv")["epoch"].tolist() == [1, 2]
+    assert not np.array_equal(run.attention("layer1.0", 1), run.attention("layer1.0", 2))
+
+
+@pytest.mark.slow
+def test_fewer_batches_than_processes_are_cut_evenly(tmp_path, checkpoint):
+    words = ["--ckpt", checkpoint, "--samples", 11, "--out", tmp_path / "run"]
+    code, _, error = finish(launch("collect_attention", *words))
+    assert code == 0, error
+    run = open_run(tmp_path / "run")
+    assert [part.rows for part in run.manifest.epochs[0].parts] == [5, 6]
+    assert len(run.samples(4)) == 11
+
+
+def workers_of(launcher):
+    """Process ids of the launched script by rank, as the launcher told each in its environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status, environment = (folder / "status").read_text(), (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if f"PPid:\t{launcher.pid}\n" in status:
+            for entry in environment.split(b"\0"):
+                if entry.startswith(b"RANK="):
+                    found[int(entry[5:])] = int(folder.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path, rank):
+    words = [*TRAIN, "--train-samples", "200", "--val-samples", "40", "--record", "50", "--manualSeed", "3"]
+    launcher = launch("train", *words, "--epochs", 60, "-c", tmp_path / "run")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and launcher.poll() is None:
+        if (tmp_path / "run" / "run.json").exists() and len(open_run(tmp_path / "run").epochs) >= 2:
+            break
+        time.sleep(0.05)
+    os.kill(workers_of(launcher)[rank], signal.SIGKILL)
+    code, _, error = finish(launcher)
+    assert code != 0
+    assert "SIGKILL" in error
+    kept = open_run(tmp_path / "run")
+    assert 2 <= len(kept.epochs) < 60
+    assert all(len(kept.samples(epoch)) == 50 for epoch in kept.epochs)
+    last, until = tmp_path / "run" / "checkpoints" / "last.pt", len(kept.epochs) + 2
+    for words_of in ([*words, "-c", tmp_path / "run", "--resume", last], [*words, "-c", tmp_path / "undisturbed"]):
+        code, _, error = finish(launch("train", *words_of, "--epochs", until))
+        assert code == 0, error
+    resumed, undisturbed = (open_run(tmp_path / name) for name in ("run", "undisturbed"))
+    assert resumed.epochs == undisturbed.epochs == list(range(1, until + 1))
+    for epoch in resumed.epochs:
+        np.testing.assert_array_equal(resumed.attention("layer3.0", epoch), undisturbed.attention("layer3.0", epoch))
+    metrics = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("run", "undisturbed")]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_tells_why_and_drops_the_epoch(tmp_path, checkpoint):
+    torch.save(torch.load(checkpoint) | {"epoch": 5}, tmp_path / "b.pt")
+    launcher = launch("collect_attention", "--ckpt", checkpoint, "--batch", 1, "--out", tmp_path / "run")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not list((tmp_path / "run").glob(".unfinished/*")):
+        time.sleep(0.02)
+    os.kill(workers_of(launcher)[1], signal.SIGKILL)
+    code, _, error = finish(launcher)
+    assert code != 0
+    assert "SIGKILL" in error
+    assert open_run(tmp_path / "run").epochs == []
+    words = ["--ckpt", checkpoint, tmp_path / "b.pt", "--samples", 40, "--out", tmp_path / "run"]
+    code, _, error = finish(launch("collect_attention", *words))
+    assert code == 0, error
+    assert open_run(tmp_path / "run").epochs == [4, 5]

@@ -1,0 +1,391 @@
+"""The report without a browser: what it says is what the run holds, and what strangers wrote stays text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stripe import report, stats
+from stripe.cli import main
+from stripe.report.content import MAX_RECORDS, MAX_TEXT, address, document, plain, spread
+from stripe.report.panels import choose, pack, quantise
+from stripe.store import GateColumn, Run, RunWriter, open_run
+from tests.runs import record, writer
+
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "{{SCRIPT}}\"'`&lt;<!--",
+    "__proto__",
+)
+HARMLESS = ("layer1", "layer2", "layer3", "layer4")
+
+
+def record_named(path: str | Path, names: tuple[str, ...], **texts: Any) -> Run:
+    """Record three epochs of 12 images, squeeze too, with a stripe that settles and one value that is not finite."""
+    gates = [GateColumn(name, 5 + i) for i, name in enumerate(names)]
+    rng = np.random.default_rng(0)
+    with writer(path, gates=gates, squeeze=True, **texts) as run:
+        for epoch in (1, 2, 4):
+            values = {g.name: rng.normal(g.channels, 1 / epoch, (12, g.channels)).astype(np.float32) for g in gates}
+            values[names[0]][3, 2] = np.nan
+            with run.epoch(epoch) as rows:
+                labels = np.arange(12) % 3 - 1
+                rows.append(np.arange(12) * 7, labels, values, {name: 9 * each for name, each in values.items()})
+    return open_run(path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return record_named(tmp_path / "run", HARMLESS)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Run:
+    texts = {HOSTILE[0]: HOSTILE[1], "line\u2028end\u2029": "\u202e\ud800", "nested": [{"</style>": HOSTILE[0]}]}
+    return record_named(tmp_path / "hostile", HOSTILE, model=texts, data={HOSTILE[1]: HOSTILE[0]})
+
+
+class Elements(HTMLParser):
+    """Lists the tags of a page with their attributes, and the text inside each script and style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, tuple[Any, ...]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, tuple(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] in ("script", "style") and data.strip():
+            self.texts.append(data)
+
+
+def content_of(page: str) -> dict[str, Any]:
+    [block] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(block)
+
+
+def unpack(content: dict[str, Any], gate: int, panel: int) -> np.ndarray:
+    """Undo quantise and pack for one panel, as page.js does: (images, channels)."""
+    found = content["heatmaps"]["gates"][gate]
+    images = content["heatmaps"]["images"][content["heatmaps"]["images_of"][panel // 2]]
+    rows, width = len(images["samples"]), len(found["channels"])
+    codes = np.frombuffer(zlib.decompress(base64.b64decode(found["panels"])), np.uint8).reshape(-1, rows + 1, width)
+    codes = codes[panel, 1:] + codes[panel, :1]
+    low, high = found["ranges"][panel]
+    return np.where(codes > 0, low + (codes - 1.0) / 254 * (high - low), np.nan)
+
+
+# ---- strangers' texts ------------------------------------------------------------------------------------
+
+
+def test_no_text_of_a_run_becomes_an_element(run, hostile):
+    evil = {"</script>": [{HOSTILE[0]: HOSTILE[1]}]}
+    page = report.render(hostile, bootstrap=0, fold=evil, command=HOSTILE[0])
+    assert Elements(page).tags == Elements(report.render(run, bootstrap=0)).tags
+    assert [gate["name"] for gate in content_of(page)["gates"]] == list(HOSTILE)
+    assert Elements(page + HOSTILE[1]).tags != Elements(page).tags  # the reader of tags sees
+
+
+def test_the_data_block_holds_no_character_that_html_or_script_reads(hostile):
+    page = report.render(hostile, bootstrap=0)
+    block = page.split('id="data">', 1)[1].split("</script>", 1)[0]
+    assert not set(block) & set("<>&\u2028\u2029")
+    facts = {key: value for section in content_of(page)["about"] for key, value in section["facts"]}
+    assert facts[HOSTILE[0]] == HOSTILE[1]
+    assert facts["line\u2028end\u2029"] == "\u202e?"  # a lone surrogate cannot be written
+
+
+def test_the_policy_allows_this_script_and_style_alone(run):
+    page = report.render(run, bootstrap=0)
+    [policy] = [attrs[1][1] for tag, attrs in Elements(page).tags if attrs and "Security" in str(attrs[0][1])]
+    style, data, script = Elements(page).texts
+    hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)}
+    assert set(re.findall(r"'sha256-([^']+)'", policy)) == hashes
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\bFunction\(", script)
+    assert set(re.findall(r"https?://[^\"'\s]+", page)) == {"http://www.w3.org/2000/svg"}
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_stats(run):
+    content, table = content_of(report.render(run, bootstrap=50, tolerance=0.2)), stats.summarize(run, bootstrap=50)
+    for gate in content["gates"]:
+        rows = table[table["gate"] == gate["name"]]
+        for name in ("strength", "strength_low", "strength_high", "std", "drift"):
+            shown = np.array(gate["curves"][name], float)
+            np.testing.assert_allclose(shown, rows[name], rtol=1e-4)
+            assert gate["last"][name] == gate["curves"][name][-1]
+        assert gate["settled"] == stats.settled_epoch(rows["epoch"], rows["drift"], 0.2)
+        assert gate["flags"] == rows["flags"].iloc[-1]
+        stripe = run.moments([4], [gate["name"]])[4, gate["name"]]
+        np.testing.assert_allclose(np.array(gate["mean"], float), stripe.mean, rtol=1e-4)
+        np.testing.assert_allclose(np.array(gate["std"], float), stripe.std, rtol=1e-4)
+    assert [gate["flags"] for gate in content["gates"]] == ["nonfinite", "", "", ""]
+    assert len({gate["settled"] for gate in content["gates"]}) > 1
+
+
+def test_heatmaps_are_the_recorded_values_to_half_a_step(run):
+    content = content_of(report.render(run, bootstrap=0))
+    heat = content["heatmaps"]
+    assert heat["images"] == [{"samples": run.samples(4).tolist(), "labels": run.labels(4).tolist()}]
+    for index, gate in enumerate(HARMLESS):
+        for place, epoch in enumerate(run.epochs):
+            for kind, values in enumerate((run.attention(gate, epoch), run.squeeze(gate, epoch))):
+                panel = 2 * place + kind
+                low, high = heat["gates"][index]["ranges"][panel]
+                shown = unpack(content, index, panel)
+                np.testing.assert_allclose(shown, values, rtol=0, atol=1.001 * (high - low) / 508)
+                assert np.nanmax(np.abs(shown[::-1] - values)) > 10 * (high - low) / 508
+
+
+def test_quantising_keeps_the_ends_constants_and_what_is_not_finite():
+    codes, low, high = quantise(np.array([[0.25, np.nan], [0.75, np.inf]], np.float32))
+    assert codes.tolist() == [[1, 0], [255, 0]]
+    assert (low, high) == (0.25, 0.75)
+    assert quantise(np.full((2, 2), 0.1, np.float32))[1:] == (0.100000001, 0.100000001)
+    assert quantise(np.full((2, 2), np.nan, np.float32))[1:] == (None, None)
+    assert quantise(np.array([[-3e38, 3e38]], np.float32))[0].tolist() == [[1, 255]]
+
+
+def test_differences_to_the_median_pack_stripes_smaller():
+    rng = np.random.default_rng(0)
+    stripes = (rng.integers(1, 250, 64) + rng.integers(0, 4, (100, 64))).astype(np.uint8)
+    assert len(pack([stripes])) < 0.75 * len(base64.b64encode(zlib.compress(stripes.tobytes())))
+
+
+# ---- a page of bounded size ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 5), (5, 5), (7, 5), (1000, 64)])
+def test_spread_is_even_and_holds_both_ends(count, most):
+    indices = spread(count, most)
+    assert len(indices) == min(count, most)
+    assert (indices[0], indices[-1]) == (0, count - 1)
+    steps = np.diff(indices)
+    assert not steps.size or steps.min() >= 1 and steps.max() - steps.min() <= 1
+
+
+def test_panels_fit_the_room_and_use_it(run, monkeypatch):
+    full = len(report.render(run, bootstrap=0))
+    heatmaps = len(json.dumps(content_of(report.render(run, bootstrap=0))["heatmaps"]))
+    monkeypatch.setattr(report, "RESERVE", 0)
+    sizes = {}
+    for room in (40 * heatmaps, heatmaps, heatmaps // 2):
+        monkeypatch.setattr(report, "LIMIT", full - heatmaps + room)
+        page = report.render(run, bootstrap=0)
+        assert len(page) <= report.LIMIT
+        heat = content_of(page)["heatmaps"]
+        sizes[room] = len(heat["images"][0]["samples"]) * len(heat["gates"][-1]["channels"])
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert max(sizes.values()) == 12 * 8
+    assert min(sizes.values()) < 12 * 8
+
+
+def test_the_worst_case_leaves_something_to_see(run, monkeypatch):
+    gates = [GateColumn(f"layer{i}", 64 * 2 ** (i // 18)) for i in range(54)]
+    assert sum(gate.channels for gate in gates) == 8064
+    monkeypatch.setattr(run, "gates", gates)
+    monkeypatch.setattr(run, "epochs", list(range(1, 21)))
+    choice = choose(run, report.LIMIT, samples=500)
+    assert choice.bytes(2) <= report.LIMIT
+    assert len(choice.epochs) == 20
+    assert {len(channels) for channels in choice.channels.values()} == {64}
+    assert choice.rows >= 50
+
+
+def test_images_are_the_same_at_every_epoch_that_holds_them(tmp_path):
+    path, values = tmp_path / "run", np.arange(36, dtype=np.float32).reshape(12, 3)
+    ids = {1: np.arange(12)[::-1], 2: np.arange(12) + 100, 3: np.arange(12)}
+    with RunWriter(path, model={}, data={}, gates=[GateColumn("gate", 3)]) as run:
+        for epoch, samples in ids.items():
+            with run.epoch(epoch) as rows:
+                rows.append(samples, None, {"gate": values[samples % 100]})
+    heat = content_of(report.render(open_run(path), bootstrap=0))["heatmaps"]
+    assert heat["images_of"] == [0, 1, 0]
+    assert [images["samples"] for images in heat["images"]] == [list(range(12)), list(range(100, 112))]
+    assert set(heat["images"][0]["labels"]) == {-1}
+
+
+def test_ids_beyond_a_double_stay_exact(tmp_path):
+    with writer(tmp_path / "run", gates=[GateColumn("gate", 2)]) as run, run.epoch(0) as rows:
+        rows.append(np.array([2**60 + 1, 5]), None, {"gate": np.ones((2, 2))})
+    heat = content_of(report.render(open_run(tmp_path / "run"), bootstrap=0))["heatmaps"]
+    assert heat["images"][0]["samples"] == [str(2**60 + 1), 5]
+
+
+# ---- other runs, and files beside them -------------------------------------------------------------------
+
+
+def test_a_run_of_moments_has_stripes_and_no_heatmap(tmp_path):
+    from stripe.stats import Moments
+
+    values = np.random.default_rng(0).random((9, 4))
+    with writer(tmp_path / "run", contents="moments") as run:
+        for number in (1, 2):
+            with run.epoch(number) as epoch:
+                epoch.append(range(9), None, {"layer1.0.se": values, "layer2.0.se": values[:, :3]})
+    content = content_of(report.render(open_run(tmp_path / "run")))
+    assert content["heatmaps"] is None
+    assert content["gates"][0]["last"]["rank"] is None
+    np.testing.assert_allclose(content["gates"][0]["mean"], Moments.of(values).mean, rtol=1e-4)
+
+
+VALIDATION = {
+    "epoch": 2,
+    "learned": {"layer2": [0.5] * 6},
+    "accuracies": {"stripe": 71.25},
+    "gates": [{"gate": "layer2", "r": 0.5, "verdict": "match"}],
+}
+
+
+def test_a_validation_brings_its_vectors_and_its_epochs_stripe(run):
+    content = content_of(report.render(run, bootstrap=0, validation=VALIDATION))
+    assert [gate["learned"] for gate in content["gates"]] == [None, [0.5] * 6, None, None]
+    assert content["stripe_epoch"] == 2
+    np.testing.assert_allclose(content["gates"][1]["mean"], run.attention("layer2", 2).mean(0), rtol=1e-4)
+    assert ["accuracies: stripe", 71.25] in content["validation"]["facts"]
+    assert "learned" not in {key for key, _ in content["validation"]["facts"]}
+    assert content["validation"]["tables"][0]["columns"] == ["gate", "verdict", "r"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epoch": 3}, "epoch 3"),
+        ({"epoch": True}, "epoch True"),
+        ({"learned": None}, "no vectors"),
+        ({"learned": {"other": [1.0]}}, "'other'.*expected no numbers"),
+        ({"learned": {"layer2": [0.5] * 5}}, "'layer2'.*expected 6 numbers"),
+        ({"learned": {"layer2": ["0.5"] * 6}}, "'layer2'.*expected 6 numbers"),
+        ({"learned": {"layer2": 6}}, "'layer2'.*expected 6 numbers"),
+    ],
+)
+def test_a_foreign_validation_is_refused(run, change, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        report.render(run, bootstrap=0, validation=VALIDATION | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_any_records_become_a_table():
+    found = document({"measure": "accuracy", "rows": [{"gate": "a", "drop": 0.123456}, {"gate": "b", "into": ["x"]}]})
+    assert found["facts"] == [["measure", "accuracy"]]
+    [table] = found["tables"]
+    assert table["columns"] == ["gate", "drop", "into"]
+    assert table["rows"] == [["a", 0.12346, None], ["b", None, '["x"]']]
+    assert table["note"] == ""
+    long = document({"rows": [{str(i): i for i in range(50)}] * (MAX_RECORDS + 1)})["tables"][0]
+    assert (len(long["rows"]), len(long["columns"])) == (MAX_RECORDS, 40)
+    assert long["note"] == "Shown: the first 500 of 501 rows and the first 40 of 50 columns."
+
+
+def test_plain_is_finite_short_and_writable():
+    assert plain(float("nan")) is None
+    assert plain(2**60) == str(2**60)
+    assert plain(True) is True
+    assert len(str(plain("x" * 10**6))) == MAX_TEXT + 3
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("runs/a?b@c", "runs/a?b@c"),
+        ("s3://bucket/run", "s3://bucket/run"),
+        ("s3://KEY:SECRET@bucket/run?secret=SECRET#SECRET", "s3://bucket/run"),
+    ],
+)
+def test_keys_in_an_address_stay_out(path, shown):
+    assert address(path) == shown
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_reported_without_its_keys(tmp_path, monkeypatch):
+    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "secret")
+    moto = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    moto.start()
+    try:
+        host = "{}:{}".format(*moto.get_host_and_port())
+        client = boto3.client("s3", endpoint_url=f"http://{host}", region_name="us-east-1")
+        client.create_bucket(Bucket="bucket")
+        uri = f"s3://bucket/run?endpoint_override={host}&scheme=http&region=us-east-1"
+        remote, local = record_named(uri, HARMLESS), record_named(tmp_path / "run", HARMLESS)
+        client.put_object(Bucket="bucket", Key="run/validation.json", Body=json.dumps(VALIDATION))
+        out = tmp_path / "report.html"
+        assert main(["report", uri, "--out", str(out), "--bootstrap", "0"]) == 0
+        client.close()
+    finally:
+        moto.stop()
+    found, same = content_of(out.read_text()), content_of(report.render(local, bootstrap=0, validation=VALIDATION))
+    assert found["run"] == "s3://bucket/run"
+    assert found["run"] == address(remote.path)
+    assert host not in out.read_text()
+    assert [found[key] for key in ("gates", "heatmaps")] == [same[key] for key in ("gates", "heatmaps")]
+
+
+# ---- the command -----------------------------------------------------------------------------------------
+
+
+def test_the_command_finds_the_files_beside_the_run(run, tmp_path, capsys):
+    Path(run.path, "validation.json").write_text(json.dumps(VALIDATION))
+    Path(run.path, "fold.json").write_text(json.dumps({"rows": [{"gate": "layer1", "drop": 0.5}]}))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"rows": [{"gate": "layer1", "drop": 0.25}]}))
+    out = tmp_path / "new" / "report.html"
+    words = ["report", run.path, "--out", str(out), "--bootstrap", "0"]
+    assert main(words) == 0
+    assert re.search(r"report.html: 0\.\d\d MB", capsys.readouterr().out)
+    found = content_of(out.read_text())
+    assert found["stripe_epoch"] == 2
+    assert found["fold"]["tables"][0]["rows"] == [["layer1", 0.5]]
+    assert main([*words, "--fold", str(other)]) == 0
+    assert content_of(out.read_text())["fold"]["tables"][0]["rows"] == [["layer1", 0.25]]
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 10**5, "\udcff"])
+def test_a_broken_file_is_one_line_and_leaves_the_old_page(run, tmp_path, capsys, text):
+    Path(run.path, "validation.json").write_bytes(text.encode(errors="surrogateescape"))
+    out = tmp_path / "report.html"
+    out.write_text("old")
+    assert main(["report", run.path, "--out", str(out), "--bootstrap", "0"]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "validation" in line
+    assert out.read_text() == "old"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_no_run_or_no_place_is_refused(run, tmp_path, capsys):
+    assert main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "a.html")]) == 2
+    assert "is not a run" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    assert main(["report", run.path, "--out", str(tmp_path / "folder"), "--bootstrap", "0"]) == 2
+    assert "folder" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*"))
+    with writer(tmp_path / "empty"):
+        pass
+    assert main(["report", str(tmp_path / "empty"), "--out", str(tmp_path / "a.html")]) == 2
+    assert "no finished epoch" in capsys.readouterr().err
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    run = open_run(record(tmp_path / "run", 1, 2))
+    assert report.render(run, bootstrap=20) == report.render(run, bootstrap=20)
+    assert report.render(run, bootstrap=20) != report.render(run, bootstrap=21)
