@@ -14,7 +14,10 @@ import torch
 
 from stripe.cli import COMMANDS, main
 from stripe.cli.figures import read_log
+from stripe.data import Loader, load_images
+from stripe.gates import find_gates
 from stripe.models import create_model
+from stripe.recorder import Recorder
 from stripe.store import open_run
 from tests.conftest import randomize
 
@@ -332,11 +335,13 @@ def test_a_full_disk_while_recording(trained, tmp_path):
 
 def test_nan_attention_is_named_in_the_table(tmp_path, capsys):
     model = randomize(create_model("resnet", depth=11, module="senet"))
+    loader = Loader(load_images("digits", "test", samples=10), 5)
+    gates = find_gates(model, next(iter(loader))[0])
     with torch.no_grad():
         model.layer2[0].attention_module.fc2.bias[3] = float("nan")
-    torch.save(model.state_dict(), tmp_path / "nan.pt")
     run = str(tmp_path / "run")
-    assert main(["collect", "--ckpt", str(tmp_path / "nan.pt"), "--samples", "10", "--out", run]) == 0
+    with Recorder(model, gates, run) as recorder:
+        recorder.record(loader)
     capsys.readouterr()
     assert main(["stats", run, "--bootstrap", "10", "--csv", str(tmp_path / "a.csv")]) == 0
     flags = pd.read_csv(tmp_path / "a.csv", keep_default_na=False).set_index("gate")["flags"]
