@@ -275,11 +275,11 @@ def training_curves(metrics: Mapping[str, pd.DataFrame], *, title: str = "") -> 
 
 
 def fold_pareto(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", label: str = "accuracy") -> Axes:
-    """Draw accuracy (%) against latency, a line a variant; without latencies against the number of folded gates.
+    """Draw accuracy (%) against latency, a mark a variant, and the front of those that no other beats in both.
 
-    `table` has a row per network: folded (gates, int), accuracy, variant (str) and latency_ms, which may be NaN.
-    The network without a folded gate is a point and a dashed line of its own. The upper axis translates latency
-    to folded gates, as far as its labels have room.
+    `table` has a row per network: folded (gates, int), accuracy, variant (str) and latency_ms, which may be NaN;
+    without any latency, lines over the number of folded gates are drawn. The network without a folded gate is a point
+    and a dashed line of its own. The upper axis translates latency to folded gates, where its labels have room.
     """
     ax = _axes(ax, height=2.9)
     timed = bool(table["latency_ms"].notna().any())
@@ -288,12 +288,16 @@ def fold_pareto(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "",
     whole, folded = table[table["folded"] == 0], table[table["folded"] > 0]
     for variant, style in zip(folded["variant"].unique(), _styles(), strict=False):
         rows = folded[folded["variant"] == variant].sort_values("folded")
+        style |= {"linestyle": ""} if timed else {}
         ax.plot(rows[x], rows["accuracy"], label=variant, linewidth=0.8, markersize=4, markerfacecolor="none", **style)
     if len(whole):
         ax.axhline(whole["accuracy"].iloc[0], color="0.5", linewidth=0.8, linestyle="--", zorder=1)
         ax.plot(whole[x], whole["accuracy"], color="0", linestyle="", marker="*", markersize=6, label="unfolded")
     _dress(ax, "latency (ms)" if timed else "folded gates", f"{label} (%)", title)
     if timed:
+        front = table.sort_values([x, "accuracy"], ascending=[True, False])
+        front = front[front["accuracy"] > front["accuracy"].cummax().shift(fill_value=-math.inf)]
+        ax.step(front[x], front["accuracy"], where="post", color="0.6", linewidth=0.8, zorder=1, label="Pareto front")
         _translate(ax, table.groupby("folded")["latency_ms"].min(), "folded gates")
     else:
         _tick_integers(ax.xaxis)
@@ -361,11 +365,11 @@ def _translate(ax: Axes, positions: "pd.Series[float]", label: str) -> None:
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    """Yield endless line styles, told apart by colour (Okabe, Ito 2008), marker and dash."""
-    palette = [OBSERVED, LEARNED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-    for dash in cycle(("-", ":", "-.")):
-        for color, marker in zip(palette, "osD^vP", strict=True):
-            yield {"color": color, "marker": marker, "linestyle": dash}
+    """Yield endless line styles, told apart by colour (Okabe, Ito 2008) and marker, and by dash."""
+    palette, markers = [OBSERVED, LEARNED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"], "osD^vP"
+    for turn, dash in enumerate(cycle(("-", ":", "-."))):
+        for place, color in enumerate(palette):
+            yield {"color": color, "marker": markers[(place + turn) % len(markers)], "linestyle": dash}
 
 
 def _add_colorbar(images: Sequence[AxesImage], axes: Sequence[Axes], label: str, aspect: int = 20) -> None:

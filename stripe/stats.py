@@ -8,10 +8,9 @@ the "nonfinite" flag, and the statistics of the gate are then those of its other
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Protocol
 
@@ -21,6 +20,8 @@ import pandas as pd
 
 Array = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.integer[Any]]
+Counts = npt.NDArray[np.int64]
+Batch = Mapping[str, Array]  # by gate, (samples, channels)
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -31,7 +32,7 @@ NEAR_BOUND = 1e-3  # a value this close to 0 or 1 counts as saturated
 SATURATED_SHARE = 0.99  # more than this share of saturated values flags the gate
 DEAD_RANGE = 1e-6  # a gate whose values span no more than this is dead
 OBSERVED_RANGE = (0.05, 0.95)  # quantiles between which a learned value counts as inside the stripe
-BLOCK_VALUES = 2**17  # float64 values worked on at once: fits a core's cache
+BLOCK_VALUES = 2**18  # float64 values worked on at once: fits a core's cache
 SUMMARY = (
     "epoch gate channels samples strength strength_low strength_high std between within sample_share rest_share drift"
     " label_share label_omega rank flags"
@@ -94,7 +95,7 @@ class RecordedRun(Protocol):
         """Class of every sample, (samples,); -1 where unknown."""
         ...
 
-    def batches(self, epoch: int, gates: Sequence[str] | None = None) -> Iterable[Mapping[str, Array]]:
+    def batches(self, epoch: int, gates: Sequence[str] | None = None) -> Iterator[Batch]:
         """Attention vectors of all the gates, a bounded number of samples at a time."""
         ...
 
@@ -123,32 +124,10 @@ class Moments:
     nonfinite: int
 
     @classmethod
-    @np.errstate(invalid="ignore", over="ignore")
     def of(cls, values: Array) -> Moments:
-        """Measure ``values`` (samples, channels) in float64, in one pass.
-
-        Shifting by the mean of the first rows keeps the sum of squares from cancelling (Chan, Golub, LeVeque
-        1983); a constant channel gets its exact value and zero. Raises ValueError when a dimension is empty.
-        """
-        values = _matrix(values)
-        count, near_bounds = len(values), 0
-        shift = values[:16].mean(axis=0, dtype=np.float64)
-        low, high = np.full_like(shift, np.inf), np.full_like(shift, -np.inf)
-        total, squares = np.zeros_like(shift), np.zeros_like(shift)
-        for rows, deviations in _deviation_blocks(values, shift):
-            block = values[rows]
-            lowest, highest = block.min(axis=0), block.max(axis=0)
-            np.minimum(low, lowest, out=low)
-            np.maximum(high, highest, out=high)
-            near_bounds += _count_near_bounds(block[:, (lowest <= NEAR_BOUND) | (highest >= 1 - NEAR_BOUND)])
-            total += deviations.sum(axis=0)
-            squares += np.einsum("nc,nc->c", deviations, deviations)
-        mean = shift + total / count
-        m2 = np.maximum(squares - total**2 / count, 0.0)
-        finite = np.isfinite(low) & np.isfinite(high)
-        mean[~finite] = m2[~finite] = np.nan
-        nonfinite = int(np.count_nonzero(~np.isfinite(values[:, ~finite])))
-        return cls(count, mean, m2, low, high, near_bounds, nonfinite)
+        """Measure ``values`` (samples, channels) in float64, in one pass; ValueError when a dimension is empty."""
+        found, near_bounds, nonfinite = _measure_channels(_matrix(values))
+        return replace(found, near_bounds=int(near_bounds.sum()), nonfinite=int(nonfinite.sum()))
 
     def merge(self, other: Moments) -> Moments:
         """Combine with the moments of other samples of the same channels (Chan, Golub, LeVeque 1983).
@@ -190,15 +169,72 @@ class Moments:
 def moments(
     run: RecordedRun, epochs: Sequence[int] | None = None, gates: Sequence[str] | None = None
 ) -> dict[tuple[int, str], Moments]:
-    """Stream a run into the moments of every (epoch, gate name), one batch in memory at a time."""
-    merged: dict[tuple[int, str], Moments] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for epoch in run.epochs if epochs is None else epochs:
-            for batch in run.batches(epoch, gates):
-                for gate, part in zip(batch, pool.map(Moments.of, batch.values()), strict=True):
-                    key = epoch, gate
-                    merged[key] = merged[key].merge(part) if key in merged else part
-    return merged
+    """Stream a run into the moments of every (epoch, gate name); a batch is measured while the next one is read.
+
+    All gates of a batch are measured as one matrix: they are many and narrow, so a pass over each would cost more in
+    calls than in arithmetic.
+    """
+    found: dict[tuple[int, str], Moments] = {}
+    for epoch in run.epochs if epochs is None else epochs:
+        whole: Moments | None = None
+        memory: Array = np.empty((0, 0))
+        for batch in _read_ahead(run.batches(epoch, gates)):
+            matrices = list(batch.values())
+            rows, ends = len(matrices[0]), np.cumsum([matrix.shape[1] for matrix in matrices])
+            if rows > len(memory):
+                memory = np.empty((rows, ends[-1]), matrices[0].dtype)
+            part, near_part, nonfinite_part = _measure_channels(np.concatenate(matrices, axis=1, out=memory[:rows]))
+            if whole is None:
+                whole, near_bounds, nonfinite = part, near_part, nonfinite_part
+                columns = {gate: slice(end - batch[gate].shape[1], end) for gate, end in zip(batch, ends, strict=True)}
+            else:
+                whole = whole.merge(part)
+                near_bounds += near_part
+                nonfinite += nonfinite_part
+        if whole is not None:
+            for gate, its in columns.items():
+                arrays = (getattr(whole, name)[its] for name in ("mean", "m2", "low", "high"))
+                counts = (int(each[its].sum()) for each in (near_bounds, nonfinite))
+                found[epoch, gate] = Moments(whole.count, *arrays, *counts)
+    return found
+
+
+def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches while another thread reads the next one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, batches, None)
+            yield batch
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def _measure_channels(values: Array) -> tuple[Moments, Counts, Counts]:
+    """Return the moments of (samples, channels), and how many values of each channel are near a bound, not finite.
+
+    Shifting by the mean of the first rows keeps the sum of squares from cancelling (Chan, Golub, LeVeque 1983); a
+    constant channel gets its exact value and zero.
+    """
+    count, channels = values.shape
+    shift = values[:16].mean(axis=0, dtype=np.float64)
+    low, high = np.full_like(shift, np.inf), np.full_like(shift, -np.inf)
+    total, squares = np.zeros_like(shift), np.zeros_like(shift)
+    near_bounds, nonfinite = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
+    for rows, deviations in _deviation_blocks(values, shift):
+        block = values[rows]
+        lowest, highest = block.min(axis=0), block.max(axis=0)
+        np.minimum(low, lowest, out=low)
+        np.maximum(high, highest, out=high)
+        if (near := (lowest <= NEAR_BOUND) | (highest >= 1 - NEAR_BOUND)).any():
+            near_bounds[near] += _count_near_bounds(block[:, near])
+        total += deviations.sum(axis=0)
+        squares += np.einsum("nc,nc->c", deviations, deviations)
+    mean = shift + total / count
+    m2 = np.maximum(squares - total**2 / count, 0.0)
+    if not (finite := np.isfinite(low) & np.isfinite(high)).all():
+        mean[~finite] = m2[~finite] = np.nan
+        nonfinite[~finite] = np.count_nonzero(~np.isfinite(values[:, ~finite]), axis=0)
+    return Moments(count, mean, m2, low, high, 0, 0), near_bounds, nonfinite
 
 
 def flags(moments: Moments) -> tuple[str, ...]:
@@ -626,12 +662,13 @@ def _deviation_blocks(values: Array, centre: Array) -> Iterator[tuple[slice, Arr
         yield rows, deviations
 
 
-def _count_near_bounds(values: Array) -> int:
+def _count_near_bounds(values: Array) -> Counts:
     distance = values - 0.5  # then in place: | |x - 1/2| - 1/2 | is the distance to the nearer of 0 and 1
     np.abs(distance, out=distance)
     distance -= 0.5
     np.abs(distance, out=distance)
-    return int(np.count_nonzero(distance <= NEAR_BOUND))
+    counts: Counts = np.count_nonzero(distance <= NEAR_BOUND, axis=0)
+    return counts
 
 
 def _portions(total: int, width: int) -> Iterator[int]:

@@ -119,7 +119,7 @@ def test_a_fold_table_is_drawn_over_the_latency_of_the_largest_batch(example):
     (example / "fold.json").write_text(json.dumps({"measure": "accuracy", "variants": VARIANTS, "latency": LATENCY}))
     ax = drawn(example)["fold-pareto"].axes[0]
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
-    assert lines["mean, none"] == [[8 * 128, 88]]
+    assert lines["mean"] == [[8 * 128, 88]]
     assert lines["mean, norms"] == [[8 * 128, 89]]
     assert lines["unfolded"] == [[9 * 128, 90]]
     (example / "fold.json").write_text(json.dumps({"measure": "agreement", "variants": VARIANTS}))

@@ -516,11 +516,18 @@ def test_folding_is_a_line_a_variant_over_latency() -> None:
     table = folds(6)
     ax = plots.fold_pareto(table.sample(frac=1, random_state=0), label="agreement")
     lines = lines_of(ax)
-    assert set(lines) == {"mean", "norms", "unfolded"}
+    assert set(lines) == {"mean", "norms", "unfolded", "Pareto front"}
     for variant in ("mean", "norms"):
         rows = table[table["variant"] == variant].sort_values("folded")
         np.testing.assert_array_equal(lines[variant], rows[["latency_ms", "accuracy"]])
     np.testing.assert_array_equal(lines["unfolded"], [[10, 90]])
+    beaten = [
+        ((table["latency_ms"] <= row.latency_ms) & (table["accuracy"] >= row.accuracy)).sum() > 1
+        for row in table.itertuples()
+    ]
+    front = table[~np.array(beaten)].sort_values("latency_ms")
+    assert 1 < len(front) < len(table)
+    np.testing.assert_array_equal(lines["Pareto front"], front[["latency_ms", "accuracy"]])
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("latency (ms)", "agreement (%)")
     [top] = ax.child_axes
     translated = {label.get_text(): tick for label, tick in zip(top.get_xticklabels(), top.get_xticks(), strict=True)}
@@ -544,9 +551,10 @@ def test_folding_without_latency_is_drawn_over_the_number_of_gates() -> None:
 
 def test_variants_are_told_apart_by_marker_as_well_as_colour() -> None:
     table = pd.concat([folds(2).assign(variant=f"{n}") for n in range(8)]).query("folded > 0")
-    styles = {(line.get_color(), line.get_linestyle()): line.get_marker() for line in plots.fold_pareto(table).lines}
-    assert len(styles) == 8
-    assert len(set(list(styles.values())[:6])) == 6
+    marks = [line for line in plots.fold_pareto(table).lines if line.get_marker() != "None"]
+    styles = [(line.get_color(), line.get_marker()) for line in marks]
+    assert len(set(styles)) == len(styles) == 8
+    assert len({marker for _, marker in styles[:6]}) == 6
 
 
 def test_training_curves_are_the_metrics() -> None:

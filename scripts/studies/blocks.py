@@ -13,6 +13,7 @@ from studies.comparison import label
 from studies.table import read
 
 Cells = Sequence[Sequence[str]]
+EXAMPLE = "cifar10-se-resnet20"
 
 
 def forms(records: Path, setting: str, module: str) -> Cells:
@@ -112,11 +113,33 @@ def speed(records: Path) -> Cells:
 
 def example(records: Path) -> Cells:
     """Strength in the example run, measured anew from its Parquet files."""
-    table = summarize(stripe.load_example("cifar10-se-resnet20"), bootstrap=0)
+    table = summarize(stripe.load_example(EXAMPLE), bootstrap=0)
     strength = table.pivot(index="gate", columns="epoch", values="strength")
     yield "gate", *(f"epoch {epoch}" for epoch in strength)
     for gate, row in strength.iterrows():
         yield str(gate), *(f"{value:.2f}" for value in row)
+
+
+def match(records: Path) -> Cells:
+    """The learned vectors beside the example run's stripes, from its validation.json."""
+    content = json.loads(Path(stripe.load_example(EXAMPLE).path, "validation.json").read_text())
+    yield "gate", "r", "r of the untrained psi", "r of the best psi", "RMSE", "of the untrained psi", "verdict"
+    for row in content["gates"]:
+        correlations = (f"{row[name]:.2f}" for name in ("r", "r_untrained", "r_best"))
+        errors = (f"{row[name]:.3f}" for name in ("rmse", "rmse_untrained"))
+        yield row["gate"], *correlations, *errors, row["verdict"]
+
+
+def fold(records: Path, path: str) -> Cells:
+    """Test accuracy by the number of folded gates, from the variants.csv of a fold."""
+    table = read(records / path / "variants.csv")
+    kinds = table[table["folded"] > 0].drop_duplicates(["recovery", "weighting"])
+    cases = [(row.recovery, row.weighting) for row in kinds.itertuples()]
+    yield "folded", *(f"{recovery}, {weighting}" for recovery, weighting in cases)
+    for count, rows in table.groupby("folded"):
+        found = {(row.recovery, row.weighting): row.test for row in rows.itertuples()}
+        values = [found.get(case, found.get((case[0], "none"))) for case in cases]
+        yield str(count), *("" if value is None else f"{value:.2f}" for value in values)
 
 
 def csv(records: Path, path: str, *columns: str) -> Cells:
@@ -140,7 +163,8 @@ def _results(records: Path, setting: str, module: str) -> pd.DataFrame:
 
 
 BLOCKS: dict[str, Callable[..., Cells]] = {
-    block.__name__: block for block in (plan, forms, differences, stripes, trends, inputs, speed, example, csv)
+    block.__name__: block
+    for block in (plan, forms, differences, stripes, trends, inputs, speed, example, match, fold, csv)
 }
 
 

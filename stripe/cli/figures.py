@@ -165,8 +165,8 @@ def draw_pareto(tables: "Mapping[str, pd.DataFrame]", measure: str) -> "Figure":
     """
     from stripe.plots import fold_pareto
 
-    rows = tables["variants"]
-    names = rows["weighting"] + ", " + rows["recovery"]
+    rows = tables["variants"].query("folded > 0 or recovery == 'none'")
+    names = rows["weighting"] + (", " + rows["recovery"]).where(rows["recovery"] != "none", "")
     rows = rows.assign(accuracy=rows["test"], variant=names, latency_ms=float("nan"))
     if "latency" in tables:
         times = tables["latency"]

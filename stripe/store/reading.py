@@ -159,7 +159,8 @@ class Run:
         counts, means = np.zeros(len(labels), np.int64), np.zeros((len(labels), channels))
         np.add.at(counts, places, rows["count"].to_numpy())
         shares = rows["count"].to_numpy() / counts[places]
-        np.add.at(means, places, shares[:, None] * _to_numpy(rows["mean"], channels))
+        parts = rows["mean"].combine_chunks().flatten().to_numpy().reshape(-1, channels)
+        np.add.at(means, places, shares[:, None] * parts)
         return LabelMeans(labels.astype(np.int64), counts, means)
 
     def _channels(self, gates: Sequence[str] | None) -> dict[str, int]:
@@ -224,8 +225,11 @@ def read_part(
 
 
 def _to_numpy(column: pa.ChunkedArray, channels: int) -> NDArray[Any]:
-    """View a column of vectors as (rows, channels), copying only what Arrow split or float16 stored."""
-    chunks = [chunk.flatten().to_numpy().reshape(-1, channels) for chunk in column.chunks]
+    """View a column of vectors of one size as (rows, channels), copying only what Arrow split or float16 stored."""
+    chunks = [
+        chunk.values.slice(chunk.offset * channels, len(chunk) * channels).to_numpy().reshape(-1, channels)
+        for chunk in column.chunks  # flatten() would look at every vector
+    ]
     values = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
     return values.astype(np.float32, copy=False) if values.dtype == np.float16 else values
 
