@@ -30,7 +30,10 @@ SCRIPTS = {
 FEW = {  # appended to a command's words: argparse takes the last
     "collect": ["--samples", "20", "--workers", "0"],
     "figures": ["--bootstrap", "10"],
-    "fold": ["--train-samples", "60", "--test-samples", "20", "--samples", "20", "--workers", "0", "--batch", "10"],
+    "fold": [
+        *("--train-samples", "60", "--val-samples", "20", "--test-samples", "20", "--samples", "20", "--batch", "10"),
+        *("--workers", "0", "--counts", "0", "1", "--order", "single", "--distill-steps", "2", "--backends"),
+    ],
     "report": ["--bootstrap", "10"],
     "stats": ["--bootstrap", "10"],
     "train": ["--depth", "11", "--epochs", "2", "--train-samples", "80", "--record", "20", "--workers", "0"],
@@ -42,6 +45,7 @@ def smaller(words, images=Path("none")):
     """Return a command on digits or the folder's images, without weights from elsewhere, and its file names found."""
     places = {"hf:../shared/data/cifar10": "digits", "imagefolder:DIR": f"imagefolder:{images}"}
     words = [places.get(word, word).removesuffix(":pretrained") for word in words]
+    words = [str(ROOT / word) if word.endswith("se-resnet20.pt") else word for word in words]
     return list(chain.from_iterable(sorted(glob.glob(word)) if "*" in word else [word] for word in words))
 
 

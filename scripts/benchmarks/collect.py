@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import stripe
 from benchmarks.networks import DEVICE, add_network, build, pixels
-from benchmarks.timing import Prepare, Result, check, measure, report, synchronize
+from benchmarks.timing import Prepare, Result, check, measure_together, report, synchronize
 
 TOLERANCE = 1e-5  # of recorded values, which lie in 0..1
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> Result:
         names = [name for name in names if name != "torchlens"]
     with tempfile.TemporaryDirectory() as folder:
         cases = {name: partial(_prepare, name, arguments, Path(folder, name)) for name in names}
-        timings = measure(cases, arguments.rounds)
+        timings = measure_together(cases, arguments.rounds)
         rows = report(timings, "forward", images=arguments.samples)
         bare = timings["forward"].median
         for name in names[1:]:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _prepare(name: str, arguments: argparse.Namespace, path: Path) -> Prepare:
-    network = build("SE", arguments.depth, arguments.module)
+    network = _network(arguments.depth, arguments.module)
     images = pixels(arguments.samples).split(arguments.batch)
     if name == "forward":
         return partial(_forward, network, images)
@@ -58,6 +58,12 @@ def _prepare(name: str, arguments: argparse.Namespace, path: Path) -> Prepare:
     if name.startswith("stripe"):
         return partial(_stripe, network, images, gates, path, squeeze="squeeze" in name)
     return PEERS[name](network, images, gates, path)
+
+
+@cache
+def _network(depth: int, module: str) -> nn.Module:
+    """Build the network once for all cases of a process: two copies differ in speed."""
+    return build("SE", depth, module)
 
 
 def _forward(network: nn.Module, images: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Cases side by side: each in a process of its own, so that none warms, starves or hides another; runs interleave."""
+"""Cases side by side, their runs interleaved: each in a process of its own, or all in one where ratios are near 1."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -58,6 +59,18 @@ def measure(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Timing]:
 
         seconds = interleave({name: lambda name=name: run(name) for name in pipes}, rounds)
     return {name: Timing(seconds[name], last[name][1], last[name][0]) for name in pipes}
+
+
+def measure_together(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Timing]:
+    """Time all cases in one process: two processes are less alike than some ratios are near 1; peaks are their own."""
+    alone = measure(cases, 0)
+    seconds = measure({"together": partial(_prepare_together, cases, rounds)}, 0)["together"].returned
+    return {name: Timing(seconds[name], each.peak_mb, each.returned) for name, each in alone.items()}
+
+
+def _prepare_together(cases: Mapping[str, Prepare], rounds: int) -> Callable[[], dict[str, list[float]]]:
+    runs = {name: prepare() for name, prepare in cases.items()}
+    return partial(interleave, runs, rounds)
 
 
 def start_server(modules: Iterable[str]) -> None:

@@ -253,6 +253,10 @@ class _Products(TorchDispatchMode):
         self._due = due
         self._seen: Counter[_Job] = Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports torch._dynamo: 200 MB and seconds, for networks that never meet it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, op_name(func)
         result = in_parts(self, func, args, kwargs)

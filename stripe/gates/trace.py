@@ -246,6 +246,10 @@ class _Recorder(TorchDispatchMode):
         return [tensor, *(alias for alias in self._aliases[storage] if alias is not tensor)]
 
     # operations
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports torch._dynamo: 200 MB and seconds, for networks that never meet it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = in_parts(self, func, args, kwargs)
