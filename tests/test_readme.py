@@ -66,7 +66,7 @@ def images(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(15):
+        for number in range(40):
             pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
     return tmp_path / "images"
@@ -91,7 +91,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, images):
     for words in commands:
         assert main(as_command(smaller(words, images))) == 0, words
     assert stripe.open_run("runs/probe").epochs == [1, 2]
-    written = {"report.html", "strength.csv", "out/folded.onnx", "out/folded.pt2", "runs/folded/folded.pt"}
+    written = {"report.html", "strength.csv", "out/folded.onnx", "out/folded.pt2", "runs/folded/folded.pt2"}
     assert all(Path(name).stat().st_size > 500 for name in written)
     assert list(Path("figures").glob("cifar10-se-resnet20/stripe-*.png"))
 
