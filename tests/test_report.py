@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stripe import report, stats
+from stripe import load_example, report, stats
 from stripe.cli import main
-from stripe.report.content import MAX_RECORDS, MAX_TEXT, address, document, plain, spread
+from stripe.report.content import MAX_RECORDS, MAX_TEXT, address, document, learned_vectors, plain, spread
 from stripe.report.panels import choose, pack, quantise
 from stripe.store import GateColumn, Run, RunWriter, open_run
 from tests.runs import record, writer
@@ -389,3 +389,14 @@ def test_the_same_run_gives_the_same_page(tmp_path):
     run = open_run(record(tmp_path / "run", 1, 2))
     assert report.render(run, bootstrap=20) == report.render(run, bootstrap=20)
     assert report.render(run, bootstrap=20) != report.render(run, bootstrap=21)
+
+
+def test_the_example_run_is_reported_with_the_vectors_of_its_gates(tmp_path):
+    run = load_example("cifar10-se-resnet20")
+    learned = json.loads(Path(run.path, "validation.json").read_text())
+    found = learned_vectors(run, learned)
+    assert list(found) == [gate.name for gate in run.gates]
+    assert len(found) < len(learned["learned"])  # the run was thinned to fewer gates
+    with pytest.raises(ValueError, match="'other'.*expected no numbers"):
+        learned_vectors(run, learned | {"learned": {"other": [0.5]}})
+    assert main(["report", run.path, "--bootstrap", "10", "--out", str(tmp_path / "report.html")]) == 0

@@ -500,7 +500,6 @@ def test_blocks_read_the_benchmark_and_the_recorded_stripes(tmp_path):
     assert text.endswith("| ECA | 1 | 0.55 (0.20 to 0.90) | 0.35 (0.30 to 0.40) | 1 of 2 |")
 
 
-@pytest.mark.skipif("study:" not in (ROOT / "README.md").read_text(), reason="the README says nothing of a study")
 def test_the_readme_follows_from_the_committed_records(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["check"]) == 0

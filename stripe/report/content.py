@@ -95,7 +95,7 @@ def _tables(run: Run, bootstrap: int, progress: Callable[[Iterable[Any]], Iterab
 
 
 def learned_vectors(run: Run, validation: Mapping[str, Any] | None) -> Learned:
-    """Return a validation's vectors by gate; ValueError where they are not of this run's gates and epochs."""
+    """Return a validation's vectors of the run's gates, which may be fewer; ValueError where they are another's."""
     if validation is None:
         return {}
     vectors, epoch = validation.get("learned"), validation.get("epoch")
@@ -106,13 +106,14 @@ def learned_vectors(run: Run, validation: Mapping[str, Any] | None) -> Learned:
             "validate this run, or report without it"
         )
     channels = {gate.name: gate.channels for gate in run.gates}
-    for gate, vector in vectors.items():
+    known = {gate: vector for gate, vector in vectors.items() if gate in channels} or vectors
+    for gate, vector in known.items():
         if channels.get(gate) != (len(vector) if _is_vector(vector) else None) or gate not in channels:
             raise ValueError(
                 f"the validation's vector of gate '{gate:.80}' does not fit run '{run.path}'; expected "
                 f"{channels.get(gate, 'no')} numbers: validate this run, or report without it"
             )
-    return {gate: numbers(vector) for gate, vector in vectors.items()}
+    return {gate: numbers(vector) for gate, vector in known.items()}
 
 
 def _is_vector(value: object) -> bool:
