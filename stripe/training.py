@@ -8,6 +8,7 @@ Accelerate's business. Imports of stripe `checkpoints` alone.
 from __future__ import annotations
 
 import copy
+import ctypes
 import fnmatch
 import functools
 import json
@@ -33,6 +34,7 @@ from stripe.checkpoints import read_tensors
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 RESUMABLE = {"epoch", "state_dict", "optimizer", "scaler", "metrics"}  # what a checkpoint to resume must hold
 
 
@@ -315,13 +317,25 @@ def fit(
     return pd.DataFrame(history)
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc, where there is one, hand freed blocks out again instead of returning them to the system.
+
+    A step frees and asks for the same feature maps as the one before; their pages would be zeroed and mapped anew.
+    """
+    mallopt = getattr(ctypes.pythonapi, "mallopt", None)
+    if mallopt:
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+            mallopt(option, value)
+
+
 class _Trainer:
     """A model with all that an epoch of training changes."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
-        processes()
+        if processes().device.type == "cpu":
+            _keep_freed_memory()
         self.accelerator = Accelerator(mixed_precision="no")  # it could be set only once in a process
         self.model.to(self.accelerator.device)
         if recipe.channels_last:

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--milestones", type=int, nargs="+", default=[81, 122], metavar="E", help="epochs of the steps")
     how.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
     how.add_argument("--weight-decay", type=float, default=5e-4, help="of all weights")
-    how.add_argument("--amp", default="bf16", help="mixed precision: no, bf16 or fp16")
+    how.add_argument("--amp", default="no", help="mixed precision: no, bf16 or fp16")
     how.add_argument("--compile", action="store_true", help="torch.compile the training")
     how.add_argument(
         "--minutes", type=float, default=float("inf"), metavar="M", help="begin no epoch after as many, but the first"

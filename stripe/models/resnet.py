@@ -45,10 +45,10 @@ class Block(nn.Module):
         for i in range(1, self.depth + 1):
             out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
             if i < self.depth:
-                out = F.relu(out)
+                out = F.relu(out, inplace=True)
         if self.attention_module is not None:
             out = out * self.attention_module(out)
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
 
 
 class BasicBlock(Block):
@@ -146,7 +146,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         return cast(Tensor, self.fc(x.mean((2, 3))))
 
