@@ -23,10 +23,10 @@ TRAIN = "--depth 11 --module senet --train-batch 16 --test-batch 20 --lr 0.05 --
 
 
 def launch(*words):
-    """Start a script under torchrun with two processes of one thread each."""
+    """Start a script, of scripts/ by its name, under torchrun with two processes of one thread each."""
     script, *arguments = map(str, words)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*LAUNCH, str(ROOT / "scripts" / f"{script}.py"), *arguments]
+    command = [*LAUNCH, str((ROOT / "scripts" / script).with_suffix(".py")), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,6 +84,21 @@ def test_two_processes_train_and_record_their_shares(tmp_path):
         assert run.samples(epoch.epoch).tolist() == [i * 360 // 50 for i in range(50)]
     assert pd.read_csv(tmp_path / "run" / "metrics.csv")["epoch"].tolist() == [1, 2]
     assert not np.array_equal(run.attention("layer1.0", 1), run.attention("layer1.0", 2))
+
+
+def test_processes_leave_their_group_before_python_shuts_down(tmp_path):
+    script = tmp_path / "joins.py"
+    script.write_text(
+        "import atexit\n"
+        "from torch import distributed\n"
+        "from stripe.training import processes\n"
+        "atexit.register(lambda: print('at the end', distributed.is_initialized(), flush=True))  # the last to run\n"
+        "print('joined', distributed.is_initialized() or processes().num_processes, flush=True)\n"
+        "print('inside', distributed.is_initialized(), flush=True)\n"
+    )
+    code, out, error = finish(launch(script))
+    assert code == 0, error
+    assert sorted(out.splitlines()) == ["at the end False"] * 2 + ["inside True"] * 2 + ["joined 2"] * 2
 
 
 @pytest.mark.slow
