@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks import DEVICE, add_network, build, pixels, prepared_forward, prepared_session
-from benchmarks.timing import Prepare, Result, check, measure, report
+from benchmarks.timing import Prepare, Result, check, measure_together, report
 from stripe import asr
 from stripe.folding import save_onnx
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Time one batch through every form, and compare what the forms of ASR compute."""
+    """Time one batch through every form, all in one process, and compare what the forms of ASR compute."""
     sizes = (arguments.depth, arguments.module)
     cases = {name: partial(_prepare, name, *sizes, arguments.batch) for name in FORMS}
     with tempfile.TemporaryDirectory() as folder:
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> Result:
             path = Path(folder, "fused.onnx")
             save_onnx(_fused(*sizes), pixels(arguments.batch), path)
             cases["fused, onnxruntime"] = partial(prepared_session, path, pixels(arguments.batch))
-        timings = measure(cases, arguments.rounds)
+        timings = measure_together(cases, arguments.rounds)
     rows = report(timings, "plain", images=arguments.batch)
     forms = [FORMS[name](*sizes) for name in ("ASR", "deployed", REFERENCE, "fused")]
     with torch.inference_mode():

@@ -19,7 +19,7 @@ from stripe.store.refusals import only, require, require_unique
 if TYPE_CHECKING:
     from stripe.stats import Moments
 
-ROW_GROUP_BYTES = 4 * 2**20  # of values: recording holds two row groups in memory, reading holds one
+ROW_GROUP_BYTES = 8 * 2**20  # of values: recording holds two row groups in memory, reading holds one
 
 Block = dict[str, NDArray[Any]]  # column -> (rows,) or (rows, channels)
 
