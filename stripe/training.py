@@ -7,7 +7,6 @@ Accelerate's business. Imports of stripe `checkpoints` alone.
 
 from __future__ import annotations
 
-import atexit
 import copy
 import ctypes
 import fnmatch
@@ -200,16 +199,12 @@ class Evaluation:
     samples: int
 
 
-@functools.cache
 def processes() -> PartialState:
     """Return which of how many processes this is (`process_index`, `num_processes`) and its device.
 
-    Joins the others on first use. Without an accelerator Accelerate must be told so, or it overlooks them. Leaves
-    them before Python shuts down, since a thread of the group that outlives Python aborts the process.
+    Joins the others on first use. Without an accelerator Accelerate must be told so, or it overlooks them.
     """
-    process = PartialState(cpu=not torch.accelerator.is_available())
-    atexit.register(process.destroy_process_group)
-    return process
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ TRAIN = "--depth 11 --module senet --train-batch 16 --test-batch 20 --lr 0.05 --
 
 
 def launch(*words):
-    """Start a script, of scripts/ by its name, under torchrun with two processes of one thread each."""
+    """Start a script under torchrun with two processes of one thread each."""
     script, *arguments = map(str, words)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*LAUNCH, str((ROOT / "scripts" / script).with_suffix(".py")), *arguments]
+    command = [*LAUNCH, str(ROOT / "scripts" / f"{script}.py"), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -86,19 +86,22 @@ def test_two_processes_train_and_record_their_shares(tmp_path):
     assert not np.array_equal(run.attention("layer1.0", 1), run.attention("layer1.0", 2))
 
 
-def test_processes_leave_their_group_before_python_shuts_down(tmp_path):
-    script = tmp_path / "joins.py"
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes_end_before_python_shuts_down(tmp_path, checkpoint, processes):
+    script = tmp_path / "collect.py"
     script.write_text(
         "import atexit\n"
-        "from torch import distributed\n"
-        "from stripe.training import processes\n"
-        "atexit.register(lambda: print('at the end', distributed.is_initialized(), flush=True))  # the last to run\n"
-        "print('joined', distributed.is_initialized() or processes().num_processes, flush=True)\n"
-        "print('inside', distributed.is_initialized(), flush=True)\n"
+        "from stripe.cli import script\n"
+        "atexit.register(print, 'Python shuts down')\n"
+        "raise SystemExit(script('collect'))\n"
     )
-    code, out, error = finish(launch(script))
-    assert code == 0, error
-    assert sorted(out.splitlines()) == ["at the end False"] * 2 + ["inside True"] * 2 + ["joined 2"] * 2
+    words = [str(script), "--ckpt", str(checkpoint), "--samples", "20", "--out", str(tmp_path / "run")]
+    command = [*LAUNCH, *words] if processes > 1 else [sys.executable, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert len(open_run(tmp_path / "run").samples(4)) == 20
+    lines = [f"{tmp_path}/run: epoch 4, 20 samples, 3 gates, from {checkpoint}", "Python shuts down"]
+    assert ended.stdout.splitlines() == (lines if processes == 1 else lines[:1])
 
 
 @pytest.mark.slow

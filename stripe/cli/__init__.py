@@ -4,6 +4,7 @@ Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -48,14 +49,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "stripe") -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         _configure(commands.add_parser(name, help=command.SUMMARY), command)
-    return _run(parser.parse_args(argv))
+    code = _run(parser.parse_args(argv))
+    return _ended(code) if argv is None else code
 
 
 def script(command: str) -> int:
     """Run one command as a script of its own: `python scripts/train.py ...`."""
     parser = argparse.ArgumentParser()
     _configure(parser, COMMANDS[command])
-    return _run(parser.parse_args())
+    return _ended(_run(parser.parse_args()))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -82,3 +84,17 @@ def _run(arguments: argparse.Namespace) -> int:
     except BAD_INPUT as error:
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+
+
+def _ended(code: int) -> int:
+    """Return the exit code; one process of several ends here, with it.
+
+    Threads of gloo, which a group's end does not join, now and then need Python while it shuts down: the process
+    aborts, and the job, whose work is done, counts as failed.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
