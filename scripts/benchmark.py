@@ -13,7 +13,7 @@ from pathlib import Path
 BENCHMARKS = {
     "collect": "recording attention, beside the bare forward loop, torchlens, torchvision's feature extractor",
     "stats": "moments, strength and drift of a run, beside a bare read, DuckDB, Polars, pandas; or the bootstrap",
-    "train": "training SE and ASR, beside the reference recipe; or the accuracies of both",
+    "train": "training SE and ASR, beside the reference recipe",
     "deploy": "inference of plain, SE and ASR networks, in training form, deployed, fused, under onnxruntime",
     "fold": "inference of a network before and after its attention is folded, eager and under onnxruntime",
     "startup": "start of python, `import stripe` and every command's --help",

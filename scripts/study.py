@@ -8,6 +8,7 @@ from importlib import import_module
 STUDIES = {
     "forms": "train plain, attention, ASR and both by seed; paired differences with intervals",
     "growth": "a recorded run over its epochs, and its network on other images: where do stripes rise, fall, settle?",
+    "recipes": "train SE and ASR by stripe's recipe and by the reference's as written; paired differences of accuracy",
     "ablation": "train ASR networks that differ in one choice each",
     "robustness": "disturb the outputs of every norm of trained networks",
     "check": "recompute every figure between study marks of README.md from the tables; exit code 1 if one differs",

@@ -157,18 +157,6 @@ def test_sizes_and_rates_in_miniature(benchmark, tmp_path):
 STATS = ("", " --bootstrap 0", " --moments-only")
 
 
-@pytest.mark.slow
-def test_accuracies_in_miniature(benchmark, tmp_path):
-    words = ["train", "--accuracy", *SMALL, "--dataset", "digits", "--samples", "40", "--batch", "8", "--workers", "0"]
-    words += ["--epochs", "1", "--seeds", "2", "--lr", "0.01", "--json", str(tmp_path / "a.json")]
-    assert benchmark.main(words) in (0, 1)  # an epoch of 40 images is chance
-    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [row["case"] for row in rows] == TRAINED
-    for row in rows:
-        assert len(row["accuracies"]) == 2
-        assert row["mean"] == pytest.approx(np.mean(row["accuracies"]))
-
-
 def test_what_was_recorded_wrongly_is_exit_code_1(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(collect, "PEERS", {"feature extractor + pandas": collect._extractor})
     read = collect._recorded

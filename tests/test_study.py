@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import study
 import torch
 from scipy import stats
-from studies import ablation, blocks, comparison, forms, growth, robustness
+from studies import ablation, blocks, comparison, forms, growth, recipes, robustness
 from studies.ablation import build_case
 from studies.robustness import Disturbance, disturbances
 from studies.table import Table, claimed
@@ -392,6 +393,34 @@ def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys)
     assert main(words) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "study/a").iterdir()} == first
     assert "highest_at" in capsys.readouterr().out
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------
+
+
+RECIPES = (
+    "recipes --dataset digits --depth 11 --epochs 1 --batch 8 --train-samples 40 --test-samples 40 --lr 0.01"
+    " --workers 0 --amp no --seeds 1 2"
+).split()
+
+
+def test_recipes_are_compared_in_pairs_and_go_on_where_they_stopped(tmp_path, capsys):
+    words = [*RECIPES, "--out", str(tmp_path)]
+    assert main([*words, "--minutes", "0"]) == 0
+    assert "8 of 8 trainings to go" in capsys.readouterr().out
+    with claimed(tmp_path / "recipes-SE-stripe-1"):
+        assert main(words) == 0
+    assert len(pd.read_csv(tmp_path / "recipes.csv")) == 7
+    assert main(words) == 0
+    rows = pd.read_csv(tmp_path / "recipes.csv")
+    assert sorted(zip(rows["seed"], rows["form"], rows["recipe"], strict=True)) == sorted(
+        itertools.product([1, 2], ["SE", "ASR"], ["reference", "stripe"])
+    )
+    found = recipes.differences(rows).set_index("network")
+    table = rows.pivot(index=["form", "seed"], columns="recipe", values="accuracy")
+    wanted = (table["stripe"] - table["reference"]).groupby("form").mean()
+    assert found["difference"].to_dict() == pytest.approx(wanted.to_dict())
+    assert blocks.markdown("recipes", tmp_path, []).count("\n") == 3
 
 
 # ---- check -----------------------------------------------------------------------------------------------

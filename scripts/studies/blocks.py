@@ -9,6 +9,7 @@ import pandas as pd
 import stripe
 from stripe.stats import summarize
 from studies import comparison, growth
+from studies import recipes as recipe_study
 from studies.comparison import label
 from studies.table import read
 
@@ -103,6 +104,17 @@ def inputs(records: Path, name: str) -> Cells:
     yield "accuracy", *texts, *("" for _ in kinds[1:])
 
 
+def recipes(records: Path) -> Cells:
+    """Accuracies by stripe's recipe and by the reference's, and their paired difference, from recipes.csv."""
+    rows = read(records / "recipes.csv")
+    yield "network", "seeds", *recipe_study.RECIPES, "difference", "95 % interval"
+    for row in recipe_study.differences(rows).itertuples():
+        its = rows[rows["form"] == row.network].pivot(index="seed", columns="recipe", values="accuracy").dropna()
+        means = (f"{its[recipe].mean():.2f}" for recipe in recipe_study.RECIPES)
+        interval = "" if pd.isna(row.low) else f"{row.low:+.2f} to {row.high:+.2f}"
+        yield row.network, str(row.seeds), *means, f"{row.difference:+.2f}", interval
+
+
 def speed(records: Path) -> Cells:
     """The benchmark of the deployed forms, from deploy.json."""
     content = json.loads((records / "deploy.json").read_text())
@@ -164,7 +176,7 @@ def _results(records: Path, setting: str, module: str) -> pd.DataFrame:
 
 BLOCKS: dict[str, Callable[..., Cells]] = {
     block.__name__: block
-    for block in (plan, forms, differences, stripes, trends, inputs, speed, example, match, fold, csv)
+    for block in (plan, forms, differences, recipes, stripes, trends, inputs, speed, example, match, fold, csv)
 }
 
 
