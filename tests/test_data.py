@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from stripe import data
-from stripe.data import Encoded, ImageSet, Loader, load_images
+from stripe.data import CIFAR_MEAN, Encoded, ImageSet, Loader, decoding, load_images, loading
 
 CIFAR = Path(__file__).parents[1] / "../shared/data/cifar10"
 PLAIN = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
@@ -187,7 +186,7 @@ def test_augmentation_equals_a_loop(side, count, seed):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, 3, side, side + 2), dtype=np.uint8)
     corners, mirrored = rng.integers(0, 9, (count, 2)), rng.random(count) < 0.5
-    result = data._augment(*map(torch.from_numpy, (pixels, corners, mirrored)))
+    result = loading._augment(*map(torch.from_numpy, (pixels, corners, mirrored)))
     expected = [slowly_augmented(*row) for row in zip(pixels, corners, mirrored, strict=True)]
     np.testing.assert_array_equal(result, np.stack(expected))
 
@@ -322,7 +321,7 @@ def folder(tmp_path) -> str:
 
 def test_large_sets_are_decoded_batch_by_batch(folder, monkeypatch):
     held = load_images(folder, "train", **PLAIN)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 4 * 3 * 12 * 12)
+    monkeypatch.setattr(decoding, "MEMORY_LIMIT", 4 * 3 * 12 * 12)
     lazy = load_images(folder, "train", **PLAIN)
     assert isinstance(lazy.images, Encoded)
     assert lazy.describe() == held.describe()
@@ -334,7 +333,7 @@ def test_large_sets_are_decoded_batch_by_batch(folder, monkeypatch):
 
 def test_statistics_of_large_sets_take_what_fits(folder, monkeypatch):
     held = load_images(folder, "train")
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 4 * 3 * 12 * 12)
+    monkeypatch.setattr(decoding, "MEMORY_LIMIT", 4 * 3 * 12 * 12)
     lazy = load_images(folder, "train")
     spread = held.images[[0, 2, 4, 6]].double() / 255
     np.testing.assert_allclose(lazy.mean, spread.mean((0, 2, 3)))
@@ -348,8 +347,8 @@ def test_statistics_of_large_sets_take_what_fits(folder, monkeypatch):
 def test_broken_image_is_named_in_one_line(folder, monkeypatch, limit, content):
     path = Path(folder.partition(":")[2]) / "a" / "7.png"
     path.write_bytes(content)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
-    monkeypatch.setattr(data, "DECODED_AT_ONCE", 2)  # several batches, hence threads
+    monkeypatch.setattr(decoding, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(decoding, "DECODED_AT_ONCE", 2)  # several batches, hence threads
     with pytest.raises(ValueError, match=r"^broken image '.*a/7\.png' .*replace or remove it$") as caught:
         cat(Loader(load_images(folder, "train", size=12, **PLAIN), 2))
     assert "\n" not in str(caught.value)
@@ -407,7 +406,7 @@ def test_torchvision_sets(torchvision_data, uri, train, test, side):
     assert images.labels.dtype == torch.int64
     assert images.labels[:3].tolist() == [0, 1, 2]
     assert images.classes[:3] == ("a", "b", "c")
-    assert (images.mean == data.CIFAR_MEAN) == uri.startswith("cifar")
+    assert (images.mean == CIFAR_MEAN) == uri.startswith("cifar")
     assert images.flip
 
 

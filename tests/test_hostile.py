@@ -341,7 +341,7 @@ def test_what_a_checkpoint_says_of_images_is_not_believed(tmp_path, capsys, data
 def test_enlarged_sets_are_resized_batch_by_batch(monkeypatch):
     held = load_images("digits", "test", size=48, samples=20)
     assert isinstance(held.images, torch.Tensor)
-    monkeypatch.setattr("stripe.data.MEMORY_LIMIT", 10_000)
+    monkeypatch.setattr("stripe.data.decoding.MEMORY_LIMIT", 10_000)
     lazy = load_images("digits", "test", size=48, samples=20, mean=held.mean, std=held.std)
     assert not isinstance(lazy.images, torch.Tensor)
     for one, other in zip(Loader(lazy, 8), Loader(held, 8), strict=True):

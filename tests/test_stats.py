@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stripe import stats
-from stripe.stats import Moments
+from stripe.stats import Moments, arithmetic
 
 few = settings(deadline=None, max_examples=25)
 
@@ -360,8 +360,8 @@ def test_bootstrap_is_seeded_and_independent_of_blocks(monkeypatch):
     found = stats.bootstrap_strength(values, resamples=64, seed=3)
     assert found == stats.bootstrap_strength(values, resamples=64, seed=3)
     assert found != stats.bootstrap_strength(values, resamples=64, seed=4)
-    monkeypatch.setattr(stats, "COUNT_VALUES", 400)
-    monkeypatch.setattr(stats, "BLOCK_VALUES", 100)
+    monkeypatch.setattr(arithmetic, "COUNT_VALUES", 400)
+    monkeypatch.setattr(arithmetic, "BLOCK_VALUES", 100)
     blocked = stats.bootstrap_strength(values, resamples=64, seed=3)
     assert (blocked.low, blocked.high) == pytest.approx((found.low, found.high), rel=1e-10)
 
@@ -582,7 +582,7 @@ def test_permutation_test_is_seeded_bounded_and_fair(monkeypatch):
     assert stats.permutation_test(np.array([1.0, 2.0]), np.array([3.0, 5.0])) == pytest.approx(0.5, abs=0.02)
     b = rng.normal(size=50)
     whole = stats.permutation_test(a, b, permutations=500, seed=1)
-    monkeypatch.setattr(stats, "COUNT_VALUES", 1000)
+    monkeypatch.setattr(arithmetic, "COUNT_VALUES", 1000)
     assert stats.permutation_test(a, b, permutations=500, seed=1) == whole
     ps = [stats.permutation_test(rng.normal(size=20), b[:20], permutations=99) for _ in range(200)]
     assert np.mean(np.array(ps) <= 0.1) == pytest.approx(0.1, abs=0.07)

@@ -1,0 +1,145 @@
+"""Images that wait encoded or at their own size, and how they become pixels: all at once or batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+MEMORY_LIMIT = 2**30  # bytes of decoded images held in memory; larger sets are decoded batch by batch
+DECODED_AT_ONCE = 256  # images a thread decodes before it hands them over
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow refuses what is twice as large by itself
+
+Reader = Callable[[Tensor], list[tuple[str, str | BytesIO]]]  # rows to the names and files of their images
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Images left encoded until a batch needs them; indexing selects, `decode` reads."""
+
+    read: Reader
+    rows: Tensor  # int64 (N,), positions in the split
+    size: int
+
+    def __getitem__(self, positions: Tensor) -> Encoded:
+        """Return the selected images, still encoded."""
+        return dataclasses.replace(self, rows=self.rows[positions])
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the decoded images, (N, 3, size, size)."""
+        return len(self.rows), 3, self.size, self.size
+
+    def decode(self) -> Tensor:
+        """Decode to uint8 (N, 3, size, size): shorter side resized to `size`, centre cropped.
+
+        A broken image raises ValueError with its name.
+        """
+        strip = Image.new("RGB", (self.size, self.size * len(self.rows)))  # one below the other
+        for number, (name, file) in enumerate(self.read(self.rows)):
+            with open_image(name, file) as image:
+                strip.paste(_square(image.convert("RGB"), self.size), (0, self.size * number))
+        pixels = np.asarray(strip).reshape(-1, self.size, self.size, 3)
+        return torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Resized:
+    """Images kept at their own size until a batch needs them at `size`; indexing selects, `decode` resizes."""
+
+    stored: Tensor  # uint8 (N, 3, h, w)
+    size: int
+
+    def __getitem__(self, positions: Tensor) -> Resized:
+        """Return the selected images, not yet resized."""
+        return Resized(self.stored[positions], self.size)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the resized images, (N, 3, size, size)."""
+        return len(self.stored), 3, self.size, self.size
+
+    def decode(self) -> Tensor:
+        """Resize to uint8 (N, 3, size, size)."""
+        return F.interpolate(self.stored, (self.size, self.size), mode="bilinear", antialias=True)
+
+
+Images = Tensor | Encoded | Resized  # uint8 (N, 3, H, W), in memory or to be decoded batch by batch
+
+
+def sized(stored: Tensor | Reader, rows: Tensor, size: int) -> Images:
+    """Take the images of some rows as (N, 3, size, size), where need be by decoding."""
+    if not isinstance(stored, Tensor):
+        return Encoded(stored, rows, size)
+    images = stored[rows]
+    return images if images.shape[2:] == (size, size) else Resized(images, size)
+
+
+def in_memory(images: Images, uri: str) -> Images:
+    """Decode the images now if they fit below MEMORY_LIMIT."""
+    if isinstance(images, Tensor) or math.prod(images.shape) > MEMORY_LIMIT:
+        return images
+    decoded = torch.empty(images.shape, dtype=torch.uint8)
+    for part, pixels in decode_all(images, uri):
+        decoded[part] = pixels
+    return decoded
+
+
+def decode_all(images: Images, uri: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (positions, uint8 images) in order, with a progress bar when it takes long."""
+    parts = list(torch.split(torch.arange(images.shape[0]), DECODED_AT_ONCE))
+    pixels = decode_ahead(images, parts, os.cpu_count() or 1)
+    bar = tqdm(pixels, f"reading {uri}", len(parts), leave=False, delay=2, unit="batch")
+    yield from zip(parts, bar, strict=True)
+
+
+def decode_ahead(images: Images, batches: list[Tensor], workers: int) -> Iterator[Tensor]:
+    """Yield uint8 (n, 3, H, W) for each batch of positions; threads decode up to `workers` batches ahead."""
+    if isinstance(images, Tensor):
+        yield from (images[rows] for rows in batches)
+        return
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for rows in batches:
+            waiting.append(pool.submit(images[rows].decode))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def open_image(name: str, file: str | BytesIO) -> Iterator[Image.Image]:
+    """Open an image and name it in whatever error its decoding raises (Pillow's decoders raise many types)."""
+    try:
+        if isinstance(file, str) and not os.path.isfile(file):
+            raise ValueError("no regular file")  # a pipe would be waited for
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            yield image
+    except Exception as error:
+        raise ValueError(f"broken image '{name}' ({error}): replace or remove it") from error
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """Return the central square of an image, `size` pixels wide."""
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))

@@ -1,0 +1,177 @@
+"""ImageSet and load_images: the labelled images of one split, whole or a part of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stripe.data.decoding import Images, in_memory, open_image, sized
+from stripe.data.normalisation import checked_constants, statistics
+from stripe.data.sources import Split, open_source
+
+LARGEST_SIZE = 2048  # pixels; a side beyond is no network's input
+LARGEST_NATURAL_SIZE = 224  # encoded images are shrunk to this side unless the caller says otherwise
+MEASURED_IMAGES = 64  # images opened to learn the size of an encoded set
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """N labelled images of one split and how to normalise them.
+
+    Attributes:
+        uri: where the images come from.
+        split: their split.
+        images: uint8 (N, 3, H, W), or `Encoded` or `Resized` when they are too many to hold in memory.
+        labels: int64 (N,), -1 where the source does not know.
+        sample_ids: int64 (N,), each sample's position in the whole split, the same in every subset.
+        classes: class names by label.
+        mean: per channel, for pixels in 0..1.
+        std: per channel, for pixels in 0..1.
+        flip: whether a mirrored image still belongs to its class.
+    """
+
+    uri: str
+    split: str
+    images: Images
+    labels: Tensor
+    sample_ids: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def take(self, samples: int) -> ImageSet:
+        """Return `samples` of the images, spread evenly over the set (sets are often sorted by class)."""
+        return self._select(_spread(len(self), samples, self.uri, self.split))
+
+    def hold_out(self, samples: int, seed: int) -> tuple[ImageSet, ImageSet]:
+        """Split at random into (train, validation), with `samples` images in validation."""
+        for part in (samples, len(self) - samples):
+            _check_count(len(self), part, self.uri, self.split)
+        order = torch.randperm(len(self), generator=seeded_generator(seed))
+        kept, held_out = order[samples:].sort().values, order[:samples].sort().values
+        return self._select(kept), self._select(held_out)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint or run must know to feed a network the same way, as plain values."""
+        return {
+            "uri": self.uri,
+            "split": self.split,
+            "size": self.images.shape[-1],
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    def _select(self, positions: Tensor) -> ImageSet:
+        return dataclasses.replace(
+            self,
+            images=self.images[positions],
+            labels=self.labels[positions],
+            sample_ids=self.sample_ids[positions],
+        )
+
+
+def load_images(
+    uri: str,
+    split: str,
+    *,
+    size: int | None = None,
+    samples: int | None = None,
+    data_dir: str | Path = "data",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageSet:
+    """Load a split of a data set, small ones into memory.
+
+    Args:
+        uri: `digits`, `cifar10`, `cifar100`, `stl10`, `imagefolder:DIR` or `hf:NAME_OR_DIR`.
+        split: one of the set's splits, such as train or test.
+        size: side of the images in pixels; by default their own, for encoded ones 224 at most.
+        samples: how many to load, spread evenly over the split; by default all.
+        data_dir: folder of torchvision's data sets.
+        mean: with `std`, another network's normalisation, per channel in 0..1; by default CIFAR's published
+            constants or those of the set's own training split.
+        std: see `mean`.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+        ModuleNotFoundError: `hf:` without the package `datasets`.
+        ValueError: unknown URI or split, too few samples, a broken image, unusable size, labels, mean and std.
+    """
+    if size is not None and not (type(size) is int and 1 <= size <= LARGEST_SIZE):
+        raise ValueError(f"images of size {size!s:.80}: expected a side of 1 to {LARGEST_SIZE} pixels")
+    source = open_source(uri, str(data_dir))
+    if split not in source.splits:
+        raise ValueError(f"unknown split '{split}' of '{uri}': expected one of {', '.join(source.splits)}")
+    reference = "train" if "train" in source.splits else split
+    open_split = functools.cache(source.open)
+    size = size or source.size or _natural_size(open_split(reference), uri, reference)
+
+    part = open_split(split)
+    _check_labels(part, uri, split)
+    rows = _spread(len(part.labels), samples, uri, split)
+    images = in_memory(sized(part.stored, rows, size), uri)
+    if mean is not None or std is not None:
+        constants = checked_constants(mean, std)
+    elif source.constants is not None:
+        constants = source.constants
+    elif split == reference and len(rows) == len(part.labels):
+        constants = statistics(images, uri)
+    else:
+        whole = open_split(reference)
+        constants = statistics(sized(whole.stored, torch.arange(len(whole.labels)), size), uri)
+    return ImageSet(uri, split, images, part.labels[rows], rows, part.classes, *constants, source.flip)
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """Make a generator seeded from several non-negative numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def _check_count(available: int, asked: int, uri: str, split: str) -> None:
+    if available < 2:
+        raise ValueError(f"'{uri}' has {available} samples in split '{split}': at least 2 are needed")
+    if not 2 <= asked <= available:
+        raise ValueError(
+            f"{asked} samples asked of '{uri}', split '{split}', which has {available}: ask for 2 to {available}"
+        )
+
+
+def _check_labels(part: Split, uri: str, split: str) -> None:
+    """Refuse labels that name no class; -1 is an unknown one."""
+    if len(part.labels) and not -1 <= part.labels.min() <= part.labels.max() < len(part.classes):
+        raise ValueError(
+            f"'{uri}' has labels {part.labels.min()} to {part.labels.max()} in split '{split}': expected -1 (unknown) "
+            f"to {len(part.classes) - 1}, one for each of its classes"
+        )
+
+
+def _spread(total: int, samples: int | None, uri: str, split: str) -> Tensor:
+    """Return `samples` positions spread evenly over `total`, in order."""
+    samples = total if samples is None else samples
+    _check_count(total, samples, uri, split)
+    return torch.arange(samples) * total // samples
+
+
+def _natural_size(part: Split, uri: str, split: str) -> int:
+    """Return the median shorter side of some of the encoded images, LARGEST_NATURAL_SIZE at most."""
+    total = len(part.labels)
+    assert not isinstance(part.stored, Tensor)
+    sides = []
+    for name, file in part.stored(_spread(total, min(total, MEASURED_IMAGES), uri, split)):
+        with open_image(name, file) as image:
+            sides.append(min(image.size))
+    return min(LARGEST_NATURAL_SIZE, int(np.median(sides)))

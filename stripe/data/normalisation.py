@@ -1,0 +1,44 @@
+"""The mean and std that normalise a set's channels: published, given, or measured over its images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+
+from stripe.data import decoding
+from stripe.data.decoding import Images, decode_all
+
+Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, for pixels in 0..1
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
+
+
+def statistics(images: Images, uri: str) -> Constants:
+    """Return each channel's mean and std over all pixels, in 0..1.
+
+    Counts how often each of the 256 values occurs, so the result does not depend on the order of the sum. Of
+    a set beyond MEMORY_LIMIT it takes as many images as fit, spread evenly.
+    """
+    total, *shape = images.shape
+    fitting = min(total, decoding.MEMORY_LIMIT // math.prod(shape))
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for _, pixels in decode_all(images[torch.arange(fitting) * total // fitting], uri):
+        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)])
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return checked_constants(mean.tolist(), std.tolist())
+
+
+def checked_constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> Constants:
+    """Return a given mean and std if they can normalise three channels."""
+    given = [*(mean or ()), *(std or ())]
+    usable = len(given) == 6 and all(isinstance(x, Real) and math.isfinite(x) for x in given)
+    if mean is None or std is None or len(mean) != 3 or not usable or not min(std) > 0:
+        raise ValueError(f"mean {mean} and std {std}: expected three values each, std above 0; pass both")
+    return tuple(mean), tuple(std)

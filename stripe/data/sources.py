@@ -1,0 +1,174 @@
+"""Where a data URI leads: scikit-learn's digits, torchvision's sets, a folder of images or a Hugging Face data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stripe.data.decoding import IMAGE_FORMATS, Reader
+from stripe.data.normalisation import CIFAR_MEAN, CIFAR_STD, Constants
+
+FOLDER_SPLITS = ("train", "test", "val")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split as its source stores it: uint8 (N, 3, H, W) or a reader; labels int64 (N,)."""
+
+    stored: Tensor | Reader
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before any image is read; `size` is None where the images must be asked."""
+
+    splits: tuple[str, ...]
+    open: Callable[[str], Split]
+    size: int | None = None
+    flip: bool = True
+    constants: Constants | None = None
+
+
+def open_source(uri: str, data_dir: str) -> Source:
+    """Open the data set that a URI names."""
+    scheme, _, target = uri.partition(":")
+    for form, opener in _OPENERS.items():
+        name, _, expected = form.partition(":")
+        if scheme == name and bool(target) == bool(expected):
+            return opener(uri, data_dir)
+    raise ValueError(f"unknown data URI '{uri}': expected one of {', '.join(_OPENERS)}")
+
+
+def _open_digits(uri: str, data_dir: str) -> Source:
+    """Open scikit-learn's 1,797 digits: 1,437 to train on and 360 to test on, by a fixed stratified draw."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
+    train, test = train_test_split(np.arange(len(images)), test_size=360, stratify=digits.target, random_state=0)
+    rows = {"train": torch.from_numpy(train), "test": torch.from_numpy(test)}
+
+    def open_split(split: str) -> Split:
+        channels = images[rows[split]].unsqueeze(1).repeat(1, 3, 1, 1)
+        return Split(channels, torch.from_numpy(digits.target)[rows[split]], tuple("0123456789"))
+
+    return Source(tuple(rows), open_split, size=32, flip=False)
+
+
+def _open_torchvision(uri: str, data_dir: str) -> Source:
+    """Open one of torchvision's sets, which must be in `data_dir` already."""
+    from torchvision import datasets
+
+    name, size, constants = _TORCHVISION[uri]
+
+    def open_split(split: str) -> Split:
+        which = {"split": split} if name == "STL10" else {"train": split == "train"}
+        try:
+            dataset = getattr(datasets, name)(data_dir, **which)
+        except RuntimeError as error:
+            download = f"import torchvision; torchvision.datasets.{name}({data_dir!r}, download=True)"
+            raise FileNotFoundError(
+                f"'{uri}' is not in '{data_dir}': give its folder, or fetch it with python -c \"{download}\""
+            ) from error
+        images = torch.from_numpy(dataset.data)
+        if name != "STL10":
+            images = images.permute(0, 3, 1, 2).contiguous()
+        labels = torch.as_tensor(dataset.labels if name == "STL10" else dataset.targets).long()
+        return Split(images, labels, tuple(dataset.classes))
+
+    return Source(("train", "test"), open_split, size=size, constants=constants)
+
+
+def _open_folder(uri: str, data_dir: str) -> Source:
+    """Open DIR/SPLIT/CLASS/image, or DIR/CLASS/image, which then serves as every split."""
+    root = Path(uri.partition(":")[2]).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"'{uri}': there is no folder '{root}'; expected DIR/SPLIT/CLASS/image")
+    folders = {split: root / split for split in FOLDER_SPLITS if (root / split).is_dir()}
+    folders = folders or dict.fromkeys(FOLDER_SPLITS, root)
+    entries = [entry for folder in folders.values() for entry in folder.iterdir()]
+    classes = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
+    extensions = {ending for ending, form in Image.registered_extensions().items() if form in IMAGE_FORMATS}
+
+    def open_split(split: str) -> Split:
+        found = [
+            (str(path), label)
+            for label, name in enumerate(classes)
+            for path in sorted((folders[split] / name).rglob("*"))
+            if path.suffix.lower() in extensions
+        ]
+
+        def read(rows: Tensor) -> list[tuple[str, str | BytesIO]]:
+            return [(found[row][0], found[row][0]) for row in rows.tolist()]
+
+        labels = torch.tensor([label for _, label in found], dtype=torch.int64)
+        return Split(read, labels, tuple(classes))
+
+    return Source(tuple(folders), open_split)
+
+
+def _open_hub(uri: str, data_dir: str) -> Source:
+    """Open a Hugging Face data set; image and label columns are found by their feature types."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"'{uri}' needs the package datasets: pip install 'stripe-observation[hub]'"
+        ) from error
+
+    target = uri.partition(":")[2]
+    if target.startswith((".", "/")) and not Path(target).is_dir():
+        raise FileNotFoundError(f"'{uri}': there is no folder '{target}'")
+    try:
+        splits = datasets.load_dataset(target)
+    except Exception as error:  # files that are not what they say fail in many ways
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise FileNotFoundError(f"cannot load '{uri}': {reason}") from error
+    features = next(iter(splits.values())).features
+    image = _column(features, datasets.Image, uri)
+    label = _column(features, datasets.ClassLabel, uri)
+
+    def open_split(split: str) -> Split:
+        table = splits[split]
+        encoded = table.select_columns(image).cast_column(image, datasets.Image(decode=False))
+
+        def read(rows: Tensor) -> list[tuple[str, str | BytesIO]]:
+            return [
+                (f"{uri} {split} row {row}", BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
+                for row, stored in zip(rows.tolist(), encoded[rows.tolist()][image], strict=True)
+            ]
+
+        labels = table.select_columns(label).with_format("numpy")[:][label]
+        return Split(read, torch.from_numpy(labels).long(), tuple(features[label].names))
+
+    return Source(tuple(splits), open_split)
+
+
+def _column(features: Mapping[str, object], kind: type, uri: str) -> str:
+    for name, feature in features.items():
+        if isinstance(feature, kind):
+            return name
+    raise ValueError(f"'{uri}' has no column of type {kind.__name__}, only {', '.join(features)}")
+
+
+_TORCHVISION: dict[str, tuple[str, int, Constants | None]] = {
+    "cifar10": ("CIFAR10", 32, (CIFAR_MEAN, CIFAR_STD)),
+    "cifar100": ("CIFAR100", 32, (CIFAR_MEAN, CIFAR_STD)),
+    "stl10": ("STL10", 96, None),
+}
+_OPENERS: dict[str, Callable[[str, str], Source]] = {
+    "digits": _open_digits,
+    **dict.fromkeys(_TORCHVISION, _open_torchvision),
+    "imagefolder:DIR": _open_folder,
+    "hf:NAME_OR_DIR": _open_hub,
+}

@@ -1,0 +1,57 @@
+"""Arithmetic that the statistics share: what arrays they take, work a block at a time, means and ratios with NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.floating[Any]]
+Labels = npt.NDArray[np.integer[Any]]
+Counts = npt.NDArray[np.int64]
+
+SEED = 0
+BLOCK_VALUES = 2**18  # float64 values worked on at once: fits a core's cache
+COUNT_VALUES = 2**22  # resampling counts or permuted values held at once: 32 MB
+
+
+def matrix(values: Array) -> Array:
+    """Return values that are (samples, channels); ValueError for any other shape and for an empty dimension."""
+    values = np.asarray(values)
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"values have shape {values.shape}; expected (samples, channels) with at least one of each")
+    return values
+
+
+def deviation_blocks(values: Array, centre: Array) -> Iterator[tuple[slice, Array]]:
+    """Yield row slices and their float64 deviations, in a buffer that the next block overwrites."""
+    count, channels = values.shape
+    step = min(count, max(16, BLOCK_VALUES // channels))
+    buffer = np.empty((step, channels))
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        deviations = buffer[: rows.stop - start]
+        np.copyto(deviations, values[rows])  # cast first: subtracting mixed precisions is slower than both
+        deviations -= centre
+        yield rows, deviations
+
+
+def portions(total: int, width: int) -> Iterator[int]:
+    """Yield numbers of rows of ``width`` values that sum to ``total``, each within the memory for counts."""
+    step = max(1, COUNT_VALUES // width)
+    for start in range(0, total, step):
+        yield min(step, total - start)
+
+
+def mean_of(values: npt.NDArray[Any]) -> float:
+    """Mean of all values, NaN of none."""
+    return float(values.mean()) if values.size else math.nan
+
+
+def ratio(part: Any, whole: Any) -> Any:
+    """Divide, with NaN wherever the whole is not above 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.greater(whole, 0), np.divide(part, whole), np.nan)
