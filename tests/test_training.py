@@ -69,7 +69,7 @@ def content(directory: Path) -> dict[Path, bytes]:
 
 
 def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
+    signal.default_int_handler(signal.SIGINT, None)  # what Ctrl-C runs, also where a shell has it ignored
 
 
 # ---- recipe ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ BATCH = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sizes."""
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 30_000, 100_000], metavar="N")
-    add_run(parser, gates=6)
+    add_run(parser, gates=54)
     parser.add_argument("--depth", type=int, default=11, help="of the bottleneck ResNet that is recorded")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds over all cases")
 

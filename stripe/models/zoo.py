@@ -191,7 +191,7 @@ def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: P
     limits = {"depth": MAX_DEPTH, "num_classes": largest, "repeats": len(state)}
     for name, limit in limits.items():
         if type(value := config.get(name, 1)) is not int or not 1 <= value <= limit:
-            raise ValueError(f"{path}: it declares {name} {value!s:.80}; expected 1 to {limit} with these weights")
+            raise ValueError(f"{path}: it declares {name} {value!r:.80}; expected 1 to {limit} with these weights")
     try:
         if hub := _HUB_NAME.fullmatch(str(config["arch"])[:200]):
             config = {"arch": hub[1], "num_classes": config["num_classes"]}  # not :pretrained, it has weights
