@@ -22,7 +22,8 @@ def forms(records: Path, setting: str, module: str) -> Cells:
     rows = comparison.by_form(_results(records, setting, module))
     yield "network", "seeds", "last epoch", "best validated epoch"
     for row in rows.itertuples():
-        means = (f"{mean:.2f} ± {sd:.2f}" for mean, sd in ((row.last_mean, row.last_sd), (row.best_mean, row.best_sd)))
+        measured = ((row.last_mean, row.last_sd), (row.best_mean, row.best_sd))
+        means = (f"{mean:.2f}" + ("" if pd.isna(sd) else f" ± {sd:.2f}") for mean, sd in measured)
         yield label(row.form, module), str(row.seeds), *means
 
 
