@@ -114,6 +114,19 @@ def test_fewer_batches_than_processes_are_cut_evenly(tmp_path, checkpoint):
     assert len(run.samples(4)) == 11
 
 
+def epochs_of(directory):
+    return open_run(directory).epochs if (directory / "run.json").exists() else []
+
+
+def wait_for(launcher, condition):
+    """Wait until the condition holds; AssertionError where the job ends before, or after four minutes."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def workers_of(launcher):
     """Process ids of the launched script by rank, as the launcher told each in its environment."""
     found = {}
@@ -130,24 +143,23 @@ def workers_of(launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path, rank):
+def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path):
     words = [*TRAIN, "--train-samples", "200", "--val-samples", "40", "--record", "50", "--manualSeed", "3"]
-    launcher = launch("train", *words, "--epochs", 60, "-c", tmp_path / "run")
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and launcher.poll() is None:
-        if (tmp_path / "run" / "run.json").exists() and len(open_run(tmp_path / "run").epochs) >= 2:
-            break
-        time.sleep(0.05)
-    os.kill(workers_of(launcher)[rank], signal.SIGKILL)
-    code, _, error = finish(launcher)
-    assert code != 0
-    assert "SIGKILL" in error
-    kept = open_run(tmp_path / "run")
-    assert 2 <= len(kept.epochs) < 60
-    assert all(len(kept.samples(epoch)) == 50 for epoch in kept.epochs)
-    last, until = tmp_path / "run" / "checkpoints" / "last.pt", len(kept.epochs) + 2
-    for words_of in ([*words, "-c", tmp_path / "run", "--resume", last], [*words, "-c", tmp_path / "undisturbed"]):
+    directory, resume = tmp_path / "run", []
+    for rank in (0, 1):
+        before = len(epochs_of(directory))
+        launcher = launch("train", *words, *resume, "--epochs", 60, "-c", directory)
+        wait_for(launcher, lambda: len(epochs_of(directory)) >= before + 2)  # noqa: B023
+        os.kill(workers_of(launcher)[rank], signal.SIGKILL)
+        code, _, error = finish(launcher)
+        assert code != 0
+        assert "SIGKILL" in error
+        kept = open_run(directory)
+        assert before + 2 <= len(kept.epochs) < 60
+        assert all(len(kept.samples(epoch)) == 50 for epoch in kept.epochs)
+        resume = ["--resume", directory / "checkpoints" / "last.pt"]
+    until = len(kept.epochs) + 1
+    for words_of in ([*words, *resume, "-c", directory], [*words, "-c", tmp_path / "undisturbed"]):
         code, _, error = finish(launch("train", *words_of, "--epochs", until))
         assert code == 0, error
     resumed, undisturbed = (open_run(tmp_path / name) for name in ("run", "undisturbed"))
@@ -160,17 +172,22 @@ def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path, rank
 
 @pytest.mark.slow
 def test_a_process_that_fails_tells_why_and_drops_the_epoch(tmp_path, checkpoint):
-    torch.save(torch.load(checkpoint) | {"epoch": 5}, tmp_path / "b.pt")
-    launcher = launch("collect_attention", "--ckpt", checkpoint, "--batch", 1, "--out", tmp_path / "run")
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not list((tmp_path / "run").glob(".unfinished/*")):
-        time.sleep(0.02)
+    epochs, saved = list(range(1, 31)), torch.load(checkpoint)
+    for epoch in epochs:
+        torch.save(saved | {"epoch": epoch}, tmp_path / f"{epoch}.pt")
+    words = ["--samples", 40, "--out", tmp_path / "run", "--ckpt", *(tmp_path / f"{epoch}.pt" for epoch in epochs)]
+    launcher = launch("collect_attention", *words, "--batch", 1)
+    wait_for(launcher, lambda: epochs_of(tmp_path / "run"))
     os.kill(workers_of(launcher)[1], signal.SIGKILL)
     code, _, error = finish(launcher)
     assert code != 0
     assert "SIGKILL" in error
-    assert open_run(tmp_path / "run").epochs == []
-    words = ["--ckpt", checkpoint, tmp_path / "b.pt", "--samples", 40, "--out", tmp_path / "run"]
-    code, _, error = finish(launch("collect_attention", *words))
+    kept = open_run(tmp_path / "run")
+    assert kept.epochs == epochs[: len(kept.epochs)]
+    assert 1 <= len(kept.epochs) < len(epochs)
+    assert all(len(kept.samples(epoch)) == 40 for epoch in kept.epochs)
+    code, _, error = finish(launch("collect_attention", *words, "--resume"))
     assert code == 0, error
-    assert open_run(tmp_path / "run").epochs == [4, 5]
+    whole = open_run(tmp_path / "run")
+    assert whole.epochs == epochs
+    np.testing.assert_allclose(whole.attention("layer1.0", 30), whole.attention("layer1.0", 1), rtol=1e-5)
