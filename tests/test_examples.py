@@ -59,7 +59,7 @@ def test_the_example_is_small_and_holds_no_image():
     ]
     assert sum(file.stat().st_size for file in files) < 5e6
     assert {file.suffix for file in files} == {".csv", ".json", ".parquet"}
-    columns = stripe.load_example(NAME).manifest.arrow_schema().names
+    columns = stripe.load_example(NAME).manifest.arrow_schema.names
     assert {name.partition(":")[0] for name in columns} == {"sample", "label", "attention", "squeeze"}
 
 

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         bootstrap=arguments.bootstrap,
         tolerance=arguments.tolerance,
         command=f"stripe report {address(arguments.run_path)} --out {arguments.out}",
-        progress=options.progress("gates, epochs"),
+        progress=options.progress("epochs"),
     )
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
     return 0

@@ -50,7 +50,7 @@ def render(
         bootstrap: resamples of the strengths' intervals; 0: none.
         tolerance: a gate has settled at the first epoch after which its drift stays below.
         command: how the page is made, shown on it.
-        progress: wraps the iterators over gates and epochs.
+        progress: wraps the iterators over epochs.
 
     Raises:
         ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold.

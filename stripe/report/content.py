@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -87,11 +88,11 @@ def describe_gates(
 
 
 def _tables(run: Run, bootstrap: int, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, pd.DataFrame]:
-    """Return each gate's rows of summarize: gate by gate from samples, of all gates at once from moments."""
-    if run.has_samples:
-        names = progress([gate.name for gate in run.gates])
-        return {name: stats.summarize(run, gates=[name], bootstrap=bootstrap) for name in names}
-    return {str(name): rows for name, rows in stats.summarize(run).groupby("gate")}
+    """Return each gate's rows of summarize."""
+    names = [gate.name for gate in run.gates]
+    one = partial(stats.measure, run, gates=names, bootstrap=bootstrap)
+    rows = stats.tabulate(measured for epoch in progress(run.epochs) for measured in one(epoch))
+    return {str(name): its for name, its in rows.groupby("gate")}
 
 
 def learned_vectors(run: Run, validation: Mapping[str, Any] | None) -> Learned:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -144,11 +143,14 @@ def label_share(values: Array, labels: Labels) -> LabelShare:
     values, labels = matrix(values), np.asarray(labels)
     if labels.shape != (len(values),):
         raise ValueError(f"labels have shape {labels.shape}; expected ({len(values)},), one for each sample")
-    groups = [Moments.of(values[labels == label]) for label in np.unique(labels[labels >= 0])]
-    if len(groups) < 2:
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    if not len(order):
         return LabelShare(math.nan, math.nan)
-    whole = reduce(Moments.merge, groups)
-    return _label_share(whole, len(groups), within=sum(group.m2.sum() for group in groups))
+    _, firsts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    whole = Moments.of(values[order])
+    sums = np.add.reduceat(values[order], firsts, axis=0, dtype=np.float64)
+    return label_share_of_means(whole, sums / counts[:, None], counts)
 
 
 def label_share_of_means(whole: Moments, means: Array, counts: Labels) -> LabelShare:
@@ -161,14 +163,9 @@ def label_share_of_means(whole: Moments, means: Array, counts: Labels) -> LabelS
         return LabelShare(math.nan, math.nan)
     keep = whole.finite
     between = counts @ np.square(means[:, keep] - whole.mean[keep]).sum(axis=1)
-    return _label_share(whole, len(counts), within=whole.m2[keep].sum() - between)
-
-
-def _label_share(whole: Moments, classes: int, within: Any) -> LabelShare:
-    total = whole.m2[whole.finite].sum()
-    within = np.clip(within, 0.0, total)
-    between, extra = total - within, classes - 1
-    error = ratio(within, whole.count - classes)
+    total, extra = whole.m2[keep].sum(), len(counts) - 1
+    within = np.clip(total - between, 0.0, total)
+    between, error = total - within, ratio(within, whole.count - len(counts))
     return LabelShare(float(ratio(between, total)), float(ratio(between - extra * error, total + error)))
 
 

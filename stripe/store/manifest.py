@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -143,8 +144,9 @@ class Manifest:
         """Return where the parts of ``epoch`` lie."""
         return f"{FOLDERS[self.contents]}/{epoch_name(epoch)}"
 
+    @cached_property
     def arrow_schema(self) -> pa.Schema:
-        """Return the columns of every part; the label is null where it is unknown, or stands for all samples."""
+        """Columns of every part; the label is null where it is unknown, or stands for all samples."""
         origin = {ORIGIN: self.origin()}
         if not self.has_samples:
             return MOMENTS_SCHEMA.with_metadata(origin)

@@ -207,7 +207,7 @@ def read_part(
             metadata = parse_footer(footer)
             require(metadata.num_rows == part.rows, f"{metadata.num_rows} rows; expected {part.rows}")
             file = pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
-            require(file.schema_arrow.equals(manifest.arrow_schema()), "other columns than the manifest's")
+            require(file.schema_arrow.equals(manifest.arrow_schema), "other columns than the manifest's")
             for index in range(file.num_row_groups):
                 table = file.read_row_group(index, columns)
                 rows = metadata.row_group(index).num_rows

@@ -121,7 +121,7 @@ class RunWriter:
             if self._rank == 0:
                 self._directory.clear(number)
             self._barrier()
-            schema = self._manifest.arrow_schema()
+            schema = self._manifest.arrow_schema
             staged = f"{STAGING}/{epoch_name(number)}/part-{self._rank:04d}"
             with PartWriter(self._directory, schema, staged) as parts, ThreadPoolExecutor(1) as thread:
                 rows: Rows
