@@ -8,10 +8,10 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov --cov-report=term --cov-fail-under=90
 
 test-all: test
-	$(BIN)/python -m pytest -n auto -m slow  # without coverage, which makes the fuzzing take 1.6 times as long
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow  # without coverage, which makes the fuzzing take 1.6 times as long
 
 lint: .venv/installed
 	$(BIN)/ruff check .
