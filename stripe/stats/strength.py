@@ -148,9 +148,9 @@ def label_share(values: Array, labels: Labels) -> LabelShare:
     if not len(order):
         return LabelShare(math.nan, math.nan)
     _, firsts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    whole = Moments.of(values[order])
-    sums = np.add.reduceat(values[order], firsts, axis=0, dtype=np.float64)
-    return label_share_of_means(whole, sums / counts[:, None], counts)
+    values = values[order]
+    sums = np.add.reduceat(values, firsts, axis=0, dtype=np.float64)
+    return label_share_of_means(Moments.of(values), sums / counts[:, None], counts)
 
 
 def label_share_of_means(whole: Moments, means: Array, counts: Labels) -> LabelShare:
