@@ -118,7 +118,7 @@ MINIATURES = [
         "collect", [*SMALL, "--samples", "7", "--batch", "4", "--torchlens"], COLLECTED, marks=pytest.mark.slow
     ),
     ("collect", [*SMALL, "--samples", "7", "--batch", "4", "--squeeze"], ["forward", "stripe, squeeze"]),
-    ("stats", ["--epochs", "2", "--samples", "30", "--gates", "3"], ["read", "stripe", *stats.PEERS]),
+    ("stats", ["--epochs", "2", "--samples", "30", "--gates", "3"], ["read", "checked read", "stripe", *stats.PEERS]),
     ("stats", ["--bootstrap", "200", "--samples", "40", "--channels", "8"], ["scipy", "stripe"]),
     ("train", [*SMALL, "--dataset", "digits", "--batch", "8", "--samples", "16", "--workers", "0"], TRAINED),
     pytest.param("deploy", [*SMALL, "--batch", "4"], FORMS, marks=pytest.mark.slow),

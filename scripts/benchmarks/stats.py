@@ -1,4 +1,7 @@
-"""Time moments, strength and drift of a run beside a bare read, DuckDB, Polars and pandas; or one gate's bootstrap."""
+"""Time moments, strength and drift of a run beside reads, DuckDB, Polars and pandas; or one gate's bootstrap.
+
+The bare read checks nothing; the other one, like stripe's, the checksum of every page.
+"""
 
 import argparse
 import math
@@ -41,7 +44,8 @@ def run(arguments: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         files = write_run(Path(folder), arguments.epochs, arguments.samples, channels)
         columns = [f"attention:gate{number}" for number in range(len(channels))]
-        cases: dict[str, Prepare] = {"read": partial(_prepare, _read, files, columns)}
+        cases: dict[str, Prepare] = {"read": partial(_prepare, _read, files, columns, False)}
+        cases["checked read"] = partial(_prepare, _read, files, columns, True)
         cases["stripe"] = partial(_prepare, _stripe, folder, arguments.epochs)
         cases |= {
             name: partial(_prepare, peer, files, columns) for name, peer in PEERS.items() if find_spec(name) is not None
@@ -64,9 +68,9 @@ def _prepare(take: Callable[..., Any], *arguments: Any) -> Prepare:
     return partial(take, *arguments)
 
 
-def _read(files: Sequence[str], columns: Sequence[str]) -> None:
+def _read(files: Sequence[str], columns: Sequence[str], checked: bool) -> None:
     for file in files:
-        pq.read_table(file, columns=columns)
+        pq.read_table(file, columns=columns, page_checksum_verification=checked)
 
 
 def _stripe(path: str, epochs: int) -> Found:
