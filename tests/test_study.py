@@ -400,7 +400,7 @@ def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys)
 
 RECIPES = (
     "recipes --dataset digits --depth 11 --epochs 1 --batch 8 --train-samples 40 --test-samples 40 --lr 0.01"
-    " --workers 0 --amp no --seeds 1 2"
+    " --amp no --seeds 1 2"
 ).split()
 
 

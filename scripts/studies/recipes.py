@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-samples", type=int, metavar="N", help="test images (default: all)")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
     parser.add_argument("--amp", default="bf16", help="precision of stripe's training")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="DataLoader processes of the reference")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="begin no training after")
 
 
@@ -86,7 +85,7 @@ def train_case(case: Row, images: ImageSet, test: ImageSet, arguments: argparse.
 
 
 def _as_written(network: nn.Module, images: ImageSet, arguments: argparse.Namespace, seed: int) -> None:
-    loader = loader_as_written(images, arguments.batch, arguments.workers)
+    loader = loader_as_written(images, arguments.batch, workers=0)  # forked ones would hold on to the network's memory
     train_as_written(as_written(network), loader, arguments.epochs, arguments.lr, DEVICE)
 
 
