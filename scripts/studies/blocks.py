@@ -105,9 +105,9 @@ def inputs(records: Path, name: str) -> Cells:
     yield "accuracy", *texts, *("" for _ in kinds[1:])
 
 
-def recipes(records: Path) -> Cells:
+def recipes(records: Path, folder: str = ".") -> Cells:
     """Accuracies by stripe's recipe and by the reference's, and their paired difference, from recipes.csv."""
-    rows = read(records / "recipes.csv")
+    rows = read(records / folder / "recipes.csv")
     yield "network", "seeds", *recipe_study.RECIPES, "difference", "95 % interval"
     for row in recipe_study.differences(rows).itertuples():
         its = rows[rows["form"] == row.network].pivot(index="seed", columns="recipe", values="accuracy").dropna()
