@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from stripe.gates import Gate, read_gates
-from stripe.store import CONTENTS, GateColumn, Rows, RunWriter
+from stripe.store import CONTENTS, KINDS, GateColumn, Rows, RunWriter
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, sample ids
 Progress = Callable[[Batches], Batches]
@@ -90,7 +90,9 @@ class Recorder:
             **_place_in_group() if shared else {},
         )
         self._squeeze = squeeze
-        self._seen: dict[str, dict[str, Tensor]] = {}  # by kind, then gate
+        self._columns, self._width = _side_by_side(self.gates, KINDS if squeeze else KINDS[:1])
+        self._values: Tensor | None = None  # of the last forward pass, (N, width)
+        self._kept: set[tuple[str, str]] = set()  # whose columns hold some
         self._epoch: tuple[int, Rows] | None = None
         self._open = ExitStack()  # the writer and the hooks
         self._open_epoch = ExitStack()
@@ -106,26 +108,37 @@ class Recorder:
 
     def __exit__(self, *error: Any) -> None:
         """Stop reading; finish the epoch, or drop it after an exception."""
-        self._seen.clear()
+        self._values = None
         self._epoch = None
         self._open.__exit__(*error)
 
     def _keep(self, gate: Gate, kind: str, values: Tensor) -> None:
-        self._seen.setdefault(kind, {})[gate.name] = values
+        """Copy a gate's values (N, C) into the one block of all.
+
+        Blocks of their own would lie scattered among the network's feature maps, which would then need more memory.
+        """
+        if self._values is None or len(self._values) != len(values):
+            with torch.inference_mode(False):  # the next forward pass may be in another mode
+                self._values = torch.empty(len(values), self._width, device=values.device)
+            self._kept.clear()
+        self._values[:, self._columns[kind, gate.name]] = values
+        self._kept.add((kind, gate.name))
 
     def commit(self, sample_ids: Any, labels: Any | None = None, *, epoch: int = 0) -> None:
         """Store what the last forward pass gave for the samples (N,) with their labels (N,).
 
         Raises:
-            RuntimeError: no forward pass has been made since the last commit.
+            RuntimeError: no forward pass has been made, to its end, since the last commit.
             ValueError: the samples differ in number from those of the forward pass, or repeat.
             FileExistsError: the run holds this epoch.
             OSError: the run cannot be written.
         """
-        if not self._seen:
+        if self._values is None or self._columns.keys() != self._kept:
             raise RuntimeError("nothing to commit: run the network on the samples first, inside `with Recorder(...)`")
-        values = {kind: {gate: _array(v.float()) for gate, v in seen.items()} for kind, seen in self._seen.items()}
-        self._seen.clear()
+        rows, self._values = _array(self._values), None
+        values: dict[str, dict[str, Any]] = {}
+        for (kind, gate), columns in self._columns.items():
+            values.setdefault(kind, {})[gate] = rows[:, columns]
         self._begin(epoch).append(_array(sample_ids), None if labels is None else _array(labels), **values)
 
     def record(self, loader: Batches, *, epoch: int = 0, progress: Progress = iter) -> None:
@@ -254,6 +267,16 @@ class RecorderCallback:
         if name in ("setup", "teardown", "load_state_dict") or name.startswith("on_"):
             return _do_nothing
         raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
+
+
+def _side_by_side(gates: Sequence[Gate], kinds: Sequence[str]) -> tuple[dict[tuple[str, str], slice], int]:
+    """Return the columns of each kind and gate in a matrix of all, and its width."""
+    columns, width = {}, 0
+    for kind in kinds:
+        for gate in gates:
+            columns[kind, gate.name] = slice(width, width + gate.channels)
+            width += gate.channels
+    return columns, width
 
 
 def _place_in_group() -> dict[str, Any]:

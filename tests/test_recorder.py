@@ -111,6 +111,38 @@ def test_commit_without_a_forward_pass_or_with_other_samples_is_refused(tmp_path
     assert open_run(tmp_path / "b").epochs == []
 
 
+def test_what_was_not_committed_is_replaced_whatever_its_mode_and_size(tmp_path, network, loader):
+    batch, labels, ids = next(iter(loader))
+    gates = find_gates(network, batch[:2])
+    with Recorder(network, gates, tmp_path / "run") as recorder:
+        with torch.inference_mode():
+            network(batch / 2)
+        network(batch / 2)
+        network(batch[:3])
+        with torch.inference_mode():
+            network(batch)
+        recorder.commit(ids, labels)
+        network(batch / 2)
+        recorder.commit(ids, labels, epoch=1)
+    run = open_run(tmp_path / "run")
+    for gate in gates:
+        attention, _ = hand_written(network, [(batch, labels, ids)], gate.source)
+        np.testing.assert_allclose(run.attention(gate.name, 0), attention, rtol=1e-5)
+        assert not np.allclose(run.attention(gate.name, 1), attention, rtol=1e-5)
+
+
+def test_a_forward_pass_that_failed_has_nothing_to_commit(tmp_path, network, loader):
+    batch, labels, ids = next(iter(loader))
+    gates = find_gates(network, batch[:2])
+    with Recorder(network, gates, tmp_path / "run") as recorder:
+        network(batch)
+        network.layer3.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            network(batch[:3])
+        with pytest.raises(RuntimeError, match="nothing to commit"):
+            recorder.commit(ids[:3], labels[:3])
+
+
 def test_an_exception_leaves_finished_epochs_and_no_hook(tmp_path, network, loader):
     gates = find_gates(network, next(iter(loader))[0][:2])
 

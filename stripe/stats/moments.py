@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from stripe.stats.arithmetic import Array, Counts, deviation_blocks, matrix
-from stripe.stats.runs import Batch, RecordedRun
+from stripe.stats.arithmetic import Array, Counts, deviation_blocks, matrix, read_ahead
+from stripe.stats.runs import RecordedRun
 
 NEAR_BOUND = 1e-3  # a value this close to 0 or 1 counts as saturated
 SATURATED_SHARE = 0.99  # more than this share of saturated values flags the gate
@@ -84,7 +83,7 @@ def moments(
     for epoch in run.epochs if epochs is None else epochs:
         whole: Moments | None = None
         memory: Array = np.empty((0, 0))
-        for batch in _read_ahead(run.batches(epoch, gates)):
+        for batch in read_ahead(run.batches(epoch, gates)):
             matrices = list(batch.values())
             rows, ends = len(matrices[0]), np.cumsum([matrix.shape[1] for matrix in matrices])
             if rows > len(memory):
@@ -103,15 +102,6 @@ def moments(
                 counts = (int(each[its].sum()) for each in (near_bounds, nonfinite))
                 found[epoch, gate] = Moments(whole.count, *arrays, *counts)
     return found
-
-
-def _read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield batches while another thread reads the next one."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next, batches, None)
-        while (batch := waiting.result()) is not None:
-            waiting = pool.submit(next, batches, None)
-            yield batch
 
 
 @np.errstate(invalid="ignore", over="ignore")

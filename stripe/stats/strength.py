@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from stripe.stats.arithmetic import SEED, Array, Labels, deviation_blocks, matrix, mean_of, portions, ratio
+from stripe.stats.arithmetic import SEED, Array, Labels, deviation_blocks, matrix, mean_of, portions, ratio, read_ahead
 from stripe.stats.moments import Moments
 
 RESAMPLES = 1000
@@ -84,20 +85,27 @@ def bootstrap_strength(
             f"resamples={resamples}, confidence={confidence}: expected resamples >= 1 and 0 < confidence < 1"
         )
     values = matrix(values)
-    mean, rng = Moments.of(values).mean, np.random.default_rng(seed)
-    sizes = portions(resamples, len(values))
-    strengths = np.concatenate([_resampled_strengths(values, mean, portion, rng) for portion in sizes])
+    mean = Moments.of(values).mean
+    drawn = read_ahead(_resampling_counts(resamples, len(values), seed))
+    strengths = np.concatenate([_resampled_strengths(values, mean, counts) for counts in drawn])
     tail = (1 - confidence) / 2
     low, high = np.quantile(strengths, [tail, 1 - tail])
     return Interval(float(low), float(high))
 
 
-def _resampled_strengths(values: Array, mean: Array, resamples: int, rng: np.random.Generator) -> Array:
+def _resampling_counts(resamples: int, count: int, seed: int) -> Iterator[Array]:
+    """Yield rows of how often each of ``count`` samples was drawn, (n, count), of ``resamples`` in all."""
+    rng = np.random.default_rng(seed)
+    for rows in portions(resamples, count):
+        counts = np.empty((rows, count))
+        for drawn in counts:
+            drawn[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+        yield counts
+
+
+def _resampled_strengths(values: Array, mean: Array, counts: Array) -> Array:
     count, channels = values.shape
-    counts = np.empty((resamples, count))
-    for drawn in counts:
-        drawn[:] = np.bincount(rng.integers(count, size=count), minlength=count)
-    sums, squares = np.zeros((resamples, channels)), np.zeros(resamples)
+    sums, squares = np.zeros((len(counts), channels)), np.zeros(len(counts))
     for rows, deviations in deviation_blocks(values, mean):
         sums += counts[:, rows] @ deviations
         squares += counts[:, rows] @ np.einsum("nc,nc->n", deviations, deviations)
