@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 SEED = 0
 BLOCK_VALUES = 2**18  # float64 values worked on at once: fits a core's cache
-COUNT_VALUES = 2**21  # resampling counts or permuted values held at once: 16 MB
+COUNT_VALUES = 2**21  # resampling counts or permuted values in a portion: 16 MB; two are held where one is read ahead
 
 
 def matrix(values: Array) -> Array:
