@@ -21,6 +21,7 @@ GATES = {
 CLASSES = 1000
 SPREAD = 0.05  # of the values around their channel's, as in a trained gate
 BATCH = 100
+COMPARED = ("baseline", "ratio", "ratio_min", "ratio_max", "peak_mb")  # what a row has none of here
 DISTINCT = 8  # batches before one comes again: far enough apart that compression does not see it
 
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> Result:
     for network in arguments.networks:
         for case, seconds, size in _cases(GATES[network], max(BATCH, arguments.samples // BATCH * BATCH)):
             row = {"case": f"{network}, {case}", "seconds": seconds, "min": seconds, "max": seconds}
-            rows.append(row | {"baseline": None, "ratio": None, "peak_mb": None, "bytes": size})
+            rows.append(row | dict.fromkeys(COMPARED) | {"bytes": size})
             print(f"{rows[-1]['case']:45} {1 / seconds:9.0f} samples/s" + (f" {size:9.0f} bytes" if size else ""))
     return Result(rows)
 

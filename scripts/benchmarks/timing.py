@@ -43,6 +43,18 @@ class Timing:
         """Median seconds."""
         return statistics.median(self.seconds)
 
+    def ratios(self, other: Timing) -> list[float]:
+        """Return a round's seconds over the other's of the same round, for every round, in increasing order."""
+        return sorted(mine / its for mine, its in zip(self.seconds, other.seconds, strict=True))
+
+    def ratio(self, other: Timing) -> float:
+        """Return the median of the rounds' ratios: a machine that changes its speed between rounds does not move it."""
+        return statistics.median(self.ratios(other))
+
+    def difference(self, other: Timing) -> float:
+        """Return the median of the rounds' differences, in seconds."""
+        return statistics.median(mine - its for mine, its in zip(self.seconds, other.seconds, strict=True))
+
 
 def measure(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Timing]:
     """Time every case `rounds` times, after one run to warm up; ChildProcessError for a case that fails."""
@@ -134,19 +146,24 @@ def _peak_mb() -> float | None:
 
 
 def report(timings: Mapping[str, Timing], baseline: str, *, images: int | None = None) -> list[Row]:
-    """Print and return a row a case: median, least and most seconds, ratio of medians to `baseline`, peak memory."""
+    """Print and return a row a case: seconds and, round by round, their ratio to `baseline`; peak memory.
+
+    Of seconds and ratios the median, the least and the most.
+    """
     width = max(len(name) for name in timings)
     rate = "  images/s" if images else ""
-    print(f"{'case':{width}}   seconds       min       max  x {baseline}  peak MB{rate}")
+    print(f"{'case':{width}}   seconds       min       max  x {baseline}    min    max  peak MB{rate}")
     rows = []
     for name, timing in timings.items():
-        ratio = timing.median / timings[baseline].median
+        ratios, ratio = timing.ratios(timings[baseline]), timing.ratio(timings[baseline])
         low, high, peak = min(timing.seconds), max(timing.seconds), timing.peak_mb
         row = {"case": name, "seconds": timing.median, "min": low, "max": high, "baseline": baseline, "ratio": ratio}
-        rows.append(row | {"peak_mb": peak} | ({"images_per_second": images / timing.median} if images else {}))
+        row |= {"ratio_min": ratios[0], "ratio_max": ratios[-1], "peak_mb": peak}
+        rows.append(row | ({"images_per_second": images / timing.median} if images else {}))
         rate = f"  {images / timing.median:8.1f}" if images else ""
-        text = f"{timing.median:9.4f} {low:9.4f} {high:9.4f}  {ratio:{len(baseline) + 2}.3f}  "
-        print(f"{name:{width}} {text}{'-' if peak is None else round(peak):>7}{rate}", flush=True)
+        text = f"{timing.median:9.4f} {low:9.4f} {high:9.4f}  {ratio:{len(baseline) + 2}.3f} "
+        text += f"{ratios[0]:6.3f} {ratios[-1]:6.3f}  {'-' if peak is None else round(peak):>7}{rate}"
+        print(f"{name:{width}} {text}", flush=True)
     return rows
 
 

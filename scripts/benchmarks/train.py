@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> Result:
     timings = measure(cases, arguments.rounds)
     rows = report(timings, "SE, reference", images=_samples(arguments))
     for form in FORMS:
-        ratio = timings[f"{form}, reference"].median / timings[f"{form}, stripe"].median
+        ratio = timings[f"{form}, reference"].ratio(timings[f"{form}, stripe"])
         print(f"{form}: {ratio:.2f} times the images/s of the reference recipe")
     return Result(rows)
 
