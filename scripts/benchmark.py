@@ -35,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     module = import_module(f"benchmarks.{chosen.benchmark}")
     form = argparse.ArgumentDefaultsHelpFormatter
-    own = argparse.ArgumentParser(f"{parser.prog} {chosen.benchmark}", description=module.__doc__, formatter_class=form)
-    own.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    about = {"description": module.__doc__, "formatter_class": form, "allow_abbrev": False}
+    own = argparse.ArgumentParser(f"{parser.prog} {chosen.benchmark}", parents=[output], **about)
     module.add_arguments(own)
     arguments = own.parse_args(chosen.arguments)
     try:
@@ -45,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if arguments.json:
-        content = {"benchmark": chosen.benchmark, "device": device(), "versions": versions(), "rows": result.rows}
+        words = output.parse_known_args(chosen.arguments)[1]
+        content = {"benchmark": chosen.benchmark, "arguments": words, "device": device(), "versions": versions()}
+        content["rows"] = result.rows
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     return int(result.failed)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 sys.path.append(str(SCRIPT.parent))
 
 from benchmarks import collect, deploy, fold, reference, runs, stats, timing, train  # noqa: E402
+from studies import speed  # noqa: E402
 
 MODULES = [f"benchmarks.{name}" for name in ("collect", "deploy", "fold", "stats", "scaling", "train")]
 
@@ -51,7 +53,7 @@ def test_coverage_compares_every_network_and_reports(benchmark, listed, tmp_path
     assert lines[1].split() == ["timm:lcnet_050", "2", "2", "ok"]
     assert lines[-1] == "2 of 2 networks as expected"
     report = json.loads((tmp_path / "a.json").read_text())
-    assert report.keys() == {"benchmark", "device", "versions", "rows"}
+    assert report.keys() == {"benchmark", "arguments", "device", "versions", "rows"}
     assert report["benchmark"] == "coverage"
     assert {"python", "stripe-observation", "torch", "timm"} <= report["versions"].keys()
     assert [row["found"] for row in report["rows"]] == [2, 0]
@@ -109,32 +111,37 @@ def test_help_lists_every_benchmark_without_torch(benchmark, capsys):
 # ---- in miniature ------------------------------------------------------------------------------------------
 
 SMALL = ["--depth", "11", "--rounds", "2"]
-FORMS = ["plain", "SE", "ASR", "deployed", deploy.REFERENCE, "fused", "fused, channels-last", "fused, onnxruntime"]
+FORMS = [*deploy.FORMS, "fused, onnxruntime"]
 TRAINED = ["SE, reference", "SE, stripe", "ASR, reference", "ASR, stripe"]
 FOLDED = [f"{name}, {how}" for how in ("eager", "channels-last", "onnxruntime") for name in ("attention", "folded")]
 COLLECTED = ["forward", "stripe", *collect.PEERS]
+READERS = ["checked read", "stripe", *stats.PEERS]
+SLOW = pytest.mark.slow
 MINIATURES = [
     pytest.param(
-        "collect", [*SMALL, "--samples", "7", "--batch", "4", "--torchlens"], COLLECTED, marks=pytest.mark.slow
+        "torchlens", ["collect", *SMALL, "--samples", "7", "--batch", "4", "--torchlens"], COLLECTED, marks=SLOW
     ),
-    ("collect", [*SMALL, "--samples", "7", "--batch", "4", "--squeeze"], ["forward", "stripe, squeeze"]),
-    ("stats", ["--epochs", "2", "--samples", "30", "--gates", "3"], ["read", "checked read", "stripe", *stats.PEERS]),
-    ("stats", ["--bootstrap", "200", "--samples", "40", "--channels", "8"], ["scipy", "stripe"]),
-    ("train", [*SMALL, "--dataset", "digits", "--batch", "8", "--samples", "16", "--workers", "0"], TRAINED),
-    pytest.param("deploy", [*SMALL, "--batch", "4"], FORMS, marks=pytest.mark.slow),
-    ("scaling", ["--samples", "30", "60", "--gates", "3", "--rounds", "1"], ["stats, 30", "stats, 60"]),
-    pytest.param("fold", ["--size", "64", "--batch", "2", "--rounds", "2"], FOLDED, marks=pytest.mark.slow),
-    pytest.param("startup", ["--rounds", "1"], ["python -c pass", "import stripe"], marks=pytest.mark.slow),
+    ("collect", ["collect", *SMALL, "--samples", "7", "--batch", "4"], COLLECTED[:-1]),
+    ("squeeze", ["collect", *SMALL, "--samples", "7", "--batch", "4", "--squeeze"], ["forward", "stripe, squeeze"]),
+    ("stats", ["stats", "--epochs", "2", "--samples", "30", "--gates", "3"], ["read", *READERS]),
+    ("bootstrap", ["stats", "--bootstrap", "200", "--samples", "40", "--channels", "8"], ["scipy", "stripe"]),
+    ("train", ["train", *SMALL, "--dataset", "digits", "--batch", "8", "--samples", "16", "--workers", "0"], TRAINED),
+    pytest.param("deploy", ["deploy", *SMALL, "--batch", "4"], FORMS, marks=SLOW),
+    ("scaling", ["scaling", "--samples", "30", "60", "--gates", "3", "--rounds", "1"], ["stats, 30", "stats, 60"]),
+    pytest.param("fold-mobilenet", ["fold", "--size", "64", "--batch", "2", "--rounds", "2"], FOLDED, marks=SLOW),
+    pytest.param("startup", ["startup", "--rounds", "1"], ["python -c pass", "import stripe"], marks=SLOW),
 ]
 COLUMNS = {"case", "seconds", "min", "max", "baseline", "ratio", "ratio_min", "ratio_max", "peak_mb"}
 
 
-@pytest.mark.parametrize(("name", "words", "cases"), MINIATURES)
-def test_in_miniature(benchmark, tmp_path, name, words, cases):
-    assert benchmark.main([name, *words, "--json", str(tmp_path / "a.json")]) == 0
-    report = json.loads((tmp_path / "a.json").read_text())
-    assert report.keys() == {"benchmark", "device", "versions", "rows"}
-    assert report["benchmark"] == name
+@pytest.mark.parametrize(("record", "words", "cases"), MINIATURES)
+def test_in_miniature(benchmark, tmp_path, record, words, cases):
+    """Run it, and make of what it wrote what the README says of it."""
+    path = tmp_path / f"{record}.json"
+    assert benchmark.main([*words, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report.keys() == {"benchmark", "arguments", "device", "versions", "rows"}
+    assert [report["benchmark"], *report["arguments"]] == words
     rows = {row["case"]: row for row in report["rows"]}
     assert list(rows)[: len(cases)] == cases
     assert len(rows) == len(report["rows"])
@@ -143,7 +150,12 @@ def test_in_miniature(benchmark, tmp_path, name, words, cases):
         assert 0 < row["min"] <= row["seconds"] <= row["max"]
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
         assert row["case"] != row["baseline"] or row["ratio_min"] == row["ratio_max"] == 1
-        assert name == "startup" or row["peak_mb"] > 10
+        assert record == "startup" or row["peak_mb"] > 10
+    said = list(speed.table(tmp_path))
+    assert len(said) == sum(name == record for name, _ in speed.FIGURES)
+    for _, figures, command in said:
+        assert re.search(r"\d", figures)
+        assert command == f"`benchmark.py {' '.join(words)}`"
 
 
 def test_sizes_and_rates_in_miniature(benchmark, tmp_path):

@@ -519,9 +519,11 @@ def test_a_block_that_cannot_be_made_is_one_line(records, mark, expected, capsys
 
 
 def test_blocks_read_the_benchmark_and_the_recorded_stripes(tmp_path):
-    rows = [{"case": "plain", "images_per_second": 100.0, "ratio": 1.0, "baseline": "plain"}]
-    (tmp_path / "deploy.json").write_text(json.dumps({"rows": rows}))
-    assert blocks.markdown("speed", tmp_path, []).endswith("| plain | 100 | 1.00 |")
+    rounds = {"scipy": [3.0, 4.0, 9.0], "stripe": [1.0, 2.0, 2.0]}
+    rows = [{"case": case, "rounds": seconds, "peak_mb": None} for case, seconds in rounds.items()]
+    content = {"benchmark": "stats", "arguments": ["--bootstrap", "9"], "rows": rows}
+    (tmp_path / "bootstrap.json").write_text(json.dumps(content))
+    assert blocks.markdown("speed", tmp_path, ["."]).endswith(" | 3 | `benchmark.py stats --bootstrap 9` |")
     strengths = {(1, "g"): 0.9, (2, "g"): 0.4, (1, "h"): 0.2, (2, "h"): 0.3}
     table = pd.DataFrame([{"epoch": e, "gate": g, "strength": s} for (e, g), s in strengths.items()])
     table.assign(setting="s", module="eca", form="attention", seed=1).to_csv(tmp_path / "stripes.csv", index=False)

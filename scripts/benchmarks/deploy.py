@@ -46,8 +46,8 @@ def _kept(depth: int, module: str) -> nn.Module:
     return network
 
 
-def _deployed(depth: int, module: str) -> nn.Module:
-    return asr.deploy(build("ASR", depth, module))
+def _deployed(depth: int, module: str, form: str = "ASR") -> nn.Module:
+    return asr.deploy(build(form, depth, module))
 
 
 def _fused(depth: int, module: str) -> nn.Module:
@@ -59,6 +59,7 @@ FORMS = {
     "SE": partial(build, "SE"),
     "ASR": partial(build, "ASR"),
     "deployed": _deployed,
+    "ASR + SE, deployed": partial(_deployed, form="ASR + SE"),
     REFERENCE: _kept,
     "fused": _fused,
     "fused, channels-last": _fused,

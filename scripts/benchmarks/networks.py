@@ -23,8 +23,9 @@ def add_network(parser: argparse.ArgumentParser, *, rounds: int, batch: int) -> 
 
 
 def build(form: str, depth: int, module: str) -> nn.Module:
-    """Build the "plain", "SE" or "ASR" form of one network on the device, in eval mode."""
+    """Build the "plain", "SE", "ASR" or "ASR + SE" form of one network on the device, in eval mode."""
     forms = {"plain": {}, "SE": {"module": module}, "ASR": {"module": module, "asr": True}}
+    forms["ASR + SE"] = {"module": module, "asr": True, "both": True}
     torch.manual_seed(0)
     return create_model("resnet", depth=depth, **forms[form]).to(DEVICE).eval()
 

@@ -158,7 +158,7 @@ def report(timings: Mapping[str, Timing], baseline: str, *, images: int | None =
         ratios, ratio = timing.ratios(timings[baseline]), timing.ratio(timings[baseline])
         low, high, peak = min(timing.seconds), max(timing.seconds), timing.peak_mb
         row = {"case": name, "seconds": timing.median, "min": low, "max": high, "baseline": baseline, "ratio": ratio}
-        row |= {"ratio_min": ratios[0], "ratio_max": ratios[-1], "peak_mb": peak}
+        row |= {"ratio_min": ratios[0], "ratio_max": ratios[-1], "peak_mb": peak, "rounds": timing.seconds}
         rows.append(row | ({"images_per_second": images / timing.median} if images else {}))
         rate = f"  {images / timing.median:8.1f}" if images else ""
         text = f"{timing.median:9.4f} {low:9.4f} {high:9.4f}  {ratio:{len(baseline) + 2}.3f} "

@@ -8,8 +8,9 @@ import pandas as pd
 
 import stripe
 from stripe.stats import summarize
-from studies import comparison, growth
+from studies import comparison, findings, growth
 from studies import recipes as recipe_study
+from studies import speed as benchmarks
 from studies.comparison import label
 from studies.table import read
 
@@ -19,7 +20,7 @@ EXAMPLE = "cifar10-se-resnet20"
 
 def forms(records: Path, setting: str, module: str) -> Cells:
     """Accuracies of every form of a setting, from results.csv."""
-    rows = comparison.by_form(_results(records, setting, module))
+    rows = comparison.by_form(findings.of_module(records, setting, module))
     yield "network", "seeds", "last epoch", "best validated epoch"
     for row in rows.itertuples():
         measured = ((row.last_mean, row.last_sd), (row.best_mean, row.best_sd))
@@ -29,7 +30,7 @@ def forms(records: Path, setting: str, module: str) -> Cells:
 
 def differences(records: Path, setting: str, module: str) -> Cells:
     """Paired differences at the last epoch, from results.csv."""
-    rows = comparison.paired(_results(records, setting, module))
+    rows = comparison.paired(findings.of_module(records, setting, module))
     yield "difference", "points", "95 % interval", "p", "adjusted p", "seeds to tell 0.5"
     for row in rows[(rows["module"] == module) & (rows["measure"] == "last")].itertuples():
         name = f"{label(row.form, module)} − {label(row.base, module)}"
@@ -116,12 +117,16 @@ def recipes(records: Path, folder: str = ".") -> Cells:
         yield row.network, str(row.seeds), *means, f"{row.difference:+.2f}", interval
 
 
-def speed(records: Path) -> Cells:
-    """The benchmark of the deployed forms, from deploy.json."""
-    content = json.loads((records / "deploy.json").read_text())
-    yield "form", "images/s", f"time over {content['rows'][0]['baseline']}'s"
-    for row in content["rows"]:
-        yield row["case"], f"{row['images_per_second']:.0f}", f"{row['ratio']:.2f}"
+def speed(records: Path, path: str) -> Cells:
+    """What the benchmarks found, from the files that they wrote to a folder."""
+    yield "what", "ratio (least to greatest round) or figure", "command"
+    yield from benchmarks.table(records / path)
+
+
+def found(records: Path, setting: str, module: str, recorded: str) -> Cells:
+    """The answers to the study's questions, from the records of its parts."""
+    yield "question", "found"
+    yield from findings.table(records, setting, module, recorded)
 
 
 def example(records: Path) -> Cells:
@@ -166,18 +171,9 @@ def csv(records: Path, path: str, *columns: str) -> Cells:
         yield [format(row[name], column.partition(":")[2]) for name, column in zip(names, columns, strict=True)]
 
 
-def _results(records: Path, setting: str, module: str) -> pd.DataFrame:
-    """Return the rows of a module and of the plain networks beside it."""
-    parts = {(s, m): part for s, m, part in comparison.groups(read(records / "results.csv"))}
-    if (setting, module) not in parts:
-        known = ", ".join(" ".join(key) for key in parts)
-        raise ValueError(f"results.csv holds no '{setting} {module}': expected one of {known}")
-    return parts[setting, module]
-
-
 BLOCKS: dict[str, Callable[..., Cells]] = {
     block.__name__: block
-    for block in (plan, forms, differences, recipes, stripes, trends, inputs, speed, example, match, fold, csv)
+    for block in (found, plan, forms, differences, recipes, stripes, trends, inputs, speed, example, match, fold, csv)
 }
 
 

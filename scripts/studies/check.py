@@ -1,7 +1,7 @@
-"""Check: recompute what README.md says between study marks, and the tables that follow from others, from the records.
+"""Check: recompute what the READMEs say between study marks, and the tables that follow from others, from the records.
 
-A block of README.md lies between the lines `<!-- study:NAME ARGUMENTS -->` and `<!-- /study -->`. Exit code 1 where a
-figure differs from the records; `--write` puts the recomputed text in its place.
+A block lies between the lines `<!-- study:NAME ARGUMENTS -->` and `<!-- /study -->`. Exit code 1 where a figure differs
+from the records; `--write` puts the recomputed text in its place.
 """
 
 import argparse
@@ -16,32 +16,38 @@ from studies.blocks import markdown
 BLOCK = re.compile(
     r"(?P<open><!-- study:(?P<name>\S+)(?P<arguments>[^\n]*?) -->\n)(?P<body>.*?)(?P<close><!-- /study -->)", re.S
 )
+README = [Path(name) for name in ("README.md", "figures/study/README.md", "figures/fold-se-resnet20/README.md")]
 MARK = re.compile(r"<!-- (study:|/study)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="the text to check")
+    parser.add_argument("--readme", type=Path, nargs="+", default=README, metavar="FILE", help="the texts to check")
     parser.add_argument("--records", type=Path, default=Path("figures/study"), metavar="DIR", help="committed tables")
     parser.add_argument("--write", action="store_true", help="write what differs anew, and the figures")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, or write; return 1 where something differs."""
-    found = arguments.readme.read_text()
-    expected, blocks = recompute(found, arguments.records)
+    texts, blocks = {}, 0
+    for path in arguments.readme:
+        found = path.read_text()
+        expected, made = recompute(found, arguments.records)
+        texts[path], blocks = (found, expected), blocks + made
     if arguments.write:
         comparison.report(arguments.records)
         for directory in growths(arguments.records):
             growth.report(directory)
-        arguments.readme.write_text(expected)
+        for path, (_, expected) in texts.items():
+            path.write_text(expected)
         return 0
-    texts = {arguments.readme: (found, expected)} | derived(arguments.records)
+    texts |= derived(arguments.records)
     differing = [path for path, (found, expected) in texts.items() if found != expected]
     for path in differing:
         found, expected = (text.splitlines() for text in texts[path])
         print("\n".join(difflib.unified_diff(found, expected, f"{path}", "the records", lineterm="", n=0)))
-    right = f"{blocks} blocks of {arguments.readme} and {len(texts) - 1} tables follow from {arguments.records}"
+    names, others = ", ".join(map(str, arguments.readme)), len(texts) - len(arguments.readme)
+    right = f"{blocks} blocks of {names} and {others} tables follow from {arguments.records}"
     print(f"{len(differing)} files differ from the records: correct them, or run check --write" if differing else right)
     return int(bool(differing))
 
