@@ -195,6 +195,9 @@ def test_resuming_another_recording_is_refused(tmp_path, checkpoints, capsys):
     assert collect("--ckpt", checkpoints[0], "--samples", 10, "--out", tmp_path / "run") == 0
     words = ["--ckpt", *checkpoints, "--samples", 10, "--split", "train", "--out", tmp_path / "run", "--resume"]
     assert "choose another run" in fails(capsys, *words)
+    words[words.index("--split") :] = ["--samples", 12, "--out", tmp_path / "run", "--resume"]
+    assert "epoch 1" in (said := fails(capsys, *words))
+    assert "holds 10 samples, this recording would hold 12: go on with --samples 10" in said
     assert open_run(tmp_path / "run").epochs == [1]
     with pytest.raises(SystemExit):
         collect("--ckpt", checkpoints[0], "--out", tmp_path / "run", "--resume", "--overwrite")

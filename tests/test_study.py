@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -531,9 +532,36 @@ def test_blocks_read_the_benchmark_and_the_recorded_stripes(tmp_path):
     assert text.endswith("| ECA | 1 | 0.55 (0.20 to 0.90) | 0.35 (0.30 to 0.40) | 1 of 2 |")
 
 
-def test_the_readme_follows_from_the_committed_records(monkeypatch):
+def test_the_readmes_follow_from_the_committed_records(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [
+        ("study/results.csv", "accuracy_last"),
+        ("study/stripes.csv", "strength"),
+        ("study/recipes.csv", "accuracy"),
+        ("study/resnet29/epochs.csv", "strength"),
+        ("study/resnet29/inputs.csv", "shift_std"),
+        ("study/resnet29/fold/variants.csv", "test"),
+        ("study/resnet29/fold/predictors.csv", "rho"),
+        ("fold-se-resnet20/variants.csv", "test"),
+        ("fold-se-resnet20/distilled/variants.csv", "test"),
+    ],
+)
+def test_a_committed_record_that_changes_is_noticed(tmp_path, monkeypatch, capsys, record, column):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for folder in ("study", "fold-se-resnet20", "benchmarks"):
+        shutil.copytree(ROOT / "figures" / folder, tmp_path / "figures" / folder)
+    path = tmp_path / "figures" / record
+    table = pd.read_csv(path)
+    table[column] *= 0.9
+    table.to_csv(path, index=False)
+    assert main(["check"]) == 1
+    assert "README.md" in capsys.readouterr().out
 
 
 # ---- tables and bad input --------------------------------------------------------------------------------

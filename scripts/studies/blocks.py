@@ -138,9 +138,10 @@ def example(records: Path) -> Cells:
         yield str(gate), *(f"{value:.2f}" for value in row)
 
 
-def match(records: Path) -> Cells:
-    """The learned vectors beside the example run's stripes, from its validation.json."""
-    content = json.loads(Path(stripe.load_example(EXAMPLE).path, "validation.json").read_text())
+def match(records: Path, path: str = "") -> Cells:
+    """The learned vectors beside the stripes, from a validation.json: of `records`, or the example run's."""
+    file = records / path if path else Path(stripe.load_example(EXAMPLE).path, "validation.json")
+    content = json.loads(file.read_text())
     yield "gate", "r", "r of the untrained psi", "r of the best psi", "RMSE", "of the untrained psi", "verdict"
     for row in content["gates"]:
         correlations = (f"{row[name]:.2f}" for name in ("r", "r_untrained", "r_best"))
@@ -160,6 +161,21 @@ def fold(records: Path, path: str) -> Cells:
         yield str(count), *("" if value is None else f"{value:.2f}" for value in values)
 
 
+def folded(records: Path, path: str) -> Cells:
+    """What folding half the gates and all of them costs, in points, from the tables of a fold and of a longer one."""
+    first, longer = read(records / path / "variants.csv"), read(records / path / "distilled" / "variants.csv")
+    before = first.query("folded == 0 and recovery == 'none'")["test"].iloc[0]
+    gates = first["folded"].max()
+    yield "gates folded", "constants", "as folded", "norms re-estimated", "distilled", "distilled longer"
+    for count in (-(-gates // 2), gates):
+        for weighting in ("mean", "energy"):
+            rows = first.query("folded == @count and weighting == @weighting").set_index("recovery")["test"]
+            costs = [f"{rows[recovery] - before:+.2f}" for recovery in ("none", "re-estimated", "distilled")]
+            rows = longer.query("folded == @count and weighting == @weighting and recovery == 'distilled'")["test"]
+            costs += [f"{test - before:+.2f}" for test in rows] or [""]
+            yield f"{count} of {gates}", weighting, *costs
+
+
 def csv(records: Path, path: str, *columns: str) -> Cells:
     """Columns of a table of `records`, as NAME or NAME:FORMAT, such as `r:.2f`."""
     table = read(records / path)
@@ -173,7 +189,7 @@ def csv(records: Path, path: str, *columns: str) -> Cells:
 
 BLOCKS: dict[str, Callable[..., Cells]] = {
     block.__name__: block
-    for block in (found, plan, forms, differences, recipes, stripes, trends, inputs, speed, example, match, fold, csv)
+    for block in (found, plan, forms, differences, recipes, stripes, trends, inputs, speed, example, match, fold, folded, csv)
 }
 
 

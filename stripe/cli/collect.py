@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stripe.data import ImageSet
     from stripe.gates import Candidate, Gate
     from stripe.models import Checkpoint
+    from stripe.store import Run
 
 SUMMARY = "record per-sample channel attention of trained networks into Parquet; many checkpoints become epochs"
 EXAMPLE = "--ckpt runs/se/checkpoints/epoch=*.pt --dataset hf:../shared/data/cifar10 --samples 1000 --out runs/probe"
@@ -72,12 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     process, contents = processes(), _contents(arguments)
     share = {"rank": process.process_index, "world_size": process.num_processes, "workers": arguments.workers}
-    loader, loaded = None, None
-    for epoch, spec in _unrecorded(arguments, tell=process.is_main_process):
+    begun, loader, loaded = _begun(arguments), None, None
+    for epoch, spec in _unrecorded(arguments, begun, tell=process.is_main_process):
         checkpoint = read_checkpoint(spec, arguments.arch)
         constants = _constants(arguments, checkpoint)
         if loader is None or constants != loaded:
             images = _images(arguments, arguments.samples, constants)
+            if begun:
+                _require_samples(arguments, begun, len(images))
             loader, loaded = Loader(images, arguments.batch, **share), constants
         gates = _gates(arguments, spec, _candidates(checkpoint, loader.images))
         with Recorder(
@@ -99,14 +102,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _unrecorded(arguments: argparse.Namespace, *, tell: bool) -> list[tuple[int, str]]:
-    """Return epochs and checkpoints, ascending, without those that --resume finds in the run."""
+def _begun(arguments: argparse.Namespace) -> Run | None:
+    """Return the run that --resume goes on with, if anything was recorded yet."""
     from stripe.store import open_run
 
-    held: list[int] = []
-    if arguments.resume:
-        with suppress(FileNotFoundError):  # nothing was recorded yet
-            held = open_run(arguments.out).epochs
+    with suppress(FileNotFoundError):
+        return open_run(arguments.out) if arguments.resume else None
+    return None
+
+
+def _require_samples(arguments: argparse.Namespace, begun: Run, samples: int) -> None:
+    """Refuse to go on with another number of images than the run's epochs hold (ValueError)."""
+    for epoch in begun.manifest.epochs if begun.has_samples else ():  # rows of moments are gates, not samples
+        rows = sum(part.rows for part in epoch.parts)
+        if rows != samples:
+            raise ValueError(
+                f"epoch {epoch.epoch} of {arguments.out} holds {rows} samples, this recording would hold {samples}: "
+                f"go on with --samples {rows}, or choose another run"
+            )
+
+
+def _unrecorded(arguments: argparse.Namespace, begun: Run | None, *, tell: bool) -> list[tuple[int, str]]:
+    """Return epochs and checkpoints, ascending, without those that the run holds."""
+    held = begun.epochs if begun else []
     epochs = sorted(_epochs(arguments).items())
     for epoch, spec in epochs:
         if tell and epoch in held:
