@@ -198,7 +198,8 @@ def learned_scatter(
 
     Gates are told apart, since those that differ in their mean correlate when pooled, whatever their channels do.
     """
-    ax = _axes(ax, height=COLUMN_WIDTH + 0.4 if len(vectors) <= LEGEND_ROOM else 0.8 * COLUMN_WIDTH)  # named below, or beside
+    beside = len(vectors) > LEGEND_ROOM  # the gates' names, not below
+    ax = _axes(ax, height=COLUMN_WIDTH * 0.8 if beside else COLUMN_WIDTH + 0.4)
     for (gate, (learned, mean)), color in zip(vectors.items(), _sequence(len(vectors)), strict=True):
         learned, mean = _vectors(**{f"learned of {gate}": learned, f"stripe of {gate}": mean})
         ax.plot(mean, learned, color=color, linestyle="", marker=".", markersize=4, alpha=0.8)

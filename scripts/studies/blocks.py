@@ -189,7 +189,22 @@ def csv(records: Path, path: str, *columns: str) -> Cells:
 
 BLOCKS: dict[str, Callable[..., Cells]] = {
     block.__name__: block
-    for block in (found, plan, forms, differences, recipes, stripes, trends, inputs, speed, example, match, fold, folded, csv)
+    for block in (
+        found,
+        plan,
+        forms,
+        differences,
+        recipes,
+        stripes,
+        trends,
+        inputs,
+        speed,
+        example,
+        match,
+        fold,
+        folded,
+        csv,
+    )
 }
 
 

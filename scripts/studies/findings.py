@@ -56,6 +56,12 @@ def _growth(folder: Path) -> Iterator[Finding]:
         f"{part.mean():.2f} ({part.min():.2f} to {part.max():.2f})" for part in (trends["first"], trends["last"])
     )
     yield "Does strength rise over the epochs?", f"{' at first, '.join(strengths)} at last; gates: {counts}"
+    falls = (trends["std_last"] < trends["std_first"]).sum()
+    stds = f"{trends['std_first'].mean():.3f} at first, {trends['std_last'].mean():.3f} at last"
+    yield (
+        "Does attention vary less over images?",
+        f"std, mean of gates, {stds}; it falls in {falls} of {len(trends)} gates",
+    )
     settled = trends["settled"].replace("", np.nan).astype(float)
     never = f"; {settled.isna().sum()} of {len(settled)} not" if settled.isna().any() else ""
     yield (
