@@ -56,12 +56,9 @@ def _growth(folder: Path) -> Iterator[Finding]:
         f"{part.mean():.2f} ({part.min():.2f} to {part.max():.2f})" for part in (trends["first"], trends["last"])
     )
     yield "Does strength rise over the epochs?", f"{' at first, '.join(strengths)} at last; gates: {counts}"
-    falls = (trends["std_last"] < trends["std_first"]).sum()
-    stds = f"{trends['std_first'].mean():.3f} at first, {trends['std_last'].mean():.3f} at last"
-    yield (
-        "Does attention vary less over images?",
-        f"std, mean of gates, {stds}; it falls in {falls} of {len(trends)} gates",
-    )
+    falls = f"{(trends['std_last'] < trends['std_first']).sum()} of {len(trends)} gates"
+    stds = f"{trends['std_first'].mean():.3f} to {trends['std_last'].mean():.3f}"
+    yield "Does attention vary less over images?", f"in {falls}; std {stds}, mean of the gates"
     settled = trends["settled"].replace("", np.nan).astype(float)
     never = f"; {settled.isna().sum()} of {len(settled)} not" if settled.isna().any() else ""
     yield (
@@ -109,9 +106,12 @@ def _fold(folder: Path) -> Iterator[Finding]:
 
 def _modules(records: Path, setting: str) -> Iterator[Finding]:
     stripes = read(records / "stripes.csv").query("setting == @setting and form == 'attention'")
-    last = stripes[stripes["epoch"] == stripes["epoch"].max()]
     parts = []
-    for name, rows in last.groupby("module", sort=False):
-        gates = rows.groupby("gate")["strength"].mean()
-        parts.append(f"{label('attention', str(name))} {gates.mean():.2f} ({gates.min():.2f} to {gates.max():.2f})")
-    yield "Strength with each module, mean and span of the gates?", "; ".join(parts)
+    for name, rows in stripes.groupby("module", sort=False):
+        by_gate = rows.pivot(index=["seed", "gate"], columns="epoch", values="strength")
+        first, last = by_gate.iloc[:, 0], by_gate.iloc[:, -1]
+        fell = f"fell in {(last < first).sum()} of {len(last)} gates"
+        parts.append(
+            f"{label('attention', str(name))} {last.mean():.2f} ({last.min():.2f} to {last.max():.2f}), {fell}"
+        )
+    yield "Strength in the short trainings, last epoch?", "; ".join(parts)
