@@ -46,19 +46,23 @@ def _forms(records: Path, setting: str, module: str) -> Iterator[Finding]:
         yield f"{form} over {base}?", f"{means[row.form]:.2f} and {means[row.base]:.2f} %: {interval}"
     told = f"{pairs['told'].min():.1f} to {pairs['told'].max():.1f}"
     needed = f"{pairs['seeds_needed'].min():.0f} to {pairs['seeds_needed'].max():.0f}"
-    yield "What can so many seeds tell?", f"{told} points; to tell 0.5, {needed} seeds"
+    seeds = f"{pairs['seeds'].min()} seeds"
+    yield f"What do {seeds} tell, at a power of {comparison.POWER}?", f"{told} points; to tell 0.5, {needed} seeds"
 
 
 def _growth(folder: Path) -> Iterator[Finding]:
     trends = growth.trends(read(folder / "epochs.csv"))
-    counts = ", ".join(f"{(trends['trend'] == trend).sum()} {trend}" for trend in ("rises", "falls", "neither"))
+    rises, falls = ((trends["trend"] == trend).sum() for trend in ("rises", "falls"))
     strengths = (
         f"{part.mean():.2f} ({part.min():.2f} to {part.max():.2f})" for part in (trends["first"], trends["last"])
     )
-    yield "Does strength rise over the epochs?", f"{' at first, '.join(strengths)} at last; gates: {counts}"
-    falls = f"{(trends['std_last'] < trends['std_first']).sum()} of {len(trends)} gates"
+    yield (
+        "Does strength rise over the epochs?",
+        f"{' at first, '.join(strengths)} at last; {rises} gates rise, {falls} fall",
+    )
+    less = f"{(trends['std_last'] < trends['std_first']).sum()} of {len(trends)} gates"
     stds = f"{trends['std_first'].mean():.3f} to {trends['std_last'].mean():.3f}"
-    yield "Does attention vary less over images?", f"in {falls}; std {stds}, mean of the gates"
+    yield "Does attention vary less over images?", f"in {less}; std {stds}, mean of the gates"
     settled = trends["settled"].replace("", np.nan).astype(float)
     never = f"; {settled.isna().sum()} of {len(settled)} not" if settled.isna().any() else ""
     yield (
