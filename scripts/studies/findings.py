@@ -70,8 +70,8 @@ def _growth(folder: Path) -> Iterator[Finding]:
         f"from epoch {settled.min():.0f} to {settled.max():.0f}{never}",
     )
     inputs = read(folder / "inputs.csv")
-    yield "On training images, beside test images?", _beside(inputs, "train")
-    yield "On shifted images?", "; ".join(_beside(inputs, kind) for kind in ("blur", "noise", "digits"))
+    others = (_beside(inputs, kind) for kind in inputs["input"].unique() if kind != "test")
+    yield "On other images, beside test images?", "; ".join(others)
 
 
 def _beside(inputs: pd.DataFrame, kind: str) -> str:
