@@ -503,7 +503,7 @@ def test_a_changed_record_is_found(records):
 @pytest.mark.parametrize(
     ("mark", "expected"),
     [
-        ("<!-- study:nothing -->\n<!-- /study -->", "expected one of plan"),
+        ("<!-- study:nothing -->\n<!-- /study -->", "expected one of found"),
         ("<!-- study:forms s eca -->\n<!-- /study -->", "expected one of s senet"),
         ("<!-- study:forms -->\n<!-- /study -->", "missing 2 required positional arguments"),
         ("<!-- study:csv r.csv rr -->\n<!-- /study -->", "expected some of gate, r_best"),
