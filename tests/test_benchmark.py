@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 sys.path.append(str(SCRIPT.parent))
 
 from benchmarks import collect, deploy, fold, reference, runs, stats, timing, train  # noqa: E402
-from studies import speed  # noqa: E402
+from studies import sizing, speed  # noqa: E402
 
 MODULES = [f"benchmarks.{name}" for name in ("collect", "deploy", "fold", "stats", "scaling", "train")]
 
@@ -159,12 +159,16 @@ def test_in_miniature(benchmark, tmp_path, record, words, cases):
 
 
 def test_sizes_and_rates_in_miniature(benchmark, tmp_path):
-    words = ["sizing", "--samples", "100", "--networks", "SE-ResNet-164", "--json", str(tmp_path / "a.json")]
-    assert benchmark.main(words) == 0
+    words = ["sizing", "--samples", "100", "--images", "2", "--networks", "SE-ResNet-164"]
+    assert benchmark.main([*words, "--json", str(tmp_path / "a.json")]) == 0
     rows = {row["case"].partition(", ")[2]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
-    assert list(rows) == ["writing samples", "writing moments", *(f"stats{word}" for word in STATS)]
+    assert list(rows) == ["recording", "writing samples", "writing moments", *(f"stats{word}" for word in STATS)]
     assert all(row.keys() >= COLUMNS and row["seconds"] > 0 for row in rows.values())
     assert 2 * 8064 < rows["writing samples"]["bytes"] < 4 * 8064 + 5000  # zstd finds no more than half in noise
+    head, size, *_, hours = sizing.table(tmp_path / "a.json")
+    assert head == ["", "SE-ResNet-164 (54 gates, 8,064 channels)"]
+    assert size[1].startswith(f"{rows['writing samples']['bytes']:,.0f}; ")
+    assert float(hours[1]) == pytest.approx(300 * 50_000 * rows["recording"]["seconds"] / 3600 / 16, abs=0.05)
 
 
 STATS = ("", " --bootstrap 0", " --moments-only")

@@ -102,7 +102,7 @@ def kill_midway(cluster, victim, total, done):
     os.kill(victim, signal.SIGKILL)
 
 
-def test_a_worker_killed_midway_changes_nothing(tmp_path, cluster, client):
+def test_a_worker_killed_midway_changes_nothing(tmp_path, cluster, client, record_property):
     run = record(tmp_path / "run", epochs=range(20), samples=400)
     expected = summarize(run, bootstrap=500)
     victim, done = next(iter(client.run(os.getpid).values())), []
@@ -115,6 +115,7 @@ def test_a_worker_killed_midway_changes_nothing(tmp_path, cluster, client):
     with pytest.raises(ProcessLookupError):
         os.kill(victim, 0)
     client.wait_for_workers(2, timeout=60)  # the nanny puts another in its place
+    record_property("a Dask worker killed midway", 1)
 
 
 def test_the_command_writes_the_local_table(tmp_path, cluster):

@@ -195,17 +195,17 @@ def test_what_looks_for_losses_finds_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_at_every_operation_and_at_random_moments_lose_no_sample(victim, tmp_path, capsys):
+def test_kills_at_every_operation_and_at_random_moments_lose_no_sample(victim, tmp_path, record_property):
     kills = {
-        "while recording, at every operation": kill_at_operations(victim, tmp_path / "a", every=1),
-        "while overwriting, at every operation": kill_overwriting(victim, tmp_path / "b", "overwrite", every=1),
-        "while overwriting moments, at every operation": kill_overwriting(victim, tmp_path / "c", "moments", every=1),
-        "while repairing, at every operation": kill_repairing(victim, tmp_path / "d", every=1),
-        "while recording, at random moments": kill_at_random(victim, tmp_path / "e", kills=100),
+        "recording killed (SIGKILL) at each operation": kill_at_operations(victim, tmp_path / "a", every=1),
+        "recording killed at random moments": kill_at_random(victim, tmp_path / "b", kills=100),
+        "overwriting killed at each operation": kill_overwriting(victim, tmp_path / "c", "overwrite", every=1),
+        "overwriting moments killed at each operation": kill_overwriting(victim, tmp_path / "d", "moments", every=1),
+        "repairing killed at each operation": kill_repairing(victim, tmp_path / "e", every=1),
     }
     assert sum(kills.values()) >= 200
-    with capsys.disabled():
-        sys.stdout.write("".join(f"\n{count} kills survived {when}, samples lost: 0" for when, count in kills.items()))
+    for what, count in kills.items():
+        record_property(what, count)
 
 
 # ---- whole commands ----
@@ -247,7 +247,7 @@ def entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 @pytest.mark.slow
-def test_killed_commands_continue_to_the_same_bytes(tmp_path, capsys):
+def test_killed_commands_continue_to_the_same_bytes(tmp_path, record_property):
     """Train with recording and kill, resume to the end; then collect from the checkpoints likewise."""
     rng, kills = np.random.default_rng(0), 0
     small = (
@@ -282,15 +282,15 @@ def test_killed_commands_continue_to_the_same_bytes(tmp_path, capsys):
     checkpoints = [whole / f"checkpoints/epoch={number:04d}.pt" for number in (1, 2, 3)]
     collect = ("collect_attention.py", "--ckpt", *checkpoints, "--samples", 60, "--out", "probe", "--resume")
     run_script(tmp_path / "undisturbed", *collect)
-    train_kills, kills = kills, 0
+    record_property("`train.py --resume` killed: the same bytes in the end", kills)
+    kills = 0
     while run_script(tmp_path / "killed", *collect, changes=int(rng.integers(2 + kills, 8 + kills))):
         kills += 1
         if (tmp_path / "killed/probe/run.json").exists():
             assert check_run(tmp_path / "killed/probe").whole
     assert kills >= 2
     assert contents(tmp_path / "killed/probe") == contents(tmp_path / "undisturbed/probe")
-    with capsys.disabled():
-        sys.stdout.write(f"\ntrain.py --resume: {train_kills} kills survived; collect_attention.py --resume: {kills}\n")
+    record_property("`collect_attention.py --resume` killed: the same bytes in the end", kills)
 
 
 def test_a_killed_recording_shows_nothing_and_frees_the_run(tmp_path):

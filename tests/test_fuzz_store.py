@@ -28,6 +28,7 @@ from tests.runs import GATES, edit, listing, parts, record, vectors, writer
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
+DAMAGED = "Parquet files, their footers and run.json damaged or made up"
 SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -43,12 +44,6 @@ def campaign(check: Callable[..., None], cases: int, **strategies: st.SearchStra
 
     try_one()
     return next(tried)
-
-
-def told(capsys: pytest.CaptureFixture[str], what: str, cases: int, wanted: int) -> None:
-    assert cases >= wanted
-    with capsys.disabled():
-        sys.stdout.write(f"\n{cases} cases tried: {what}")
 
 
 def refused_or(call: Callable[[], Any]) -> Any:
@@ -106,7 +101,7 @@ def mutated(manifest: Any, data: st.DataObject) -> Any:
     return manifest
 
 
-def test_any_json_is_a_manifest_or_refused(capsys):
+def test_any_json_is_a_manifest_or_refused(record_property):
     def check(content: Any) -> None:
         refused_or(lambda: Manifest.from_json(json.dumps(content)))
 
@@ -114,10 +109,11 @@ def test_any_json_is_a_manifest_or_refused(capsys):
         assert refused_or(lambda: Manifest.from_json(content)) is None
 
     tried = campaign(check, 1500, content=values) + campaign(check_text, 500, content=st.binary(max_size=200))
-    told(capsys, "any JSON and any bytes as run.json", tried, 1900)
+    assert tried >= 1900
+    record_property(DAMAGED, tried)
 
 
-def test_mutated_manifests_lead_nowhere_else(tmp_path, capsys):
+def test_mutated_manifests_lead_nowhere_else(tmp_path, record_property):
     run = record(tmp_path / "around/run", 1, 2)
     secret = tmp_path / "around/part-0000-000.parquet"  # where '..' would lead
     shutil.copy(run / parts(run)[0], secret)
@@ -135,7 +131,9 @@ def test_mutated_manifests_lead_nowhere_else(tmp_path, capsys):
         after["around/run/run.json"] = before["around/run/run.json"]
         assert after == before
 
-    told(capsys, "mutated run.json", campaign(check, 4000, data=st.data()), 3900)
+    tried = campaign(check, 4000, data=st.data())
+    assert tried >= 3900
+    record_property(DAMAGED, tried)
 
 
 # ---- Parquet ----
@@ -162,7 +160,7 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
             )
 
 
-def test_every_single_bit_of_a_part_is_checked(tmp_path, capsys):
+def test_every_single_bit_of_a_part_is_checked(tmp_path, record_property):
     """Flip each bit; a part where it matters is refused, one where it does not gives the values recorded."""
     run = record(tmp_path / "run", 1, samples=20)
     name, opened, recorded = run / parts(run)[0], open_run(run), read_all(run)[1]
@@ -178,10 +176,11 @@ def test_every_single_bit_of_a_part_is_checked(tmp_path, capsys):
             np.testing.assert_array_equal(found, recorded[gate])
         refused += values is None or labels is None
     assert refused > 0.9 * 8 * len(whole)
-    told(capsys, "single bits of a Parquet file flipped", 8 * len(whole), 20_000)
+    assert 8 * len(whole) >= 20_000
+    record_property("every bit of a Parquet file flipped, one after another: an error or the recorded values", bit + 1)
 
 
-def test_damaged_parquet_gives_the_recorded_values_or_an_error(tmp_path, capsys):
+def test_damaged_parquet_gives_the_recorded_values_or_an_error(tmp_path, record_property):
     run = record(tmp_path / "run", 1, 2, samples=20)
     name, recorded = run / parts(run)[0], read_all(run)
     whole = name.read_bytes()
@@ -195,7 +194,9 @@ def test_damaged_parquet_gives_the_recorded_values_or_an_error(tmp_path, capsys)
                 np.testing.assert_array_equal(attention, recorded[epoch][gate])
         assert 1 not in found or len(content) == len(whole)
 
-    told(capsys, "damaged Parquet", campaign(check, 3000, data=st.data()), 2900)
+    tried = campaign(check, 3000, data=st.data())
+    assert tried >= 2900
+    record_property(DAMAGED, tried)
 
 
 def hostile_footers(folder: str, cases: int) -> int:
@@ -222,11 +223,12 @@ def hostile_footers(folder: str, cases: int) -> int:
     return campaign(check, cases, data=st.data())
 
 
-def test_hostile_footers_are_read_in_little_memory(tmp_path, capsys):
+def test_hostile_footers_are_read_in_little_memory(tmp_path, record_property):
     code = f"import os, tests.test_fuzz_store as t; os.write(1, b'%d' % t.hostile_footers({str(tmp_path)!r}, 3000))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    told(capsys, "hostile Parquet footers in 1 GB of memory", int(ended.stdout), 2900)
+    assert int(ended.stdout) >= 2900
+    record_property(DAMAGED, int(ended.stdout))
 
 
 # ---- the store as a whole, against a dict ----
@@ -355,6 +357,7 @@ def crash_at(operation: int, patch: pytest.MonkeyPatch) -> None:
     assert "move" in COUNTED
 
 
-def test_the_store_agrees_with_a_dict(capsys):
+def test_the_store_agrees_with_a_dict(record_property):
     run_state_machine_as_test(Store, settings=settings(max_examples=200, stateful_step_count=20, **SETTINGS))
-    told(capsys, "steps of a run's life, crashes and damage among them", Store.steps, 2000)
+    assert Store.steps >= 2000
+    record_property("steps of a run's life in random order, crashes and damage among them, against a dict", Store.steps)

@@ -18,6 +18,7 @@ from stripe.store import open_run
 from tests.conftest import randomize
 
 ROOT = Path(__file__).parents[1]
+KILLED = "a rank of `torchrun` killed while training or recording"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TRAIN = "--depth 11 --module senet --train-batch 16 --test-batch 20 --lr 0.05 --squeeze".split()
 
@@ -143,7 +144,7 @@ def workers_of(launcher):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path):
+def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path, record_property):
     words = [*TRAIN, "--train-samples", "200", "--val-samples", "40", "--record", "50", "--manualSeed", "3"]
     directory, resume = tmp_path / "run", []
     for rank in (0, 1):
@@ -158,6 +159,7 @@ def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path):
         assert before + 2 <= len(kept.epochs) < 60
         assert all(len(kept.samples(epoch)) == 50 for epoch in kept.epochs)
         resume = ["--resume", directory / "checkpoints" / "last.pt"]
+        record_property(KILLED, 1)
     until = len(kept.epochs) + 1
     for words_of in ([*words, *resume, "-c", directory], [*words, "-c", tmp_path / "undisturbed"]):
         code, _, error = finish(launch("train", *words_of, "--epochs", until))
@@ -171,7 +173,7 @@ def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_tells_why_and_drops_the_epoch(tmp_path, checkpoint):
+def test_a_process_that_fails_tells_why_and_drops_the_epoch(tmp_path, checkpoint, record_property):
     epochs, saved = list(range(1, 31)), torch.load(checkpoint)
     for epoch in epochs:
         torch.save(saved | {"epoch": epoch}, tmp_path / f"{epoch}.pt")
@@ -191,3 +193,4 @@ def test_a_process_that_fails_tells_why_and_drops_the_epoch(tmp_path, checkpoint
     whole = open_run(tmp_path / "run")
     assert whole.epochs == epochs
     np.testing.assert_allclose(whole.attention("layer1.0", 30), whole.attention("layer1.0", 1), rtol=1e-5)
+    record_property(KILLED, 1)

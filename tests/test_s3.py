@@ -21,6 +21,7 @@ from stripe.cli import main
 from stripe.store import GateColumn, check_run, open_run, repair_run
 from tests.runs import record, refused, vectors, writer
 
+CUTS = "a connection to a real S3 server cut while writing or reading"
 WIDE = (GateColumn("wide", 4096),)
 
 
@@ -171,7 +172,7 @@ def assert_whole(path: str, *epochs: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_connection_that_drops_while_recording_loses_only_the_unfinished_epoch(run_path, proxy):
+def test_a_connection_that_drops_while_recording_loses_only_the_unfinished_epoch(run_path, proxy, record_property):
     record_wide(run_path, 1)
     for budget in (2_000_000, 15_000_000):
         proxy.budget = budget
@@ -181,13 +182,14 @@ def test_a_connection_that_drops_while_recording_loses_only_the_unfinished_epoch
         proxy.budget = float("inf")
         assert_whole(run_path, 1)
         assert check_run(run_path).whole
+        record_property(CUTS, 1)
     record_wide(run_path, 2)
     assert_whole(run_path, 1, 2)
     assert check_run(run_path).interrupted == ()
 
 
 @pytest.mark.slow
-def test_a_connection_that_drops_while_reading_is_no_damage(run_path, proxy):
+def test_a_connection_that_drops_while_reading_is_no_damage(run_path, proxy, record_property):
     record_wide(run_path, 1)
     run = open_run(run_path)
     for budget in (300, 5_000_000):
@@ -198,6 +200,7 @@ def test_a_connection_that_drops_while_reading_is_no_damage(run_path, proxy):
             repair_run(run_path)
         with refused(OSError, run_path, "could not be read"):
             open_run(run_path)
+        record_property(CUTS, 1)
     proxy.budget = float("inf")
     assert_whole(run_path, 1)
     assert check_run(run_path).whole

@@ -16,7 +16,7 @@ import pytest
 import study
 import torch
 from scipy import stats
-from studies import ablation, blocks, comparison, forms, growth, recipes, robustness
+from studies import ablation, blocks, check, comparison, forms, growth, recipes, robustness
 from studies.ablation import build_case
 from studies.robustness import Disturbance, disturbances
 from studies.table import Table, claimed
@@ -543,6 +543,7 @@ def test_the_readmes_follow_from_the_committed_records(monkeypatch):
         ("study/results.csv", "accuracy_last"),
         ("study/stripes.csv", "strength"),
         ("study/recipes.csv", "accuracy"),
+        ("study/losses.csv", "cases"),
         ("study/resnet29/epochs.csv", "strength"),
         ("study/resnet29/inputs.csv", "shift_std"),
         ("study/resnet29/fold/variants.csv", "test"),
@@ -562,6 +563,52 @@ def test_a_committed_record_that_changes_is_noticed(tmp_path, monkeypatch, capsy
     table.to_csv(path, index=False)
     assert main(["check"]) == 1
     assert "README.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("record", "change"),
+    [
+        ("sizing", lambda row: row.update(seconds=2 * row["seconds"])),
+        ("stats", lambda row: row.update(rounds=[9.0] * len(row["rounds"]))),
+        ("coverage", lambda row: row.update(verdict="mismatch")),
+    ],
+)
+def test_a_committed_benchmark_that_changes_is_noticed(tmp_path, record, change):
+    text = (ROOT / "README.md").read_text()
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    path = tmp_path / f"figures/benchmarks/{record}.json"
+    content = json.loads(path.read_text())
+    assert check.recompute(text, tmp_path / "figures/study")[0] == text
+    change(content["rows"][0])
+    path.write_text(json.dumps(content))
+    assert check.recompute(text, tmp_path / "figures/study")[0] != text
+
+
+# ---- losses ----------------------------------------------------------------------------------------------
+
+COUNTING = """
+import pytest
+@pytest.mark.parametrize("cases", [3, 4])
+def test_counts(record_property, cases):
+    record_property("a, b", cases)
+    record_property("c", 1)
+def test_ends(record_property):
+    record_property("c", 5)
+"""
+
+
+def test_losses_counts_what_the_tests_tried_and_nothing_where_one_fails(tmp_path, capsys):
+    path = tmp_path / "test_counting.py"
+    words = ["losses", "--tests", str(path), "--out", str(tmp_path)]
+    path.write_text(f"{COUNTING}    assert not 'right'")
+    assert main(words) == 2
+    assert "exit code 1 and 0 counts" in capsys.readouterr().err
+    assert not (tmp_path / "losses.csv").exists()
+    path.write_text(COUNTING)
+    assert main(words) == 0
+    table = pd.read_csv(tmp_path / "losses.csv")
+    assert dict(zip(table["tried"], table["cases"], strict=True)) == {"a, b": 7, "c": 7}
+    assert table["tests"].str.endswith("test_counting.py").all()
 
 
 # ---- tables and bad input --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from benchmarks.timing import Prepare, Result, check, measure, report
 from stripe.folding import FoldReport, save_onnx
 
 CONSTANT = 0.3  # of every channel: speed does not depend on it
-AT_LEAST = 128  # images in one timing: small batches are repeated, or one case's threads still spin into the next
+AT_LEAST = 128  # images in one timing: small batches are repeated
 TOLERANCE = 1e-9  # of the folded network, in float64
 
 

@@ -7,16 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+import stripe
+from benchmarks.networks import DEVICE, build
 from benchmarks.timing import Result, Row
-from stripe import open_run
+from stripe.models import read_checkpoint
 from stripe.stats import summarize
 from stripe.store import GateColumn, RunWriter
 
-GATES = {
-    "SE-ResNet-164": [64] * 18 + [128] * 18 + [256] * 18,
-    "SE-ResNet-50": [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3,
+Build = Callable[[], nn.Module]
+Found = tuple[str, float, float | None]
+"""What; processor seconds a sample; bytes, of a sample or of an epoch of moments."""
+NETWORKS: dict[str, tuple[Build, int]] = {  # and the size of its images
+    "SE-ResNet-164": (lambda: build("SE", 164, "senet"), 32),
+    "SE-ResNet-50": (lambda: read_checkpoint("timm:seresnet50").model, 224),
 }
 CLASSES = 1000
 SPREAD = 0.05  # of the values around their channel's, as in a trained gate
@@ -28,30 +35,48 @@ DISTINCT = 8  # batches before one comes again: far enough apart that compressio
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the size and the networks."""
     parser.add_argument("--samples", type=int, default=2000, metavar="N", help="of which a multiple of 100 is taken")
-    parser.add_argument("--networks", nargs="+", choices=GATES, default=list(GATES), help="whose gates")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="to run through the network")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="what to record")
 
 
 def run(arguments: argparse.Namespace) -> Result:
     """Write and measure a run for each network, as samples and as moments."""
     rows: list[Row] = []
-    for network in arguments.networks:
-        for case, seconds, size in _cases(GATES[network], max(BATCH, arguments.samples // BATCH * BATCH)):
-            row = {"case": f"{network}, {case}", "seconds": seconds, "min": seconds, "max": seconds}
-            rows.append(row | dict.fromkeys(COMPARED) | {"bytes": size})
-            print(f"{rows[-1]['case']:45} {1 / seconds:9.0f} samples/s" + (f" {size:9.0f} bytes" if size else ""))
+    for name in arguments.networks:
+        make, size = NETWORKS[name]
+        network = make().eval().to(DEVICE)
+        gates = stripe.find_gates(network, _images(2, size).to(DEVICE))
+        about = dict.fromkeys(COMPARED) | {"gates": len(gates), "channels": sum(gate.channels for gate in gates)}
+        found: list[Found] = [("recording", _record(network, gates, _images(arguments.images, size)), None)]
+        found += _stored(gates, max(BATCH, arguments.samples // BATCH * BATCH))
+        for case, seconds, size_of in found:
+            row = {"case": f"{name}, {case}", "seconds": seconds, "min": seconds, "max": seconds, "bytes": size_of}
+            rows.append(row | about)
+            print(f"{row['case']:45} {1 / seconds:9.1f} samples/s" + (f" {size_of:9.0f} bytes" if size_of else ""))
     return Result(rows)
 
 
-def _cases(channels: list[int], samples: int) -> list[tuple[str, float, float | None]]:
-    """Return (what, processor seconds a sample, bytes: of a sample, or of an epoch of moments)."""
-    found: list[tuple[str, float, float | None]] = []
+def _images(samples: int, size: int) -> Tensor:
+    return torch.rand(samples, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _record(network: nn.Module, gates: list[stripe.Gate], images: Tensor) -> float:
+    """Return the processor time that an image takes to pass the network and be recorded."""
+    batches = [(images[ids], ids, ids) for ids in torch.arange(len(images)).split(BATCH)]
+    with tempfile.TemporaryDirectory() as folder, stripe.Recorder(network, gates, Path(folder, "run")) as recorder:
+        return _processor_time(lambda: recorder.record(batches)) / len(images)
+
+
+def _stored(gates: list[stripe.Gate], samples: int) -> list[Found]:
+    """Write synthetic values of the gates, read them and measure them."""
+    found: list[Found] = []
     with tempfile.TemporaryDirectory() as folder:
         for contents in ("samples", "moments"):
             path = Path(folder, contents)
-            seconds = _write(path, contents, channels, samples)
+            seconds = _write(path, contents, gates, samples)
             size = sum(file.stat().st_size for file in path.rglob("*.parquet"))
             found.append((f"writing {contents}", seconds / samples, size / (samples if contents == "samples" else 1)))
-        recorded = open_run(Path(folder, "samples"))
+        recorded = stripe.open_run(Path(folder, "samples"))
         for name, work in {
             "stats": lambda: summarize(recorded),
             "stats --bootstrap 0": lambda: summarize(recorded, bootstrap=0),
@@ -67,15 +92,15 @@ def _processor_time(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def _write(path: Path, contents: str, channels: list[int], samples: int) -> float:
+def _write(path: Path, contents: str, gates: list[stripe.Gate], samples: int) -> float:
     """Write a run; return the processor time without that of making the values."""
     rng = np.random.default_rng(0)
-    gates = [GateColumn(f"gate{position}", count) for position, count in enumerate(channels)]
+    columns = [GateColumn(gate.name, gate.channels) for gate in gates]
     stripes = {gate.name: rng.beta(4, 4, gate.channels) for gate in gates}
     batches = [_batch(rng, stripes) for _ in range(DISTINCT)]
     labels = rng.integers(0, CLASSES, BATCH)
     start_time = time.process_time()
-    with RunWriter(path, model={}, data={}, gates=gates, contents=contents) as writer, writer.epoch(0) as epoch:
+    with RunWriter(path, model={}, data={}, gates=columns, contents=contents) as writer, writer.epoch(0) as epoch:
         for start in range(0, samples, BATCH):
             epoch.append(np.arange(start, start + BATCH), labels, batches[start // BATCH % DISTINCT])
     return time.process_time() - start_time

@@ -10,6 +10,7 @@ import stripe
 from stripe.stats import summarize
 from studies import comparison, findings, growth
 from studies import recipes as recipe_study
+from studies import sizing as sizes
 from studies import speed as benchmarks
 from studies.comparison import label
 from studies.table import read
@@ -123,6 +124,20 @@ def speed(records: Path, path: str) -> Cells:
     yield from benchmarks.table(records / path)
 
 
+def coverage(records: Path, path: str) -> Cells:
+    """In how many networks as many gates were found as expected, by library, from the file of the benchmark."""
+    rows = pd.DataFrame(json.loads((records / path).read_text())["rows"])
+    yield "library", "networks", "without any gate", "gates in all", "found as many as their authors wrote"
+    for library, found in rows.groupby(rows["case"].str.partition(":")[0]):
+        right, without = (found["verdict"] == "ok").sum(), (found["expected"] == 0).sum()
+        yield str(library), str(len(found)), str(without), str(found["expected"].sum()), f"{right} of {len(found)}"
+
+
+def sizing(records: Path, path: str) -> Cells:
+    """What recordings cost, by their gates, from the file that the benchmark wrote."""
+    yield from sizes.table(records / path)
+
+
 def found(records: Path, setting: str, module: str, recorded: str) -> Cells:
     """The answers to the study's questions, from the records of its parts."""
     yield "question", "found"
@@ -147,6 +162,8 @@ def match(records: Path, path: str = "") -> Cells:
         correlations = (f"{row[name]:.2f}" for name in ("r", "r_untrained", "r_best"))
         errors = (f"{row[name]:.3f}" for name in ("rmse", "rmse_untrained"))
         yield row["gate"], *correlations, *errors, row["verdict"]
+    for name, value in content["accuracies"].items():
+        yield f"accuracy, {name}", *[""] * 5, f"{value:.2f} %"
 
 
 def fold(records: Path, path: str) -> Cells:
@@ -161,8 +178,11 @@ def fold(records: Path, path: str) -> Cells:
         yield str(count), *("" if value is None else f"{value:.2f}" for value in values)
 
 
-def folded(records: Path, path: str) -> Cells:
-    """What folding half the gates and all of them costs, in points, from the tables of a fold and of a longer one."""
+def folded(records: Path, path: str, setting: str) -> Cells:
+    """What folding half the gates and all of them costs, in points, from the tables of a fold and of a longer one.
+
+    Beside it, what the plain network of a setting of results.csv has less.
+    """
     first, longer = read(records / path / "variants.csv"), read(records / path / "distilled" / "variants.csv")
     before = first.query("folded == 0 and recovery == 'none'")["test"].iloc[0]
     gates = first["folded"].max()
@@ -174,6 +194,8 @@ def folded(records: Path, path: str) -> Cells:
             rows = longer.query("folded == @count and weighting == @weighting and recovery == 'distilled'")["test"]
             costs += [f"{test - before:+.2f}" for test in rows] or [""]
             yield f"{count} of {gates}", weighting, *costs
+    plain = read(records / "results.csv").query("setting == @setting and form == 'plain'")["accuracy_last"].item()
+    yield "plain network, same recipe", "", f"{plain - before:+.2f}", "", "", ""
 
 
 def csv(records: Path, path: str, *columns: str) -> Cells:
@@ -199,6 +221,8 @@ BLOCKS: dict[str, Callable[..., Cells]] = {
         trends,
         inputs,
         speed,
+        sizing,
+        coverage,
         example,
         match,
         fold,

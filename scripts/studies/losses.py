@@ -1,0 +1,51 @@
+"""Losses: run the tests that kill, damage and mislead, and count what they tried: each fails where a sample is lost."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pandas as pd
+from benchmark import device, versions
+
+from studies.table import write
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("crashes", "fuzz_store", "hostile", "s3", "cluster", "processes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the study's arguments."""
+    tests = [Path("tests", f"test_{room}.py") for room in ROOMS]
+    parser.add_argument("--tests", type=Path, nargs="+", default=tests, metavar="FILE", help="of this project")
+    parser.add_argument("--out", type=Path, default=Path("figures/study"), metavar="DIR", help="where losses.csv goes")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write losses.csv, or nothing: RuntimeError where a test failed or nothing was counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "tests.xml")
+        options = ["-n", "auto", "--junitxml", str(report), "-o", "junit_family=xunit1"]  # the one with properties
+        words = [sys.executable, "-m", "pytest", *options, *map(str, arguments.tests)]
+        code = subprocess.run(words, cwd=ROOT).returncode
+        counted = dict(count(report)) if code == 0 else {}
+    if not counted:
+        raise RuntimeError(f"pytest ended with exit code {code} and {len(counted)} counts: losses.csv stays as it was")
+    rows = [{"tried": what, "cases": cases, "tests": tests} for (what, tests), cases in counted.items()]
+    about = {"versions": json.dumps(versions()), "machine": device()}
+    write(pd.DataFrame(rows).assign(**about), arguments.out / "losses.csv")
+
+
+def count(report: Path) -> Iterator[tuple[tuple[str, str], int]]:
+    """Yield what was tried and the file of the tests, with the number of cases, from what pytest reported."""
+    cases: Counter[tuple[str, str]] = Counter()
+    for test in ElementTree.parse(report).iter("testcase"):
+        for found in test.iter("property"):
+            file = test.attrib["classname"].replace(".", "/") + ".py"
+            cases[found.attrib["name"], file] += int(found.attrib["value"])
+    yield from sorted(cases.items(), key=lambda item: (item[0][1], item[0][0]))
