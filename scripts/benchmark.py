@@ -16,6 +16,7 @@ BENCHMARKS = {
     "train": "training SE and ASR, beside the reference recipe",
     "deploy": "inference of plain, SE and ASR networks, in training form, deployed, fused, under onnxruntime",
     "fold": "inference of a network before and after its attention is folded, eager and under onnxruntime",
+    "memory": "inference with freed memory returned to the system, and kept",
     "startup": "start of python, `import stripe` and every command's --help",
     "scaling": "time and memory of recording and of moments, over the number of samples",
     "sizing": "bytes and processor time that a recording takes, by its gates",

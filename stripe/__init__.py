@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stripe.examples import load_example
     from stripe.folding import fold
     from stripe.gates import Gate, find_gates
+    from stripe.memory import keep_memory
     from stripe.recorder import Recorder
     from stripe.store import Run, open_run
 
@@ -24,14 +25,15 @@ _HOMES = {
     "Run": "stripe.store",
     "find_gates": "stripe.gates",
     "fold": "stripe.folding",
+    "keep_memory": "stripe.memory",
     "load_example": "stripe.examples",
     "open_run": "stripe.store",
 }
 _ROOMS = ("asr", "attention", "data", "folding", "gates", "models", "plots", "report", "stats", "store", "training")
 
 __all__ = [
-    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "gates", "load_example",
-    "models", "open_run", "plots", "report", "stats", "store", "training",
+    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "gates", "keep_memory",
+    "load_example", "models", "open_run", "plots", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The package as a whole: what imports what, what start-up loads, what the install files promise."""
 
 import ast
+import platform
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 import stripe
+from stripe import cli
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
@@ -25,6 +27,7 @@ ALLOWED = {
     "recorder": {"gates", "store"},
     "cluster": {"stats", "store"},
     "examples": {"store"},
+    "memory": set(),
     "timing": set(),
     "folding": {"gates", "stats", "timing", "training"},
     "plots": {"stats"},
@@ -112,3 +115,30 @@ def test_environment_and_pyproject_agree():
     listed = {f"{CONDA_NAMES.get(each.split('>=')[0], each.split('>=')[0])}>={each.split('>=')[1]}" for each in listed}
     assert listed == {each for each in wanted if not each.startswith("stripe-observation")}
     assert not any("torch" in each and "<" in each for each in wanted)
+
+
+FAULTS = """
+import resource, numpy, stripe
+{keep}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    numpy.ones(8_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_kept_memory_is_not_fetched_again():
+    """Count the pages that twenty arrays of 64 MB fetch, where what is freed is kept and where it is not."""
+    kept, usual = (int(python(FAULTS.format(keep=keep))) for keep in ("assert stripe.keep_memory()", ""))
+    assert kept < usual / 5
+
+
+def test_commands_keep_memory_only_in_a_process_of_their_own(monkeypatch):
+    kept = []
+    monkeypatch.setattr(cli, "keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr(sys, "argv", ["stripe", "stats", "no/such/run"])
+    assert cli.main(["stats", "no/such/run"]) == 2
+    assert not kept
+    assert cli.main() == 2
+    assert kept

@@ -4,8 +4,8 @@ import argparse
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import stripe
-from benchmarks.networks import DEVICE, add_network, build, pixels
-from benchmarks.timing import Prepare, Result, check, measure_together, report, synchronize
+from benchmarks.networks import DEVICE, add_network, build, forward, pixels
+from benchmarks.timing import Result, Steps, Timing, check, measure, report, step_by_step
 
 TOLERANCE = 1e-5  # of recorded values, which lie in 0..1
+CONTROL = "forward, again"  # what it differs by from the bare loop is chance
+
+Gates = Sequence[stripe.Gate]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network's and the recording's arguments."""
-    add_network(parser, rounds=3, batch=100)
+    add_network(parser, rounds=4, batch=100)
     parser.add_argument("--samples", type=int, default=2000, metavar="N", help="images to record")
     parser.add_argument("--squeeze", action="store_true", help="record what the gates scale too, and run no peer")
     parser.add_argument("--torchlens", action="store_true", help="run it too: some six seconds a batch, take few")
@@ -32,92 +35,125 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Result:
     """Record the same gates of the same images every way, and compare what was recorded."""
-    names = ["forward", "stripe, squeeze"] if arguments.squeeze else ["forward", "stripe", *PEERS]
+    names = ["stripe, squeeze"] if arguments.squeeze else ["stripe", *PEERS]
     if not arguments.torchlens:
         names = [name for name in names if name != "torchlens"]
     with tempfile.TemporaryDirectory() as folder:
-        cases = {name: partial(_prepare, name, arguments, Path(folder, name)) for name in names}
-        timings = measure_together(cases, arguments.rounds)
+        cases = [CONTROL, *names]
+        peaks = measure({name: partial(_prepare_alone, name, arguments, folder) for name in cases}, 0)
+        together = measure({"together": partial(_prepare_together, cases, arguments, folder)}, 0)["together"]
+        peaks["forward"] = peaks[CONTROL]
+        timings = {name: Timing(each, peaks[name].peak_mb, None) for name, each in together.returned.items()}
         rows = report(timings, "forward", images=arguments.samples)
-        for name in names[1:]:
+        for name in names:
             more = timings[name].difference(timings["forward"])
             print(f"{name}: {1e3 * more / arguments.samples:+.3f} ms an image over forward")
-        wanted = _recorded(names[1], Path(folder, names[1]))
-        errors = [_difference(wanted, _recorded(name, Path(folder, name))) for name in names[2:]]
+        wanted = _recorded(names[0], Path(folder, names[0]))
+        errors = [_difference(wanted, _recorded(name, Path(folder, name))) for name in names[1:]]
     if not errors:
         return Result(rows)
     return Result(rows, not check("difference of the recorded values", max(errors), TOLERANCE))
 
 
-def _prepare(name: str, arguments: argparse.Namespace, path: Path) -> Prepare:
-    network = _network(arguments.depth, arguments.module)
-    images = pixels(arguments.samples).split(arguments.batch)
-    if name == "forward":
-        return partial(_forward, network, images)
-    gates = stripe.find_gates(network, images[0][:2].to(DEVICE))
+def _prepare_alone(name: str, arguments: argparse.Namespace, folder: str) -> Callable[[], None]:
+    case = _case(name, build("SE", arguments.depth, arguments.module), arguments, folder)
+
+    def run() -> None:
+        for _ in case():
+            pass
+
+    return run
+
+
+def _prepare_together(
+    names: Sequence[str], arguments: argparse.Namespace, folder: str
+) -> Callable[[], dict[str, list[float]]]:
+    """Return what times all cases step by step: the seconds of each, and of the bare loop, in every round.
+
+    Two copies of a network differ in speed, so each case has another one in every round.
+    """
+    networks = [build("SE", arguments.depth, arguments.module) for _ in ["forward", *names]]
+    batches = pixels(arguments.samples).split(arguments.batch)
+    loop = arguments.samples / len(batches[0])
+
+    def run() -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {name: [] for name in ["forward", *names]}
+        for turn in range(arguments.rounds + 1):  # the first one only warms up
+            networks.append(networks.pop(0))
+            cases = {name: _case(name, networks[place], arguments, folder) for place, name in enumerate(names, 1)}
+            once, spent = step_by_step(partial(_forward, networks[0], batches[0]), cases)
+            for name, each in {"forward": loop * once, **spent}.items() if turn else ():
+                seconds[name].append(each)
+        return seconds
+
+    return run
+
+
+def _case(name: str, network: nn.Module, arguments: argparse.Namespace, folder: str) -> Steps:
+    batches = pixels(arguments.samples).split(arguments.batch)
+    if name == CONTROL:
+        return partial(_loop, network, batches)
+    gates, path = stripe.find_gates(network, batches[0][:2].to(DEVICE)), Path(folder, name)
     if name.startswith("stripe"):
-        return partial(_stripe, network, images, gates, path, squeeze="squeeze" in name)
-    return PEERS[name](network, images, gates, path)
+        return partial(_stripe, network, batches, gates, path, squeeze="squeeze" in name)
+    return PEERS[name](network, batches, gates, path)
 
 
-@cache
-def _network(depth: int, module: str) -> nn.Module:
-    """Build the network once for all cases of a process: two copies differ in speed."""
-    return build("SE", depth, module)
+def _forward(network: nn.Module, batch: Tensor) -> None:
+    forward(network, batch.to(DEVICE))
 
 
-def _forward(network: nn.Module, images: Sequence[Tensor]) -> None:
-    with torch.inference_mode():
-        for batch in images:
-            synchronize(network(batch.to(DEVICE)))
+def _loop(network: nn.Module, batches: Sequence[Tensor]) -> Iterator[None]:
+    for batch in batches:
+        _forward(network, batch)
+        yield
 
 
-def _stripe(
-    network: nn.Module, images: Sequence[Tensor], gates: Sequence[stripe.Gate], path: Path, squeeze: bool
-) -> None:
-    samples = torch.arange(sum(map(len, images))).split(len(images[0]))
+def _stripe(network: nn.Module, batches: Sequence[Tensor], gates: Gates, path: Path, squeeze: bool) -> Iterator[None]:
+    samples = torch.arange(sum(map(len, batches))).split(len(batches[0]))
     with stripe.Recorder(network, gates, path, squeeze=squeeze, overwrite=True) as recorder:
-        recorder.record([(batch, ids, ids) for batch, ids in zip(images, samples, strict=True)], epoch=0)
+        for batch, ids in zip(batches, samples, strict=True):
+            _forward(network, batch)
+            recorder.commit(ids, ids)
+            yield
 
 
-def _extractor(
-    network: nn.Module, images: Sequence[Tensor], gates: Sequence[stripe.Gate], path: Path
-) -> Callable[[], None]:
+def _extractor(network: nn.Module, batches: Sequence[Tensor], gates: Gates, path: Path) -> Steps:
     """Let torchvision rewrite the network so that it returns the gates, then hand all to pandas.to_parquet."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     extract = create_feature_extractor(network, {gate.source: gate.name for gate in gates})
 
-    def run() -> None:
+    def run() -> Iterator[None]:
         found: dict[str, list[NDArray[np.float32]]] = {gate.name: [] for gate in gates}
-        with torch.inference_mode():
-            for batch in images:
+        for batch in batches:
+            with torch.inference_mode():
                 for name, values in extract(batch.to(DEVICE)).items():
                     found[name].append(values.flatten(1).cpu().numpy())
+            yield
         columns = {name: list(np.concatenate(values)) for name, values in found.items()}
         pd.DataFrame(columns).to_parquet(path)
 
     return run
 
 
-def _torchlens(
-    network: nn.Module, images: Sequence[Tensor], gates: Sequence[stripe.Gate], path: Path
-) -> Callable[[], None]:
-    """Let torchlens write the gates' outputs, as its own files, without a digest of the network."""
+def _torchlens(network: nn.Module, batches: Sequence[Tensor], gates: Gates, path: Path) -> Steps:
+    """Let torchlens write the gates' outputs, as its own files, without a digest of the network; it is one step."""
     import torchlens
     from torch import distributed
 
-    # it captures in the first process, or in a member of a group
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    options = {"batch_size": len(images[0]), "progress": False, "model_identity": "none"}
-    layers, samples = {gate.name: gate.source for gate in gates}, torch.cat(list(images)).to(DEVICE)
+    if not distributed.is_initialized():  # it captures in the first process, or in a member of a group
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    options = {"batch_size": len(batches[0]), "progress": False, "model_identity": "none"}
+    layers, samples = {gate.name: gate.source for gate in gates}, torch.cat(list(batches)).to(DEVICE)
 
     warnings.filterwarnings("ignore", "torchlens could not arm distributed")  # there is nothing of the kind here
 
-    def run() -> None:
+    def run() -> Iterator[None]:
         shutil.rmtree(path, ignore_errors=True)
         with torch.inference_mode():
             torchlens.extract_dataset(network, samples, layers, output_dir=path, **options)
+        yield
 
     return run
 

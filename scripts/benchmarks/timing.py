@@ -1,10 +1,14 @@
-"""Cases side by side, their runs interleaved: each in a process of its own, or all in one where ratios are near 1."""
+"""Cases side by side, their runs interleaved: each in a process of its own, or all in one where ratios are near 1.
+
+Nearest to 1, their steps are interleaved: what a machine's speed does from second to second then meets all alike.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +23,8 @@ from stripe.timing import interleave
 Row = dict[str, Any]
 Prepare = Callable[[], Callable[[], Any]]
 """What a case is: it can be pickled; called, it builds what is not timed and returns what is."""
+Steps = Callable[[], Iterator[object]]
+"""A case step by step; what comes after its last yield is a step too."""
 STOPPING = 10  # seconds that a process has to end by itself
 
 
@@ -83,6 +89,35 @@ def measure_together(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Tim
 def _prepare_together(cases: Mapping[str, Prepare], rounds: int) -> Callable[[], dict[str, list[float]]]:
     runs = {name: prepare() for name, prepare in cases.items()}
     return partial(interleave, runs, rounds)
+
+
+def step_by_step(bare: Callable[[], object], cases: Mapping[str, Steps]) -> tuple[float, dict[str, float]]:
+    """Run every case once, a step of each in turn, and `bare` between any two steps.
+
+    Returns the mean seconds of `bare` and the seconds of each case: of its steps, and what `bare` took longer after
+    one than before it, for a case may leave work to a thread.
+    """
+    left = {name: steps() for name, steps in cases.items()}
+    spent = dict.fromkeys(cases, 0.0)
+    bare()
+    bares = [_seconds(bare)]
+    while left:
+        for name, steps in list(left.items()):
+            spent[name] += _seconds(partial(_advance, left, name, steps))
+            bares.append(_seconds(bare))
+            spent[name] += bares[-1] - bares[-2]
+    return statistics.mean(bares), spent
+
+
+def _advance(left: dict[str, Iterator[object]], name: str, steps: Iterator[object]) -> None:
+    if next(steps, left) is left:
+        del left[name]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def start_server(modules: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Time an epoch of SE and ASR as stripe trains them and by the reference recipe."""
+"""Time an epoch of SE and ASR as `stripe train` trains them and by the reference recipe."""
 
 import argparse
 import tempfile
@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks.networks import DEVICE, add_network, build
 from benchmarks.reference import as_written, loader_as_written, train_as_written
 from benchmarks.timing import Prepare, Result, measure, report
+from stripe import keep_memory
 from stripe.data import ImageSet, Loader, load_images
 from stripe.training import Recipe, fit
 
@@ -49,6 +50,8 @@ def _samples(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(train: Callable[..., None], form: str, arguments: argparse.Namespace) -> Prepare:
+    if train is _train_with_stripe:
+        keep_memory()
     network = build(form, arguments.depth, arguments.module)
     images = load_images(arguments.dataset, "train", samples=_samples(arguments))
     return partial(train, network if train is _train_with_stripe else as_written(network), images, arguments)

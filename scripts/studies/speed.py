@@ -81,6 +81,10 @@ def _fold(timings: Timings) -> str:
     return "; ".join(_spread(timings, f"attention, {how}", f"folded, {how}") for how in ("onnxruntime", "eager"))
 
 
+def _memory_kept(timings: Timings) -> str:
+    return "; ".join(_spread(timings, f"{form}, kept", form) for form in ("plain", "SE"))
+
+
 def _scaling(timings: Timings) -> str:
     figures = []
     for kind in ("collect", "stats"):
@@ -125,6 +129,10 @@ FIGURES: dict[tuple[str, str], Callable[[Timings], str]] = {
     ): _fused,
     ("fold-efficientnet", "efficientnet_b0, batch 1: SE's time over the folded network's, onnxruntime; eager"): _fold,
     ("fold-mobilenet", "mobilenet_v3_small, the same"): _fold,
+    (
+        "memory",
+        "inference of ResNet-164 with freed memory kept, as the commands do, over the usual: plain; SE",
+    ): _memory_kept,
     ("scaling", "log of time over log of samples, 10,000 to 100,000, and memory added: recording; `stats`"): _scaling,
     ("startup", "`import stripe` over `python -c pass`; the slowest `--help`"): _startup,
 }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from stripe.cli import check, collect, demo, figures, fold, report, stats, train, validate
+from stripe.memory import keep_memory
 
 
 class Command(Protocol):
@@ -49,15 +50,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "stripe") -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         _configure(commands.add_parser(name, help=command.SUMMARY), command)
-    code = _run(parser.parse_args(argv))
-    return _ended(code) if argv is None else code
+    arguments = parser.parse_args(argv)
+    return _run_process(arguments) if argv is None else _run(arguments)
 
 
 def script(command: str) -> int:
     """Run one command as a script of its own: `python scripts/train.py ...`."""
     parser = argparse.ArgumentParser()
     _configure(parser, COMMANDS[command])
-    return _ended(_run(parser.parse_args()))
+    return _run_process(parser.parse_args())
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -86,12 +87,14 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _ended(code: int) -> int:
-    """Return the exit code; one process of several ends here, with it.
+def _run_process(arguments: argparse.Namespace) -> int:
+    """Run a command as all that this process does; one process of several ends here, with the exit code.
 
     Threads of gloo, which a group's end does not join, now and then need Python while it shuts down: the process
     aborts, and the job, whose work is done, counts as failed.
     """
+    keep_memory()
+    code = _run(arguments)
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()
