@@ -1,5 +1,7 @@
 """Thin a run to a small one: chosen epochs, gates and samples, such as the runs that `stripe.load_example` opens."""
 
+from __future__ import annotations
+
 import argparse
 import shutil
 import sys
@@ -7,10 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import stripe
-from stripe.store import RunWriter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def thin(run: stripe.Run, arguments: argparse.Namespace) -> None:
     """Write the chosen part of `run`; ValueError or FileExistsError, and nothing written, where it cannot be."""
+    from stripe.store import RunWriter
+
     epochs, names = arguments.epochs or run.epochs, arguments.gates or [gate.name for gate in run.gates]
     if unknown := [f"epoch {e}" for e in epochs if e not in run.epochs]:
         raise ValueError(f"run '{arguments.run}' lacks {', '.join(unknown)}; it has {run.epochs}")
@@ -49,6 +50,8 @@ def thin(run: stripe.Run, arguments: argparse.Namespace) -> None:
 
 def read_rows(run: stripe.Run, epoch: int, gates: Sequence[str], samples: int) -> tuple[Any, ...]:
     """Return ids, labels, attention and squeeze of `samples` rows, spread evenly over the recorded order."""
+    import numpy as np
+
     ids, labels = run.samples(epoch), run.labels(epoch)
     chosen = np.linspace(0, len(ids) - 1, min(samples, len(ids))).round().astype(int)
     attention = {gate: run.attention(gate, epoch)[chosen] for gate in gates}

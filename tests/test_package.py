@@ -117,6 +117,25 @@ def test_environment_and_pyproject_agree():
     assert not any("torch" in each and "<" in each for each in wanted)
 
 
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[0], "--help"]
+sys.path.insert(0, {folder!r})
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as ended:
+    print(ended.code, *sys.modules)
+"""
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_help_loads_nothing_heavy(script):
+    code, *loaded = python(HELP.format(folder=str(script.parent), script=str(script))).splitlines()[-1].split()
+    assert code == "0"
+    assert "argparse" in loaded
+    assert not set(loaded) & {"torch", "numpy", "pandas", "matplotlib", "pyarrow"}
+
+
 FAULTS = """
 import resource, numpy, stripe
 {keep}
