@@ -11,8 +11,8 @@ def keep_memory() -> bool:
     """Let freed memory serve the next allocation, where glibc would return it to the system; return whether it does.
 
     A network frees and allocates feature maps of many MB in every layer. By default glibc maps each anew, and the
-    kernel zeroes its pages, thousands a layer, at first touch. The peak of the process stays; what lies under it is
-    held until the process ends. Other C libraries are left as they are.
+    kernel zeroes its pages, thousands a layer, at first touch. The peak of the process moves by some percent either
+    way; what lies under it is held until the process ends. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
