@@ -94,6 +94,7 @@ class Recorder:
         self._values: Tensor | None = None  # of the last forward pass, (N, width)
         self._kept: set[tuple[str, str]] = set()  # whose columns hold some
         self._epoch: tuple[int, Rows] | None = None
+        self._batch: _Batch | None = None  # committed, and on its way from a device
         self._open = ExitStack()  # the writer and the hooks
         self._open_epoch = ExitStack()
 
@@ -135,11 +136,23 @@ class Recorder:
         """
         if self._values is None or self._columns.keys() != self._kept:
             raise RuntimeError("nothing to commit: run the network on the samples first, inside `with Recorder(...)`")
-        rows, self._values = _array(self._values), None
-        values: dict[str, dict[str, Any]] = {}
-        for (kind, gate), columns in self._columns.items():
-            values.setdefault(kind, {})[gate] = rows[:, columns]
-        self._begin(epoch).append(_array(sample_ids), None if labels is None else _array(labels), **values)
+        block, self._values = self._values, None
+        rows = self._begin(epoch)
+        batch = _Batch(rows, block, sample_ids, labels)
+        self._store()  # the batch before, while a device computes this one
+        self._batch = batch
+        if not batch.copying:
+            self._store()
+
+    def _store(self) -> None:
+        """Append the committed batch that is still to be stored, if there is one."""
+        batch, self._batch = self._batch, None
+        if batch:
+            block, sample_ids, labels = batch.arrive()
+            values: dict[str, dict[str, Any]] = {}
+            for (kind, gate), columns in self._columns.items():
+                values.setdefault(kind, {})[gate] = block[:, columns]
+            batch.rows.append(sample_ids, labels, **values)
 
     def record(self, loader: Batches, *, epoch: int = 0, progress: Progress = iter) -> None:
         """Run the network, in eval mode, over `loader` (images, labels, sample ids) and store every batch as `epoch`.
@@ -165,12 +178,42 @@ class Recorder:
         if self._epoch is None or self._epoch[0] != number:
             self._finish()
             self._epoch = number, self._open_epoch.enter_context(self._writer.epoch(number))
+            self._open_epoch.push(self._settle)
         return self._epoch[1]
+
+    def _settle(self, error: type[BaseException] | None, *_: object) -> None:
+        """Store what is still to be stored before the epoch ends, but not after an exception."""
+        if error is None:
+            self._store()
+        self._batch = None
 
     def _finish(self) -> None:
         """Publish the epoch that is open, if one is."""
         self._epoch = None
         self._open_epoch.close()
+
+
+class _Batch:
+    """What was committed, copied to the processor; from a CUDA device without waiting for it."""
+
+    def __init__(self, rows: Rows, block: Tensor, sample_ids: Any, labels: Any | None) -> None:
+        self.rows = rows
+        self.copying = block.device.type == "cuda"
+        self._parts = [_to_processor(part) for part in (block, sample_ids, labels)]
+        self._copied = torch.cuda.Event() if self.copying else None
+        if self._copied:
+            self._copied.record(torch.cuda.current_stream(block.device))
+
+    def arrive(self) -> list[Any]:
+        """Wait for the copies; return values (N, width), ids and labels as arrays."""
+        if self._copied:
+            self._copied.synchronize()
+        return [part.numpy() if isinstance(part, Tensor) else part for part in self._parts]
+
+
+def _to_processor(values: Any) -> Any:
+    """Copy a tensor into memory of the processor, pinned where it comes from a CUDA device."""
+    return values.detach().to("cpu", non_blocking=values.device.type == "cuda") if isinstance(values, Tensor) else values
 
 
 def identify(batch: Sequence[Any], seen: int) -> tuple[Any, Any]:
@@ -300,6 +343,3 @@ def _barrier() -> None:
 def _do_nothing(*_: Any, **__: Any) -> None:
     pass
 
-
-def _array(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values

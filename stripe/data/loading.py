@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stripe.data.decoding import decode_ahead
+from stripe.data.decoding import Images, decode_ahead
 from stripe.data.images import ImageSet, seeded_generator
 
 PADDING = 4  # black pixels around an image before its random crop
@@ -28,6 +29,9 @@ class Loader:
     so that a network gives each sample the very same values; fewer batches than processes are cut into even
     shares. Nothing is padded or repeated.
 
+    On an accelerator, images that are in memory are held there as uint8, and cropped, mirrored and normalised there;
+    the batches are the same, bit for bit, as on the processor. Sample ids stay on the processor.
+
     Attributes:
         samples: how many samples an epoch yields to this process.
     """
@@ -42,10 +46,11 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 4,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Prepare batches of `batch_size` for process `rank` of `world_size`.
 
-        `workers` threads decode images that are not in memory.
+        `workers` threads decode images that are not in memory. Images and labels are yielded on `device`.
         """
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -55,6 +60,7 @@ class Loader:
         self.images = images
         self.batch_size = batch_size
         self.train = train
+        self.device = torch.device(device)
         self._seed = seed
         self._epoch = 0
         self._workers = workers
@@ -82,14 +88,34 @@ class Loader:
         order = torch.randperm(total, generator=generator) if self.train else torch.arange(total)
         corners = torch.randint(2 * PADDING + 1, (total, 2), generator=generator)
         mirrored = (torch.rand(total, generator=generator) < 0.5) & self.images.flip
-        shift = 255 * torch.tensor(self.images.mean).view(1, 3, 1, 1)
-        scale = 255 * torch.tensor(self.images.std).view(1, 3, 1, 1)
-        batches = [order[part] for part in self._parts]
-        for rows, pixels in zip(batches, decode_ahead(self.images.images, batches, self._workers), strict=True):
+        corners, mirrored, labels = (self._place(each[order]) for each in (corners, mirrored, self.images.labels))
+        sample_ids = self.images.sample_ids[order]
+        shift, scale = (
+            self._place(255 * torch.tensor(constants).view(1, 3, 1, 1))
+            for constants in (self.images.mean, self.images.std)
+        )
+        rows = order.to(self._held.device) if isinstance(self._held, Tensor) else order
+        decoded = decode_ahead(self._held, [rows[part] for part in self._parts], self._workers)
+        for part, pixels in zip(self._parts, decoded, strict=True):
+            pixels = self._place(pixels)
             if self.train:
-                pixels = _augment(pixels, corners[rows], mirrored[rows])
-            normalised = pixels.float().sub_(shift).div_(scale)
-            yield normalised, self.images.labels[rows], self.images.sample_ids[rows]
+                pixels = _augment(pixels, corners[part], mirrored[part])
+            yield pixels.float().sub_(shift).div_(scale), labels[part], sample_ids[part]
+
+    @functools.cached_property
+    def _held(self) -> Images:
+        """The images, on the device if they are in memory and take at most half of what is free there."""
+        images = self.images.images
+        if isinstance(images, Tensor) and self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return images.to(self.device) if images.nbytes <= free // 2 else images
+        return images
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the device, from pinned memory so that nothing waits for the copy."""
+        if tensor.device.type == "cpu" and self.device.type == "cuda":
+            tensor = tensor.pin_memory(self.device)
+        return tensor.to(self.device, non_blocking=True)
 
 
 def _training_parts(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[slice]:
@@ -112,8 +138,8 @@ def _ordered_parts(total: int, batch_size: int, rank: int, world_size: int) -> I
 def _augment(pixels: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
     """Crop padded uint8 images (n, 3, H, W) at `corners` (n, 2) and mirror those in `mirrored` (n,)."""
     count, channels, height, width = pixels.shape
-    along = torch.arange(width)
-    y = corners[:, :1] + torch.arange(height)
+    along = torch.arange(width, device=pixels.device)
+    y = corners[:, :1] + torch.arange(height, device=pixels.device)
     x = corners[:, 1:] + torch.where(mirrored[:, None], along.flip(0), along)
     sources = (y[:, :, None] * (width + 2 * PADDING) + x[:, None, :]).view(count, 1, -1)
     padded = F.pad(pixels, [PADDING] * 4).flatten(2)

@@ -1,0 +1,113 @@
+"""A training step as one CUDA graph: forward, backward and update are replayed without a launch of their own each.
+
+Launching the three thousand kernels of a ResNet-164's step takes the processor longer than computing them takes the
+card. Knows torch alone: what is captured is an objective and its optimizer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # steps before the capture: kernels are compiled and algorithms chosen in them
+
+
+class CapturedStep:
+    """One step of training at a learning rate, replayed for batches of the size of the first one.
+
+    Batches of other sizes (the last of an epoch) take the same step uncaptured and uncompiled. The network's
+    repeated blocks are compiled while the step is captured and plain again afterwards, so evaluation, recording
+    and saving meet the network as it is.
+    """
+
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare for `objective(images, labels)` -> scores (3,), whose first is the summed loss."""
+        self._objective, self._optimizer = objective, optimizer
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
+        """Take a step with images (n, ...) and labels (n,) on the device; return the batch's scores (3,)."""
+        if self._graph is None:
+            self._capture(images, labels)
+        if images.shape != self._images.shape:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            return self._step(images, labels)
+        self._images.copy_(images, non_blocking=True)
+        self._labels.copy_(labels, non_blocking=True)
+        self._rate.fill_(rate)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._scores.clone()
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        self._optimizer.zero_grad()
+        scores: Tensor = self._objective(images, labels)
+        (scores[0] / len(labels)).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return scores.detach()
+
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
+        """Capture a step on batches like these; weights and optimizer are as before afterwards."""
+        self._images, self._labels = images.clone(), labels.clone()
+        self._rate = torch.zeros((), device=images.device)  # a number would be captured with the step
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with self._kept(), _compiled(_regions(self._objective)), torch.backends.cudnn.flags(benchmark=True):
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    self._step(self._images, self._labels)
+            torch.cuda.current_stream().wait_stream(aside)
+            self._optimizer.zero_grad()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._scores = self._step(self._images, self._labels)
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Restore weights, buffers and momentum, in place, after the block."""
+        for group in self._optimizer.param_groups:
+            for weight in group["params"]:  # a first step makes them otherwise, which the graph would repeat
+                self._optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        momenta = [state["momentum_buffer"] for state in self._optimizer.state.values()]
+        tensors = [*self._objective.parameters(), *self._objective.buffers(), *momenta]
+        before = [tensor.detach().clone() for tensor in tensors]
+        yield
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
+def _regions(module: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules of a kind that occurs repeatedly: they share what is compiled; else the whole."""
+    kinds = Counter(type(each) for each in module.modules())
+
+    def search(within: nn.Module) -> Iterator[nn.Module]:
+        for child in within.children():
+            container = isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+            if kinds[type(child)] > 1 and not container and any(child.children()):
+                yield child
+            else:
+                yield from search(child)
+
+    return [*search(module)] or [module]
+
+
+@contextmanager
+def _compiled(regions: list[nn.Module]) -> Iterator[None]:
+    """Compile modules for the block alone, each for the shapes that it meets."""
+    for region in regions:
+        region.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for region in regions:
+            region._compiled_call_impl = None  # torch has no public way back
