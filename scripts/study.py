@@ -7,6 +7,7 @@ from importlib import import_module
 
 STUDIES = {
     "forms": "train plain, attention, ASR and both by seed; paired differences with intervals",
+    "paper": "train the paper's four networks by its recipe, in slices of time; stripes of every epoch",
     "growth": "a recorded run over its epochs, and its network on other images: where do stripes rise, fall, settle?",
     "recipes": "train SE and ASR by stripe's recipe and by the reference's as written; paired differences of accuracy",
     "ablation": "train ASR networks that differ in one choice each",

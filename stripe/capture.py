@@ -47,7 +47,7 @@ class CapturedStep:
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         self._optimizer.zero_grad()
         scores: Tensor = self._objective(images, labels)
-        (scores[0] / len(labels)).backward()  # type: ignore[no-untyped-call]
+        (scores[0] / len(labels)).backward()
         self._optimizer.step()
         return scores.detach()
 

@@ -213,7 +213,9 @@ class _Batch:
 
 def _to_processor(values: Any) -> Any:
     """Copy a tensor into memory of the processor, pinned where it comes from a CUDA device."""
-    return values.detach().to("cpu", non_blocking=values.device.type == "cuda") if isinstance(values, Tensor) else values
+    return (
+        values.detach().to("cpu", non_blocking=values.device.type == "cuda") if isinstance(values, Tensor) else values
+    )
 
 
 def identify(batch: Sequence[Any], seen: int) -> tuple[Any, Any]:
@@ -342,4 +344,3 @@ def _barrier() -> None:
 
 def _do_nothing(*_: Any, **__: Any) -> None:
     pass
-

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from stripe.data import CIFAR_MEAN, Encoded, ImageSet, Loader, decoding, load_images, loading
 
 CIFAR = Path(__file__).parents[1] / "../shared/data/cifar10"
+CIFAR100 = CIFAR.parent / "cifar100"
 PLAIN = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 few = settings(deadline=None, max_examples=40)
 
@@ -480,6 +481,38 @@ def test_hub_folder_without_data(hub):
     with pytest.raises(FileNotFoundError, match="cannot load 'hf:") as caught:
         load_images(f"hf:{hub}", "train")
     assert "\n" not in str(caught.value)
+
+
+def test_hub_folder_is_read_without_its_package(hub, monkeypatch):
+    images = [encode(gray(n * 20, 9, 9)) for n in range(6)]
+    write_table(hub / "train-00000-of-00002.parquet", images[:4], [0, 1, 1, 0])
+    write_table(hub / "train-00001-of-00002.parquet", images[4:], [1, -1])
+    write_table(hub / "test-00000-of-00001.parquet", images[1:3], [0, 1])
+    monkeypatch.setattr("stripe.data.sources.find_tables", lambda folder: {})  # so that the package reads it
+    wanted = {split: load_images(f"hf:{hub}", split) for split in ("train", "test")}
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for split, other in wanted.items():
+        own = load_images(f"hf:{hub}", split)
+        assert torch.equal(own.images, other.images)
+        assert torch.equal(own.labels, other.labels)
+        assert torch.equal(own.sample_ids, other.sample_ids)
+        assert (own.mean, own.std, own.classes) == (other.mean, other.std, other.classes)
+    (hub / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of the 2 files of split 'train'"):
+        load_images(f"hf:{hub}", "train")
+
+
+@pytest.mark.skipif(not CIFAR100.exists(), reason="real CIFAR-100 is not in ../shared/data/cifar100")
+def test_real_cifar100_without_the_hub_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = datasets.load_dataset(str(CIFAR100), split="test")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    images = load_images(f"hf:{CIFAR100}", "test", samples=200, **PLAIN)
+    assert images.classes == tuple(table.features["fine_label"].names)
+    for place, row in enumerate(images.sample_ids.tolist()):
+        assert np.array_equal(images.images[place].permute(1, 2, 0), np.asarray(table[row]["img"]))
+        assert images.labels[place] == table[row]["fine_label"]
 
 
 def test_hub_needs_its_package(monkeypatch):

@@ -19,7 +19,19 @@ ALPHA, POWER = 0.05, 0.8  # of the paired, two-sided t-test
 DIFFERENCE = 0.5  # points of accuracy worth telling apart
 FEWEST, MOST = 2, 100_000  # seeds
 CERTAIN = 50.0  # standard errors: a difference as large is found, and the distribution's tail cannot be computed
-PAIRS = (("attention", "plain"), ("asr", "plain"), ("both", "attention"), ("asr", "attention"))
+PAIRS = (
+    ("attention", "plain"),
+    ("asr", "plain"),
+    ("both", "attention"),
+    ("asr", "attention"),
+    ("plain-0.5", "plain"),
+    ("plain-0.25", "plain"),
+    ("asr", "plain-0.5"),
+    ("both", "plain-0.25"),
+    ("asr-1", "plain"),
+    ("asr", "asr-1"),
+)
+FORMS = ("plain", "attention", "asr", "both", "plain-0.5", "plain-0.25", "asr-1")
 MEASURES = {"last": "last epoch", "best": "best validated epoch"}
 NAMES = {"senet": "SE", "eca": "ECA", "srm": "SRM"}
 DECIMALS = 4  # of written tables: more than any accuracy has
@@ -118,7 +130,15 @@ def difference(accuracies: pd.DataFrame, form: str, base: str) -> dict[str, obje
 def label(form: str, module: str) -> str:
     """Return the name that a table or a figure gives to a form."""
     name = NAMES.get(module, module)
-    return {"plain": "plain", "attention": name, "asr": f"ASR({name})", "both": f"ASR({name})+{name}"}[form]
+    return {
+        "plain": "plain",
+        "attention": name,
+        "asr": f"ASR({name})",
+        "both": f"ASR({name})+{name}",
+        "plain-0.5": "plain from 0.5",
+        "plain-0.25": "plain from 0.25",
+        "asr-1": f"ASR({name}) from 1",
+    }[form]
 
 
 # ---- figure ----------------------------------------------------------------------------------------------
@@ -126,15 +146,19 @@ def label(form: str, module: str) -> str:
 
 def draw(results: pd.DataFrame, differences: pd.DataFrame, module: str, measure: str = "last") -> Figure:
     """Draw a module's accuracies, a line a seed, and the paired differences with their intervals."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.9, 2.6), layout="constrained", width_ratios=(3, 2))
-    forms = [form for form in ("plain", "attention", "asr", "both") if form in set(results["form"])]
+    forms = [form for form in FORMS if form in set(results["form"])]
+    shown = differences[differences["measure"] == measure]
+    size = (6.9, max(2.6, 0.3 * len(shown) + 0.9))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(3, 2))
     accuracies = results.pivot(index="seed", columns="form", values=f"accuracy_{measure}")[forms]
     for seed, row in accuracies.iterrows():
         left.plot(forms, row, color="0.6", linewidth=0.8, marker=".", label=f"seed {seed}")
     left.plot(forms, accuracies.mean(), color="#0072B2", linestyle="", marker="_", markersize=18, label="mean")
-    left.set_xticks(range(len(forms)), [label(form, module) for form in forms])
+    names = [label(form, module) for form in forms]
+    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(forms) > 4 else {}
+    left.set_xticks(range(len(forms)), names, **turned)
     left.set_ylabel(f"test accuracy (%),\n{MEASURES[measure]}")
-    _draw_differences(right, differences[differences["measure"] == measure], module)
+    _draw_differences(right, shown, module)
     for ax in (left, right):
         ax.tick_params(labelsize=7)
         ax.xaxis.label.set_size(8)

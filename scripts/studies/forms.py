@@ -17,9 +17,10 @@ from torch import nn
 import stripe
 from stripe.data import ImageSet, Loader, load_images
 from stripe.models import create_model
+from stripe.models.resnet import Block
 from stripe.recorder import RecorderCallback
 from stripe.stats import summarize
-from stripe.training import Recipe
+from stripe.training import Recipe, processes
 from studies import comparison
 from studies.table import Row, Table, add_data, claimed
 from studies.training import Images, OutOfTime, train
@@ -29,7 +30,13 @@ FORMS: dict[str, dict[str, bool]] = {
     "attention": {},
     "asr": {"asr": True},
     "both": {"asr": True, "both": True},
+    "plain-0.5": {},
+    "plain-0.25": {},
+    "asr-1": {"asr": True},
 }
+STARTS = {"plain-0.5": 0.5, "plain-0.25": 0.25, "asr-1": 1.0}
+"""Controls: what the last norm of every residual branch begins at, times v under ASR; 1 is a plain network's, about
+0.5 that of ASR, which v begins at, about 0.25 that of both."""
 RECIPE = ("epochs", "scheduler", "milestones", "lr", "weight_decay", "amp", "compile")
 SETTINGS = ("dataset", "depth", "block", "batch", "train_samples", "val_samples", "test_samples", *RECIPE)
 STRIPES = [
@@ -52,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, "hf:../shared/data/cifar10", 128, Path("figures/study"))
     what = parser.add_argument_group("what is trained")
     what.add_argument("--setting", default="resnet20", metavar="NAME", help="of all options but forms, module, seeds")
-    what.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="which networks")
+    what.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS)[:4], help="which networks")
     what.add_argument("--module", default="senet", help="attention module")
     what.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights, order, crops, held-out images"
@@ -110,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
 def cases_of(forms: Sequence[str], module: str, seeds: Sequence[int]) -> Iterator[Row]:
     """Yield all forms of a seed before the next seed, so that every finished seed gives pairs."""
     for seed, form in itertools.product(seeds, forms):
-        yield {"form": form, "module": "none" if form == "plain" else module, "seed": seed}
+        yield {"form": form, "module": "none" if form.startswith("plain") else module, "seed": seed}
 
 
 def load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
@@ -126,10 +133,12 @@ def train_case(
     case: Row, images: Images, directory: Path, arguments: argparse.Namespace, deadline: float
 ) -> tuple[Row, list[Row]]:
     """Train one case; return its row, and one for each epoch and gate where the image has attention."""
-    options = FORMS[case["form"]] | {"module": None if case["form"] == "plain" else case["module"]}
-    network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(images.test.classes)} | options
+    network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(images.test.classes)}
+    network |= FORMS[case["form"]] | {"module": None if case["module"] == "none" else case["module"]}
     torch.manual_seed(case["seed"])
     model = create_model("resnet", **network)
+    if case["form"] in STARTS:
+        begin_at(model, STARTS[case["form"]])
     description = {"model": {"arch": "resnet", **network}, "data": images.training.describe(), "seed": case["seed"]}
     gated = case["form"] in ("attention", "both")
     probe = images.test.take(min(arguments.record, len(images.test)))
@@ -147,8 +156,20 @@ def train_case(
     return row, [] if table is None else table.to_dict("records")
 
 
+@torch.no_grad()
+def begin_at(model: nn.Module, scale: float) -> None:
+    """Let the last norm of every residual branch, times v where ASR wraps it, scale its channels by `scale`."""
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        norm = block.get_submodule(block.last_norm)
+        if isinstance(norm, stripe.asr.ASRLayer):
+            norm.bn.weight.copy_(scale / norm.learned_vector())
+        else:
+            norm.weight.fill_(scale)
+
+
 def _recording(model: nn.Module, probe: ImageSet, directory: Path, description: dict[str, Any]) -> RecorderCallback:
-    loader = Loader(probe, 100)
+    loader = Loader(probe, 100, device=processes().device)
+    model.to(processes().device)
     gates = stripe.find_gates(model, next(iter(loader))[0][:2])
     about = {"description": description["model"], "data": probe.describe(), "seeds": {"seed": description["seed"]}}
     return RecorderCallback(loader, gates, directory, overwrite=True, **about)

@@ -1,4 +1,4 @@
-"""Train a network, or finish its training, and test it in deployed form; every epoch's time is noted."""
+"""Train a network, or finish its training, and test it in deployed form; every epoch's time and energy are noted."""
 
 import json
 import math
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from stripe import asr
 from stripe.data import ImageSet, Loader
-from stripe.training import Callback, Recipe, evaluate, fit
+from stripe.training import Callback, Recipe, evaluate, fit, processes
+from studies.energy import joules
 from studies.table import Row
 
 
@@ -24,19 +26,19 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Images:
-    """Parts of a data set; validation chooses, test only reports."""
+    """Parts of a data set; validation, where there is one, chooses, test only reports."""
 
     training: ImageSet
-    validation: ImageSet
+    validation: ImageSet | None
     test: ImageSet
 
 
 class TimedLoader(Loader):
-    """Training batches that note the seconds of every epoch in a file, and begin none after `deadline` (monotonic)."""
+    """Training batches that note what every epoch took in a file, and begin none after `deadline` (monotonic)."""
 
     def __init__(self, images: ImageSet, batch_size: int, *, seed: int, notes: Path, deadline: float) -> None:
         """Read what the file notes already: a resumed training's earlier epochs."""
-        super().__init__(images, batch_size, train=True, seed=seed)
+        super().__init__(images, batch_size, train=True, seed=seed, device=processes().device)
         self._notes, self._deadline, self._now = notes, deadline, 0
         self.seconds: dict[str, Row] = json.loads(notes.read_text()) if notes.exists() else {}
 
@@ -49,15 +51,21 @@ class TimedLoader(Loader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the epoch's batches, then note its time."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu, energy = time.perf_counter(), time.process_time(), joules()
         yield from super().__iter__()
-        self.seconds[str(self._now)] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[str(self._now)] = {
+            "wall": time.perf_counter() - wall,
+            "cpu": time.process_time() - cpu,
+            "joules": joules() - energy,
+        }
         partial = self._notes.with_suffix(".partial")
         partial.write_text(json.dumps(self.seconds))
         partial.replace(self._notes)
 
     def total(self, clock: str) -> float:
-        """Return the seconds of all epochs by the "wall" clock or the "cpu" time of this process."""
+        """Return the sum over all epochs of seconds on the "wall" clock, of "cpu" seconds, or of "joules"."""
         return sum(epoch[clock] for epoch in self.seconds.values())
 
 
@@ -76,7 +84,7 @@ def train(
 
     Raises OutOfTime when `deadline` passes before the last epoch begins, the first of this call excepted.
     """
-    last, best = (directory / "checkpoints" / name for name in ("last.pt", "best.pt"))
+    last = directory / "checkpoints" / "last.pt"
     if not last.exists():
         shutil.rmtree(directory, ignore_errors=True)  # stopped within its first epoch
     notes = directory / "seconds.json"
@@ -84,7 +92,7 @@ def train(
     metrics = fit(
         model,
         loader,
-        Loader(images.validation, batch),
+        images.validation and _batches(images.validation, batch),
         recipe,
         directory=directory,
         description=description,
@@ -93,11 +101,24 @@ def train(
         save_every=0,
         progress=False,
     )
-    validated, chosen = metrics["val_accuracy"], int(metrics["val_accuracy"].argmax())
-    row: Row = {"best_epoch": chosen + 1}
-    for name, path, epoch in (("last", last, recipe.epochs - 1), ("best", best, chosen)):
-        model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-        row[f"accuracy_{name}"] = evaluate(asr.deploy(model), Loader(images.test, batch)).accuracy
+    row = _tested(model, metrics, images, directory / "checkpoints", batch)
+    row |= {"seconds": loader.total("wall"), "cpu_seconds": loader.total("cpu"), "joules": loader.total("joules")}
+    return row | {"images_per_second": len(loader.seconds) * loader.samples / row["seconds"]}
+
+
+def _tested(model: nn.Module, metrics: pd.DataFrame, images: Images, checkpoints: Path, batch: int) -> Row:
+    """Return the accuracies of the last epoch and, where there is validation, of the epoch that it chooses."""
+    validated = metrics["val_accuracy"]
+    epochs = {"last": len(metrics) - 1}
+    if images.validation is not None:
+        epochs["best"] = int(validated.argmax())
+    row: Row = {"best_epoch": epochs["best"] + 1} if "best" in epochs else {}
+    for name, epoch in epochs.items():
+        model.load_state_dict(torch.load(checkpoints / f"{name}.pt", weights_only=True)["state_dict"])
+        row[f"accuracy_{name}"] = evaluate(asr.deploy(model), _batches(images.test, batch)).accuracy
         row[f"val_accuracy_{name}"] = float(validated[epoch])
-    speed = len(loader.seconds) * loader.samples / loader.total("wall")
-    return row | {"seconds": loader.total("wall"), "cpu_seconds": loader.total("cpu"), "images_per_second": speed}
+    return row
+
+
+def _batches(images: ImageSet, batch: int) -> Loader:
+    return Loader(images, batch, device=processes().device)

@@ -105,7 +105,7 @@ def decode_all(images: Images, uri: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (positions, uint8 images) in order, with a progress bar when it takes long."""
     parts = list(torch.split(torch.arange(images.shape[0]), DECODED_AT_ONCE))
     pixels = decode_ahead(images, parts, os.cpu_count() or 1)
-    bar = tqdm(pixels, f"reading {uri}", len(parts), leave=False, delay=2, unit="batch")
+    bar = tqdm(pixels, f"reading {uri}", len(parts), leave=False, delay=2, unit="batch", disable=None)
     yield from zip(parts, bar, strict=True)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from stripe.data.decoding import IMAGE_FORMATS, Reader
 from stripe.data.normalisation import CIFAR_MEAN, CIFAR_STD, Constants
+from stripe.store import Table, find_tables
 
 FOLDER_SPLITS = ("train", "test", "val")
 
@@ -118,7 +120,44 @@ def _open_folder(uri: str, data_dir: str) -> Source:
 
 
 def _open_hub(uri: str, data_dir: str) -> Source:
-    """Open a Hugging Face data set; image and label columns are found by their feature types."""
+    """Open a Hugging Face data set, a folder of Parquet files without their package; feature types tell the columns."""
+    target = uri.partition(":")[2]
+    folder = Path(target).expanduser()
+    if target.startswith((".", "/", "~")) and not folder.is_dir():
+        raise FileNotFoundError(f"'{uri}': there is no folder '{target}'")
+    with _loading(uri):
+        tables = find_tables(folder) if folder.is_dir() else {}
+    return _from_tables(uri, tables) if tables else _from_datasets(uri, str(folder))
+
+
+@contextmanager
+def _loading(uri: str) -> Iterator[None]:
+    """Say in one line what could not be loaded: files that are not what they say fail in many ways."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise FileNotFoundError(f"cannot load '{uri}': {reason}") from error
+
+
+def _from_tables(uri: str, tables: Mapping[str, Table]) -> Source:
+    kinds = {name: feature.get("_type") for name, feature in next(iter(tables.values())).features.items()}
+    image, label = (_column(kinds, kind, uri) for kind in ("Image", "ClassLabel"))
+
+    def open_split(split: str) -> Split:
+        table = tables[split]
+
+        def read(rows: Tensor) -> list[tuple[str, str | BytesIO]]:
+            files = table.files(image, rows.tolist())
+            return [_encoded(uri, split, *each) for each in zip(rows.tolist(), files, strict=True)]
+
+        names = table.features[label]["names"]
+        return Split(read, torch.from_numpy(table.integers(label)), tuple(names))
+
+    return Source(tuple(tables), open_split)
+
+
+def _from_datasets(uri: str, target: str) -> Source:
     try:
         import datasets
     except ImportError as error:
@@ -126,27 +165,19 @@ def _open_hub(uri: str, data_dir: str) -> Source:
             f"'{uri}' needs the package datasets: pip install 'stripe-observation[hub]'"
         ) from error
 
-    target = uri.partition(":")[2]
-    if target.startswith((".", "/")) and not Path(target).is_dir():
-        raise FileNotFoundError(f"'{uri}': there is no folder '{target}'")
-    try:
+    with _loading(uri):
         splits = datasets.load_dataset(target)
-    except Exception as error:  # files that are not what they say fail in many ways
-        reason = str(error.__cause__ or error).partition("\n")[0]
-        raise FileNotFoundError(f"cannot load '{uri}': {reason}") from error
     features = next(iter(splits.values())).features
-    image = _column(features, datasets.Image, uri)
-    label = _column(features, datasets.ClassLabel, uri)
+    kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    image, label = (_column(kinds, kind, uri) for kind in ("Image", "ClassLabel"))
 
     def open_split(split: str) -> Split:
         table = splits[split]
         encoded = table.select_columns(image).cast_column(image, datasets.Image(decode=False))
 
         def read(rows: Tensor) -> list[tuple[str, str | BytesIO]]:
-            return [
-                (f"{uri} {split} row {row}", BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
-                for row, stored in zip(rows.tolist(), encoded[rows.tolist()][image], strict=True)
-            ]
+            stored = [(each["bytes"], each["path"]) for each in encoded[rows.tolist()][image]]
+            return [_encoded(uri, split, *each) for each in zip(rows.tolist(), stored, strict=True)]
 
         labels = table.select_columns(label).with_format("numpy")[:][label]
         return Split(read, torch.from_numpy(labels).long(), tuple(features[label].names))
@@ -154,11 +185,18 @@ def _open_hub(uri: str, data_dir: str) -> Source:
     return Source(tuple(splits), open_split)
 
 
-def _column(features: Mapping[str, object], kind: type, uri: str) -> str:
-    for name, feature in features.items():
-        if isinstance(feature, kind):
+def _encoded(uri: str, split: str, row: int, stored: tuple[bytes | None, str | None]) -> tuple[str, str | BytesIO]:
+    """Name an image of a row, and return its content, or else its path."""
+    content, path = stored
+    return f"{uri} {split} row {row}", BytesIO(content) if content else path or ""
+
+
+def _column(kinds: Mapping[str, str | None], wanted: str, uri: str) -> str:
+    """Return the first column of a kind."""
+    for name, kind in kinds.items():
+        if kind == wanted:
             return name
-    raise ValueError(f"'{uri}' has no column of type {kind.__name__}, only {', '.join(features)}")
+    raise ValueError(f"'{uri}' has no column of type {wanted}, only {', '.join(kinds)}")
 
 
 _TORCHVISION: dict[str, tuple[str, int, Constants | None]] = {

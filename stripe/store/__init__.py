@@ -23,10 +23,11 @@ from stripe.store.manifest import (
 )
 from stripe.store.reading import LabelMeans, Run, open_run
 from stripe.store.rows import EpochWriter, MomentsWriter, Rows
+from stripe.store.tables import Table, find_tables
 from stripe.store.writing import RunWriter
 
 __all__ = [
     "CONTENTS", "KINDS", "SCHEMA_VERSION", "UNKNOWN_LABEL", "VALUE_TYPES", "Epoch", "EpochCheck", "EpochWriter",
     "GateColumn", "LabelMeans", "Manifest", "MomentsWriter", "Part", "Rows", "Run", "RunCheck", "RunWriter",
-    "check_run", "open_run", "repair_run",
+    "Table", "check_run", "find_tables", "open_run", "repair_run",
 ]  # fmt: skip

@@ -1,0 +1,203 @@
+"""Paper: the four rows of the paper's table (SE, ASR, plain, both) by its recipe, recorded after every epoch.
+
+Every epoch the moments of attention over all test images, the attention of a probe set, and the test accuracy are
+kept; what follows from them is written beside results.csv after every slice of time, finished or not. As the paper
+does, without validation images unless asked; its "best" accuracy is that of the epoch best on the test set, which
+flatters, and stands beside that of the last epoch.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import stripe
+from stripe.data import ImageSet, Loader, load_images
+from stripe.models import create_model
+from stripe.stats import summarize
+from stripe.training import Recipe, processes
+from studies.forms import FORMS
+from studies.table import Row, Table, add_data, claimed, write
+from studies.training import Images, OutOfTime, train
+
+ORDER = ("attention", "asr", "plain", "both")
+RECIPE = ("epochs", "milestones", "lr", "weight_decay", "amp", "compile")
+SETTINGS = ("dataset", "depth", "block", "module", "batch", "train_samples", "val_samples", *RECIPE)
+EVALUATED = 1000  # images at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the study's arguments; the defaults are the paper's."""
+    add_data(parser, "cifar100", 128, Path("figures/study"))
+    cuda = torch.cuda.is_available()
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--setting", metavar="NAME", help="name of these options (default: paper-DATA-resnetDEPTH)")
+    what.add_argument("--forms", nargs="+", choices=ORDER, default=list(ORDER), help="which networks, in this order")
+    what.add_argument("--module", default="senet", help="attention module")
+    what.add_argument("--seeds", type=int, nargs="+", default=[1], help="of weights, order, crops, held-out images")
+    what.add_argument("--depth", type=int, default=164, help="of the ResNet")
+    what.add_argument("--block", default="bottleneck", help="of the ResNet: bottleneck or basicblock")
+    what.add_argument("--train-samples", type=int, metavar="N", help="training images (default: all)")
+    what.add_argument("--val-samples", type=int, default=0, metavar="N", help="of them held out")
+    what.add_argument("--record", type=int, default=500, metavar="N", help="test images whose rows are kept")
+    how = parser.add_argument_group("how")
+    how.add_argument("--epochs", type=int, default=164, metavar="N", help="of each training")
+    how.add_argument("--milestones", type=int, nargs="+", default=[81, 122], metavar="E", help="epochs of the steps")
+    how.add_argument("--lr", type=float, default=0.1, help="learning rate at the start")
+    how.add_argument("--weight-decay", type=float, default=1e-4, help="of all weights")
+    how.add_argument("--amp", default="bf16", help="mixed precision: no, bf16 or fp16")
+    how.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compile and capture the training step"
+    )
+    how.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="begin no epoch after as many")
+    how.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where networks and runs go")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train every case without a row, as far as time allows, and write what there is of each."""
+    deadline = time.monotonic() + 60 * arguments.minutes
+    config = {name: getattr(arguments, name) for name in SETTINGS}
+    data = arguments.dataset.rstrip("/").split("/")[-1]
+    setting = arguments.setting or f"paper-{data}-resnet{arguments.depth}"
+    results = Table(arguments.out / "results.csv", config, setting=setting)
+    cases = [
+        {"form": form, "module": "none" if form == "plain" else arguments.module, "seed": seed}
+        for seed, form in itertools.product(arguments.seeds, arguments.forms)
+    ]
+    missing = results.missing(cases)
+    images = load(arguments) if missing else None
+    for case in missing:
+        name = "-".join([setting, *map(str, case.values())])
+        with claimed(arguments.runs / name) as mine:
+            if not mine or not results.missing([case]):
+                continue  # another process trains it, or has by now
+            observer = Observer(arguments.runs / name, arguments.record)
+            try:
+                row = train_case(case, images, observer, arguments, config, deadline)
+                results.put(case, row | {"accuracy_best_on_test": max(e["test_accuracy"] for e in observer.epochs)})
+                print(f"{name}: {row['accuracy_last']:.2f} %, {row['images_per_second']:.0f} images/s", flush=True)
+            except OutOfTime:
+                left = len(results.missing(cases))
+                print(f"time is up after {arguments.minutes:g} minutes: {left} of {len(cases)} trainings to go")
+                return
+            finally:
+                observer.report(arguments.out / "paper", name)
+
+
+def load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
+    """Load the training and the test images."""
+    where = {"data_dir": arguments.data_dir}
+    images = load_images(arguments.dataset, "train", samples=arguments.train_samples, **where)
+    return images, load_images(arguments.dataset, "test", mean=images.mean, std=images.std, **where)
+
+
+def train_case(
+    case: Row,
+    images: tuple[ImageSet, ImageSet],
+    observer: "Observer",
+    arguments: argparse.Namespace,
+    config: Row,
+    deadline: float,
+) -> Row:
+    """Train one case, or go on with it; return its row."""
+    training, test = images
+    parts = Images(training, None, test)
+    if arguments.val_samples:
+        parts = Images(*training.hold_out(arguments.val_samples, case["seed"]), test)
+    network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(test.classes)}
+    network |= FORMS[case["form"]] | {"module": None if case["form"] == "plain" else arguments.module}
+    same_config(observer.directory.with_suffix(".json"), config)
+    torch.manual_seed(case["seed"])
+    model = create_model("resnet", **network).to(processes().device)
+    description = {"model": {"arch": "resnet", **network}, "data": training.describe(), "seed": case["seed"]}
+    observer.begin(model, test, description, gated=case["form"] in ("attention", "both"))
+    recipe = {name: getattr(arguments, name) for name in RECIPE} | {"milestones": tuple(arguments.milestones)}
+    return train(
+        model,
+        parts,
+        Recipe(seed=case["seed"], **recipe),
+        directory=observer.directory,
+        description=description,
+        batch=arguments.batch,
+        callbacks=[observer],
+        deadline=deadline,
+    )
+
+
+def same_config(path: Path, config: Row) -> None:
+    """Note the options of a training, or compare them with those it was begun with; ValueError where they differ."""
+    begun = json.loads(path.read_text()) if path.exists() else None
+    if begun is None:
+        path.write_text(json.dumps(config))
+    elif begun != json.loads(json.dumps(config)):
+        raise ValueError(f"'{path}' says that the training was begun with {begun}: name another --setting")
+
+
+class Observer:
+    """A callback that tests the network after every epoch and, where the image has attention, records it.
+
+    The moments over all test images become the run `DIRECTORY/all`, the rows of the probe set the run `DIRECTORY`.
+    """
+
+    def __init__(self, directory: Path, probe: int) -> None:
+        """Take up what was noted of the epochs before."""
+        self.directory, self._probe = directory, probe
+        self._notes = directory / "test.json"
+        resumable = (directory / "checkpoints" / "last.pt").exists() and self._notes.exists()
+        self.epochs: list[Row] = json.loads(self._notes.read_text()) if resumable else []
+
+    def begin(self, model: nn.Module, test: ImageSet, description: Mapping[str, Any], *, gated: bool) -> None:
+        """Prepare to observe a network on these test images."""
+        device = processes().device
+        self._test = Loader(test, EVALUATED, device=device)
+        few = test.take(min(self._probe, len(test)))
+        self._few = Loader(few, EVALUATED, device=device)
+        self._gates = stripe.find_gates(model, next(iter(self._few))[0][:2]) if gated else []
+        about = {"description": description["model"], "seeds": {"seed": description["seed"]}, "overwrite": True}
+        self._all_of = about | {"data": test.describe(), "contents": "moments"}
+        self._few_of = about | {"data": few.describe()}
+
+    def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Test, record, and note the test accuracy in percent and the mean loss."""
+        start = time.perf_counter()
+        totals = torch.zeros(3, dtype=torch.float64)
+        with self._recorder(model, self.directory / "all", self._all_of) as recorder, torch.inference_mode():
+            for images, labels, sample_ids in self._test:
+                logits = model(images)
+                if recorder:
+                    recorder.commit(sample_ids, labels, epoch=epoch)
+                loss, correct = F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
+                totals += torch.stack([loss, correct, torch.ones_like(loss) * len(labels)]).cpu()
+        with self._recorder(model, self.directory, self._few_of) as recorder:
+            if recorder:
+                recorder.record(self._few, epoch=epoch)
+        loss, correct, samples = totals.tolist()
+        tested = {"test_loss": loss / samples, "test_accuracy": 100 * correct / samples}
+        self.epochs = [row for row in self.epochs if row["epoch"] < epoch]
+        self.epochs.append(dict(metrics) | tested | {"observing_seconds": time.perf_counter() - start})
+        partial = self._notes.with_suffix(".partial")
+        partial.write_text(json.dumps(self.epochs))
+        partial.replace(self._notes)
+
+    def _recorder(self, model: nn.Module, path: Path, options: Mapping[str, Any]) -> Any:
+        return stripe.Recorder(model, self._gates, path, **options) if self._gates else nullcontext()
+
+    def report(self, out: Path, name: str) -> None:
+        """Write the epochs and, where attention was recorded, its statistics by epoch and gate as CSVs."""
+        notes = self.directory / "seconds.json"
+        taken = json.loads(notes.read_text()) if notes.exists() else {}
+        rows = [row | taken.get(str(int(row["epoch"])), {}) for row in self.epochs]
+        if rows:
+            write(pd.DataFrame(rows), out / f"{name}-epochs.csv")
+        if rows and self._gates:
+            write(summarize(stripe.open_run(self.directory / "all"), bootstrap=0), out / f"{name}-stripes.csv")

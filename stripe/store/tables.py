@@ -1,0 +1,85 @@
+"""Data sets that others wrote as Parquet, in the folder layout of the Hugging Face hub, read by column and row."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+LARGEST_FOLDER = 2**30  # bytes of Parquet that are read into memory column by column
+_NAME = re.compile(r"(?P<split>\w+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?")
+
+
+class Table:
+    """One split: its columns lie in one file or, one after the other, in several.
+
+    Attributes:
+        features: by column what the hub says of it, such as ``{"_type": "ClassLabel", "names": ["cat", "dog"]}``.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Read what the files say of their columns; ``pyarrow.ArrowException`` or OSError for files of another kind."""
+        self._paths = list(paths)
+        described = (pq.read_schema(self._paths[0]).metadata or {}).get(b"huggingface", b"{}")
+        self.features: Mapping[str, Any] = json.loads(described).get("info", {}).get("features", {})
+
+    def integers(self, column: str) -> NDArray[np.int64]:
+        """Return a column of integers, shape (rows,); -1 where it holds none."""
+        values = [pq.read_table(path, columns=[column])[column].fill_null(-1).to_numpy() for path in self._paths]
+        return np.concatenate(values).astype(np.int64)
+
+    def files(self, column: str, rows: Sequence[int]) -> list[tuple[bytes | None, str | None]]:
+        """Return the content and the path, either of which may be missing, of the files in some rows of a column."""
+        contents, paths, starts = self._files(column)
+        found = []
+        for row in rows:
+            part = int(np.searchsorted(starts, row, side="right")) - 1
+            place = row - int(starts[part])
+            found.append((contents[part][place].as_py(), paths[part][place].as_py()))
+        return found
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # a table lives as long as its data set
+    def _files(self, column: str) -> tuple[list[pa.Array], list[pa.Array], NDArray[np.int64]]:
+        """Return a column's contents and paths chunk by chunk, and the first row of each chunk."""
+        chunks = [chunk for path in self._paths for chunk in pq.read_table(path, columns=[column])[column].chunks]
+        starts = np.cumsum([0, *map(len, chunks)])[:-1]
+        return [chunk.field("bytes") for chunk in chunks], [chunk.field("path") for chunk in chunks], starts
+
+
+def find_tables(folder: Path) -> dict[str, Table]:
+    """Return the splits that a folder holds as ``SPLIT.parquet`` or ``SPLIT-00000-of-00002.parquet`` files.
+
+    Returns nothing for a folder that needs the package `datasets`: without such files that say what their columns
+    are, with several data sets, or of more than LARGEST_FOLDER bytes.
+
+    Raises:
+        FileNotFoundError: a split lacks one of its files.
+    """
+    paths = sorted(folder.rglob("*.parquet"))
+    matches = [_NAME.fullmatch(path.stem) for path in paths]
+    several = len({path.parent for path in paths}) != 1
+    if several or not all(matches) or sum(path.stat().st_size for path in paths) > LARGEST_FOLDER:
+        return {}
+    splits: defaultdict[str, list[Path]] = defaultdict(list)
+    expected: dict[str, int] = {}
+    for path, match in zip(paths, matches, strict=True):
+        assert match is not None
+        splits[match["split"]].append(path)
+        expected[match["split"]] = int(match["parts"] or 1)
+    for split, found in splits.items():
+        if len(found) != expected[split]:
+            raise FileNotFoundError(
+                f"'{folder}' holds {len(found)} of the {expected[split]} files of split '{split}': fetch the others"
+            )
+    order = sorted(splits, key=lambda split: (split != "train", split != "validation", split))
+    tables = {split: Table(splits[split]) for split in order}
+    return tables if all(table.features for table in tables.values()) else {}
