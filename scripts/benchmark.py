@@ -34,15 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own: see BENCHMARK --help")
     chosen = parser.parse_args(argv)
+    output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    output.add_argument("--device", choices=("cpu", "cuda"), help="where to measure (default: a GPU if there is one)")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    if output.parse_known_args(chosen.arguments)[0].device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any benchmark, or a process of its, looks for a GPU
     module = import_module(f"benchmarks.{chosen.benchmark}")
     form = argparse.ArgumentDefaultsHelpFormatter
-    output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     about = {"description": module.__doc__, "formatter_class": form, "allow_abbrev": False}
     own = argparse.ArgumentParser(f"{parser.prog} {chosen.benchmark}", parents=[output], **about)
     module.add_arguments(own)
     arguments = own.parse_args(chosen.arguments)
     try:
+        if arguments.device == "cuda" and device_name() is None:
+            raise ValueError("--device cuda: there is no CUDA device here; leave it out to measure on the processor")
         result = module.run(arguments)
     except BAD_INPUT as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -57,14 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def device() -> str:
     """Name the accelerator, or else the processor and its number of cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if name := device_name():
+        return name
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def device_name() -> str | None:
+    """Name the GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def versions() -> dict[str, str]:

@@ -1,19 +1,22 @@
-"""Time an epoch of SE and ASR as `stripe train` trains them and by the reference recipe."""
+"""Time an epoch of SE and ASR as `stripe train` trains them and by the reference recipe: the last of each training."""
 
 import argparse
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks.networks import DEVICE, add_network, build
 from benchmarks.reference import as_written, loader_as_written, train_as_written
-from benchmarks.timing import Prepare, Result, measure, report
+from benchmarks.timing import Prepare, Result, Timing, measure, report
 from stripe import keep_memory
-from stripe.data import ImageSet, Loader, load_images
-from stripe.training import Recipe, fit
+from stripe.data import Loader, load_images
+from stripe.training import Recipe, fit, processes
 
 FORMS = ("SE", "ASR")
 
@@ -23,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser, rounds=2, batch=128)
     parser.add_argument("--dataset", default="hf:../shared/data/cifar10", metavar="URI", help="what to train on")
     parser.add_argument("--samples", type=int, metavar="N", help="images an epoch (default: 4 batches)")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of each training; the last is timed")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="DataLoader processes of the reference")
     parser.add_argument("--amp", default="bf16", help="precision of stripe's training")
     parser.add_argument("--compile", action="store_true", help="torch.compile stripe's training: minutes to prepare")
@@ -34,9 +38,12 @@ def run(arguments: argparse.Namespace) -> Result:
     """Time every form by both recipes."""
     cases = {}
     for form in (*FORMS, "plain") if arguments.plain else FORMS:
-        cases[f"{form}, reference"] = partial(_prepare, _train_as_written, form, arguments)
-        cases[f"{form}, stripe"] = partial(_prepare, _train_with_stripe, form, arguments)
-    timings = measure(cases, arguments.rounds)
+        cases[f"{form}, reference"] = partial(_prepare, "reference", form, arguments)
+        cases[f"{form}, stripe"] = partial(_prepare, "stripe", form, arguments)
+    timings = {
+        name: Timing(timing.returned[1:], timing.peak_mb, None)  # the first run only warms up
+        for name, timing in measure(cases, arguments.rounds).items()
+    }
     rows = report(timings, "SE, reference", images=_samples(arguments))
     for form in FORMS:
         ratio = timings[f"{form}, reference"].ratio(timings[f"{form}, stripe"])
@@ -49,21 +56,53 @@ def _samples(arguments: argparse.Namespace) -> int:
     return samples
 
 
-def _prepare(train: Callable[..., None], form: str, arguments: argparse.Namespace) -> Prepare:
-    if train is _train_with_stripe:
-        keep_memory()
+class Timed:
+    """Batches that note the seconds of every pass over them."""
+
+    def __init__(self, loader: Any) -> None:
+        """Pass on what `loader` yields and knows."""
+        self._loader = loader
+        self.seconds: list[float] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of a pass; it ends when the device is done with them."""
+        start = time.perf_counter()
+        yield from self._loader
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the batches know of themselves."""
+        return getattr(self._loader, name)
+
+
+def _prepare(recipe: str, form: str, arguments: argparse.Namespace) -> Prepare:
     network = build(form, arguments.depth, arguments.module)
     images = load_images(arguments.dataset, "train", samples=_samples(arguments))
-    return partial(train, network if train is _train_with_stripe else as_written(network), images, arguments)
+    if recipe == "stripe":
+        if DEVICE == "cpu":
+            keep_memory()
+        batches = Timed(Loader(images, arguments.batch, train=True, device=processes().device))
+        train = partial(_train_with_stripe, network, batches, arguments)
+    else:
+        batches = Timed(loader_as_written(images, arguments.batch, arguments.workers))
+        train = partial(train_as_written, as_written(network), batches, arguments.epochs, arguments.lr, DEVICE)
+    lasts: list[float] = []
+
+    def run() -> list[float]:
+        train()
+        lasts.append(batches.seconds[-1])
+        return lasts
+
+    return run
 
 
-def _train_as_written(network: nn.Module, images: ImageSet, arguments: argparse.Namespace) -> None:
-    loader = loader_as_written(images, arguments.batch, arguments.workers)
-    train_as_written(network, loader, 1, arguments.lr, DEVICE)
-
-
-def _train_with_stripe(network: nn.Module, images: ImageSet, arguments: argparse.Namespace) -> None:
-    recipe = Recipe(epochs=1, lr=arguments.lr, amp=arguments.amp, compile=arguments.compile)
-    loader = Loader(images, arguments.batch, train=True)
+def _train_with_stripe(network: nn.Module, batches: Timed, arguments: argparse.Namespace) -> None:
+    recipe = Recipe(epochs=arguments.epochs, lr=arguments.lr, amp=arguments.amp, compile=arguments.compile)
     with tempfile.TemporaryDirectory() as folder:
-        fit(network, loader, None, recipe, directory=Path(folder), description={}, save_every=0, progress=False)
+        fit(network, batches, None, recipe, directory=Path(folder), description={}, save_every=0, progress=False)

@@ -77,7 +77,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from stripe.training import Recipe, TensorBoard, evaluate, fit, processes
 
     process = processes()
-    share = {"rank": process.process_index, "world_size": process.num_processes, "workers": arguments.workers}
+    share: dict[str, Any] = {
+        "rank": process.process_index,
+        "world_size": process.num_processes,
+        "workers": arguments.workers,
+    }
+    share["device"] = process.device
     recipe = Recipe(
         epochs=arguments.epochs,
         lr=arguments.lr,
@@ -126,14 +131,16 @@ def _train(arguments: argparse.Namespace) -> int:
 def _test(arguments: argparse.Namespace) -> int:
     from stripe.data import Loader, load_images
     from stripe.models import read_checkpoint
-    from stripe.training import evaluate
+    from stripe.training import evaluate, processes
 
     if arguments.resume is None:
         raise ValueError("-e tests a trained network: name its checkpoint with --resume PATH")
     checkpoint = read_checkpoint(arguments.resume)
     constants = options.constants(checkpoint.description)
     images = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **constants)
-    loader = Loader(images, arguments.test_batch, workers=arguments.workers)
+    device = processes().device
+    loader = Loader(images, arguments.test_batch, workers=arguments.workers, device=device)
+    checkpoint.model.to(device)
     return _report(arguments, evaluate(checkpoint.model, loader, progress=True))
 
 
@@ -188,7 +195,8 @@ def _recording(
         **options.constants(description),
     )
     loader = Loader(images, arguments.test_batch, **share)
-    gates = find_gates(model, next(iter(Loader(images, 2)))[0])
+    model.to(share["device"])
+    gates = find_gates(model, next(iter(loader))[0][:2])
     if not gates:
         raise ValueError("--record: the network has no gate; train one with --module senet, or do not record")
     return RecorderCallback(
