@@ -16,7 +16,7 @@ tests() {
 benchmarks() {
     local run=("$PYTHON" -W ignore scripts/benchmark.py) size=(--depth "$DEPTH" --device "$DEVICE")
     "${run[@]}" train "${size[@]}" --dataset "$DATA" --samples "${SAMPLES:-9984}" --epochs 2 --rounds "${ROUNDS:-2}" \
-        --compile --workers 12 --json "$OUT/train.json" 2>&1 | tee "$OUT/train.txt"
+        ${COMPILE---compile} --workers "${LOADERS:-12}" --json "$OUT/train.json" 2>&1 | tee "$OUT/train.txt"
     "${run[@]}" collect "${size[@]}" --samples "${SAMPLES:-9984}" --batch 1000 --rounds "${ROUNDS:-2}" \
         --json "$OUT/collect.json" 2>&1 | tee "$OUT/collect.txt"
     "${run[@]}" deploy "${size[@]}" --batch 1000 --rounds 5 --json "$OUT/deploy.json" 2>&1 | tee "$OUT/deploy.txt"

@@ -11,7 +11,6 @@ import stripe
 from stripe import asr
 from stripe.capture import CapturedStep
 from stripe.data import Loader, load_images
-from stripe.gates import read_gates
 from stripe.models import create_model
 from stripe.training import Recipe, fit
 
