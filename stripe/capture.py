@@ -6,6 +6,7 @@ card. Knows torch alone: what is captured is an objective and its optimizer.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,36 +14,51 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+MOST_GRAPHS = 64  # that may be compiled of one block's forward: a few for each network trained in this process
 WARM_UP = 3  # steps before the capture: kernels are compiled and algorithms chosen in them
 
 
 class CapturedStep:
     """One step of training at a learning rate, replayed for batches of the size of the first one.
 
-    Batches of other sizes (the last of an epoch) take the same step uncaptured and uncompiled. The network's
-    repeated blocks are compiled while the step is captured and plain again afterwards, so evaluation, recording
-    and saving meet the network as it is.
+    Batches of other sizes (the last of an epoch) take the same step uncaptured and uncompiled, and so do all where the
+    network cannot be captured, for instance because it looks at its values on the processor. With `compile` the
+    network's repeated blocks are compiled while the step is captured and plain again afterwards, so evaluation,
+    recording and saving meet the network as it is.
     """
 
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, *, compile: bool = False) -> None:
         """Prepare for `objective(images, labels)` -> scores (3,), whose first is the summed loss."""
-        self._objective, self._optimizer = objective, optimizer
+        self._objective, self._optimizer, self._compile = objective, optimizer, compile
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._shape: torch.Size | None = None  # of the batches that are to be captured
 
     def __call__(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
         """Take a step with images (n, ...) and labels (n,) on the device; return the batch's scores (3,)."""
-        if self._graph is None:
-            self._capture(images, labels)
-        if images.shape != self._images.shape:
+        if self._shape is None:
+            self._shape = images.shape
+            self._try_to_capture(images, labels)
+        if self._graph is None or images.shape != self._shape:
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             return self._step(images, labels)
         self._images.copy_(images, non_blocking=True)
         self._labels.copy_(labels, non_blocking=True)
         self._rate.fill_(rate)
-        assert self._graph is not None
         self._graph.replay()
         return self._scores.clone()
+
+    def _try_to_capture(self, images: Tensor, labels: Tensor) -> None:
+        try:
+            self._capture(images, labels)
+        except RuntimeError as error:
+            self._graph = None
+            torch.cuda.synchronize(images.device)
+            warnings.warn(
+                "this network's training step cannot be captured as a CUDA graph, so it is trained without, more slowly: "
+                f"{str(error).splitlines()[0][:200]}",
+                stacklevel=4,
+            )
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         self._optimizer.zero_grad()
@@ -59,7 +75,8 @@ class CapturedStep:
             group["lr"] = self._rate
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with self._kept(), _compiled(_regions(self._objective)), torch.backends.cudnn.flags(benchmark=True):
+        regions = _regions(self._objective) if self._compile else []
+        with self._kept(), _compiled(regions), torch.backends.cudnn.flags(benchmark=True):
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
                     self._step(self._images, self._labels)
@@ -80,10 +97,12 @@ class CapturedStep:
         momenta = [state["momentum_buffer"] for state in self._optimizer.state.values()]
         tensors = [*self._objective.parameters(), *self._objective.buffers(), *momenta]
         before = [tensor.detach().clone() for tensor in tensors]
-        yield
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
 
 
 def _regions(module: nn.Module) -> list[nn.Module]:
@@ -104,10 +123,16 @@ def _regions(module: nn.Module) -> list[nn.Module]:
 @contextmanager
 def _compiled(regions: list[nn.Module]) -> Iterator[None]:
     """Compile modules for the block alone, each for the shapes that it meets."""
+    if not regions:
+        yield
+        return
+    from torch._dynamo import config  # takes seconds and 200 MB
+
     for region in regions:
         region.compile(dynamic=False)
     try:
-        yield
+        with config.patch(recompile_limit=MOST_GRAPHS):
+            yield
     finally:
         for region in regions:
             region._compiled_call_impl = None  # torch has no public way back

@@ -58,8 +58,8 @@ class Recipe:
         no_decay: patterns of parameter names without weight decay, such as "*.psi".
         amp: "no", "bf16" or "fp16" mixed precision.
         channels_last: memory layout of the network, usually the faster one.
-        compile: run training steps through torch.compile, which takes minutes to start and pays over many steps;
-            on one GPU, in bf16 or full precision, they are captured as a CUDA graph as well.
+        compile: run training steps through torch.compile, which takes minutes to start and pays over many steps.
+            On one GPU, but in fp16, steps are captured as a CUDA graph with or without it.
         seed: of every random number drawn while training.
     """
 
@@ -354,9 +354,8 @@ class _Trainer:
         self.objective = self.accelerator.prepare(objective)
         self.optimizer = _optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == "fp16")
-        captured = recipe.compile and device == "cuda" and not self.scaler.is_enabled()
-        alone = self.accelerator.num_processes == 1
-        self.step = CapturedStep(objective, self.optimizer) if captured and alone else self._step
+        captured = device == "cuda" and not self.scaler.is_enabled() and self.accelerator.num_processes == 1
+        self.step = CapturedStep(objective, self.optimizer, compile=recipe.compile) if captured else self._step
 
     def train(self, loader: TrainingBatches, epoch: int, progress: bool) -> Evaluation:
         """Train one epoch, leaving the model in eval mode."""

@@ -68,16 +68,18 @@ def test_batches_are_those_of_the_processor_bit_for_bit(images, train):
     assert train != torch.equal(next(iter(loaders[0]))[0], next(iter(loaders[1]))[0].cpu())
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_captured_training_is_the_eager_one(images, tmp_path, form):
-    def train(name, **options):
-        model = network(form)
+@pytest.mark.parametrize(("form", "compile"), [*((form, False) for form in FORMS), ("SE", True), ("ASR", True)])
+def test_a_captured_training_is_the_eager_one(images, tmp_path, form, compile, monkeypatch):
+    def train(name, model=None, **options):
+        model = model or network(form)
         loader = Loader(images, 64, train=True, seed=1, device="cuda")  # four batches of 64, one of 44
         recipe = Recipe(epochs=3, lr=0.01, milestones=(2,), seed=1, **options)
         metrics = fit(model, loader, None, recipe, directory=tmp_path / name, description={}, progress=False)
         return model, metrics
 
-    (eager, plain), (captured, metrics) = train("eager"), train("captured", compile=True)
+    captured, metrics = train("captured", compile=compile)
+    monkeypatch.setattr(CapturedStep, "_capture", lambda *_: None)
+    eager, plain = train("eager")
     assert all(module._compiled_call_impl is None for module in captured.modules())
     assert error(torch.tensor(metrics["train_loss"]), torch.tensor(plain["train_loss"])) < 1e-3
     for (name, mine), its in zip(captured.state_dict().items(), eager.state_dict().values(), strict=True):
@@ -86,6 +88,24 @@ def test_a_captured_training_is_the_eager_one(images, tmp_path, form):
         assert torch.equal(mine, its) if mine.dtype == torch.int64 else error(mine, its) < 0.02, name
     start = network(form).state_dict()["fc.weight"]
     assert error(captured.fc.weight, start) > 0.05  # it has moved by more than the two differ
+
+
+def test_a_network_that_cannot_be_captured_is_trained_without(images, tmp_path):
+    class Looking(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if float(y.sum()) else -y  # waits for the device
+
+    torch.manual_seed(0)
+    model = Looking(
+        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+    before = copy.deepcopy(model[-1].weight)
+    loader = Loader(images, 64, train=True, seed=1, device="cuda")
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        metrics = fit(model, loader, None, Recipe(epochs=2), directory=tmp_path, description={}, progress=False)
+    assert np.isfinite(metrics["train_loss"]).all()
+    assert error(model[-1].weight, before) > 1e-3
 
 
 def test_a_captured_step_never_waits_for_the_device(images):

@@ -24,6 +24,7 @@ FORMS = ("SE", "ASR")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network's and the training's arguments."""
     add_network(parser, rounds=2, batch=128)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="which networks to train")
     parser.add_argument("--dataset", default="hf:../shared/data/cifar10", metavar="URI", help="what to train on")
     parser.add_argument("--samples", type=int, metavar="N", help="images an epoch (default: 4 batches)")
     parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of each training; the last is timed")
@@ -37,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Result:
     """Time every form by both recipes."""
     cases = {}
-    for form in (*FORMS, "plain") if arguments.plain else FORMS:
+    for form in (*arguments.forms, "plain") if arguments.plain else arguments.forms:
         cases[f"{form}, reference"] = partial(_prepare, "reference", form, arguments)
         cases[f"{form}, stripe"] = partial(_prepare, "stripe", form, arguments)
     timings = {
         name: Timing(timing.returned[1:], timing.peak_mb, None)  # the first run only warms up
         for name, timing in measure(cases, arguments.rounds).items()
     }
-    rows = report(timings, "SE, reference", images=_samples(arguments))
-    for form in FORMS:
+    rows = report(timings, f"{arguments.forms[0]}, reference", images=_samples(arguments))
+    for form in arguments.forms:
         ratio = timings[f"{form}, reference"].ratio(timings[f"{form}, stripe"])
         print(f"{form}: {ratio:.2f} times the images/s of the reference recipe")
     return Result(rows)
