@@ -10,7 +10,7 @@ export PYTHONPATH=$PWD
 mkdir -p "$OUT"
 
 tests() {
-    "$PYTHON" -m pytest -q -W default -p no:cacheprovider -m cuda tests/test_cuda.py tests/test_asr.py 2>&1 | tee "$OUT/tests.txt"
+    timeout -s INT "${TESTS_SECONDS:-300}" "$PYTHON" -m pytest -q --tb=short -W default -p no:cacheprovider -m cuda tests/test_cuda.py tests/test_asr.py 2>&1 | tee "$OUT/tests.txt"
 }
 
 benchmarks() {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 MOST_GRAPHS = 64  # that may be compiled of one block's forward: a few for each network trained in this process
-WARM_UP = 3  # steps before the capture: kernels are compiled and algorithms chosen in them
+WARM_UP = 3  # steps before the capture: kernels are compiled and workspaces made in them
 
 
 class CapturedStep:
@@ -76,7 +76,7 @@ class CapturedStep:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         regions = _regions(self._objective) if self._compile else []
-        with self._kept(), _compiled(regions), torch.backends.cudnn.flags(benchmark=True):
+        with self._kept(), _compiled(regions):
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
                     self._step(self._images, self._labels)

@@ -123,6 +123,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def start_server(modules: Iterable[str]) -> None:
     """Start the process that the cases' are forked from, where it does not run; it imports `modules` once for all."""
     before = os.environ.get("PYTHONPATH")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU otherwise spoils what is forked afterwards
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), before]))
     try:
         multiprocessing.set_forkserver_preload(sorted(modules))
