@@ -83,8 +83,8 @@ class Timed:
 
 
 def _prepare(recipe: str, form: str, arguments: argparse.Namespace) -> Prepare:
-    network = build(form, arguments.depth, arguments.module)
     images = load_images(arguments.dataset, "train", samples=_samples(arguments))
+    network = build(form, arguments.depth, arguments.module, len(images.classes))
     if recipe == "stripe":
         if DEVICE == "cpu":
             keep_memory()

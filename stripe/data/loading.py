@@ -114,7 +114,7 @@ class Loader:
     def _place(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to the device, from pinned memory so that nothing waits for the copy."""
         if tensor.device.type == "cpu" and self.device.type == "cuda":
-            tensor = tensor.pin_memory(self.device)
+            tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
 
