@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed, nn
 
-from stripe.gates import Gate, read_gates
-from stripe.store import CONTENTS, KINDS, GateColumn, Rows, RunWriter
+from stripe.gate import Gate
+from stripe.gates import read_gates
+from stripe.store import CONTENTS, KINDS, Rows, RunWriter
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, sample ids
 Progress = Callable[[Batches], Batches]
@@ -56,7 +57,7 @@ class Recorder:
 
         Args:
             model: the network.
-            gates: from `find_gates(model, images)`.
+            gates: from `find_gates(model, images)`, or `run.gates` of a run of this network.
             path: directory of the run.
             squeeze: store what each gate scales, averaged over space, as well.
             dtype: "float32" or "float16".
@@ -81,7 +82,7 @@ class Recorder:
             path,
             model=description or {"class": type(model).__qualname__},
             data=data or {},
-            gates=[GateColumn(g.name, g.channels, g.layout, g.form, g.source, g.site) for g in gates],
+            gates=gates,
             squeeze=squeeze,
             dtype=dtype,
             contents=contents,

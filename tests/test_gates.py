@@ -1,6 +1,7 @@
 """Gates of real and handwritten networks: found by what is computed, read and replaced without trace."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -14,9 +15,13 @@ from torch.nn import functional as F
 from torch.nn.modules import module as every_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from stripe.folding import fold
+from stripe.gate import Gate, Product, Tap
 from stripe.gates import explain_gates, find_gates, read_gates, replace_gates
 from stripe.gates.trace import trace
 from stripe.models import create_model
+from stripe.recorder import Recorder
+from stripe.store import open_run
 from tests.conftest import randomize, relative_error
 
 # name, gates, form, layout, the module in a gate's site whose output is the gate; torchvision's begin with "tv:"
@@ -267,6 +272,61 @@ def test_the_squeeze_is_the_scaled_map_averaged_over_space(kind, images):
 
 def windowed(x):
     return x * x.mean((2, 3), True).sigmoid()
+
+
+def test_gates_are_the_same_after_a_run_was_written_and_opened(tmp_path, images):
+    """Every form of gate goes through run.json, and a network of the same weights takes it from there."""
+    for kind, (function, *_) in GATED.items():
+        model = randomize(Net(function)).eval()
+        gates = find_gates(model, images)
+        with Recorder(model, gates, tmp_path / kind, squeeze=True) as recorder:
+            recorder.record([(images, torch.zeros(3).long(), torch.arange(3))])
+        run = open_run(tmp_path / kind)
+        assert run.gates == gates
+        again = copy.deepcopy(model)
+        assert_reproduces(again, images, run.gates)
+        with Recorder(again, run.gates, tmp_path / kind, squeeze=True) as recorder:
+            recorder.record([(images, torch.zeros(3).long(), torch.arange(3))], epoch=1)
+        for read in (run.attention, run.squeeze):
+            again_read = getattr(open_run(tmp_path / kind), read.__name__)
+            assert torch.equal(torch.tensor(read(gates[0], 0)), torch.tensor(again_read(gates[0], 1)))
+
+
+def test_a_gate_that_says_too_little_is_refused_in_words(images):
+    model = randomize(Net(GATED["module"][0])).eval()
+    gates = [Gate("model", 8, attention=Tap("sigmoid", 0, "output", 0))]
+    said = "'model' does not say where .*: take the gate of this name from find_gates"
+    with pytest.raises(ValueError, match=said), read_gates(model, gates, print):
+        model(images)
+    with pytest.raises(ValueError, match=said), replace_gates(model, gates, {"model": torch.ones(8)}):
+        model(images)
+
+
+@pytest.mark.parametrize("changes", [
+    {"attention": Tap("first", 0, "output", 0)}, {"attention": Tap("sigmoid", 0, "output", 7)},
+    {"attention": Tap("no.such", 0, "output", 0)}, {"attention": Tap("sigmoid", 3, "output", 0)},
+    {"attention": None, "product": Product(0, "mul", 0, 9, copied=False)}, {"layout": "NLC", "attention": None},
+    {"squeeze": Tap("sigmoid", 0, "output", 0), "pooled": False}, {"channels": 5},
+    {"site": "no.such", "attention": None},
+])  # fmt: skip
+def test_a_gate_of_another_network_is_refused_and_never_read_wrong(changes, images):
+    model = randomize(Net(GATED["module"][0])).eval()
+    (gate,) = find_gates(model, images)
+    with pytest.raises((ValueError, RuntimeError), match="find_gates"):
+        collect(model, images, [dataclasses.replace(gate, **changes)], squeeze=True)
+
+
+def test_values_may_be_keyed_by_gate(images):
+    model = randomize(Net(GATED["module"][0])).eval()
+    (gate,) = find_gates(model, images)
+    outputs = []
+    for key in (gate, gate.name):
+        with torch.no_grad(), replace_gates(model, [gate], {key: torch.linspace(0.1, 2, 8)}):
+            outputs.append(model(images))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], model(images))
+    folded, _ = fold(model, {gate: torch.linspace(0.1, 2, 8)}, images)
+    assert relative_error(folded(images), outputs[0]) < 1e-5
 
 
 NOT_GATED = {

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from stripe import stats
 from stripe.asr.layers import PSI_INIT, ASRLayer, asr_layers
-from stripe.store import GateColumn, Run
+from stripe.gate import Gate
+from stripe.store import Run
 from stripe.training import Batches, evaluate
 
 Array = npt.NDArray[np.float64]
@@ -182,7 +183,7 @@ class Task:
 
     model: nn.Module
     asr_model: nn.Module
-    gates: list[GateColumn]
+    gates: list[Gate]
     observed: Observed
     loader: Batches
     steps: int
@@ -325,7 +326,7 @@ def _fit_psi(learner: Learner, stripe: Tensor) -> None:
 # ---- networks with constants in place of gates -----------------------------------------------------------
 
 
-def with_constants(model: nn.Module, gates: Iterable[GateColumn], vectors: Vectors) -> nn.Module:
+def with_constants(model: nn.Module, gates: Iterable[Gate], vectors: Vectors) -> nn.Module:
     """Return a copy of `model` in which each of the run's `gates` gives its constant (C,) whatever the image."""
     psis = {gate.name: torch.as_tensor(vectors[gate.name]).float().to(_device(model)) for gate in gates}
     modules = {name: PsiGate(nn.Identity(), psi.view(1, -1, 1, 1)) for name, psi in psis.items()}
@@ -333,7 +334,7 @@ def with_constants(model: nn.Module, gates: Iterable[GateColumn], vectors: Vecto
 
 
 def _with_each_constant(
-    model: nn.Module, gates: list[GateColumn], learned: Vectors, observed: Observed
+    model: nn.Module, gates: list[Gate], learned: Vectors, observed: Observed
 ) -> dict[str, nn.Module]:
     stripes = _stripes(observed)
     ones = {gate: np.ones_like(stripe) for gate, stripe in stripes.items()}
@@ -341,7 +342,7 @@ def _with_each_constant(
     return {name: with_constants(model, gates, vectors) for name, vectors in constants.items()}
 
 
-def _replace(model: nn.Module, gates: Iterable[GateColumn], modules: Mapping[str, nn.Module]) -> nn.Module:
+def _replace(model: nn.Module, gates: Iterable[Gate], modules: Mapping[str, nn.Module]) -> nn.Module:
     """Return a copy of `model` with `modules` in the places of its gates' sources."""
     model = copy.deepcopy(model)
     for gate in gates:
@@ -363,7 +364,7 @@ def _stripes(observed: Observed) -> Vectors:
 # ---- where gates and ASR layers stand --------------------------------------------------------------------
 
 
-def _require_gate(model: nn.Module, gate: GateColumn) -> None:
+def _require_gate(model: nn.Module, gate: Gate) -> None:
     if gate.source is None or gate.site is None or gate.form != "multiplicative":
         raise ValueError(
             f"gate '{gate.name}' is {gate.form} from {gate.source}; expected a module's multiplicative gate"
@@ -383,7 +384,7 @@ def _entrances(task: Task) -> list[str]:
     return [str(gate.site if small else gate.source) for gate, small in zip(task.gates, pooled, strict=True)]
 
 
-def _attention_of(model: nn.Module, gate: GateColumn, entrance: str) -> nn.Module:
+def _attention_of(model: nn.Module, gate: Gate, entrance: str) -> nn.Module:
     """Return the module that maps a feature map to the gate: the source, or the site around it read at the source."""
     module = model.get_submodule(entrance)
     return module if entrance == gate.source else _SiteAttention(module, str(gate.source).removeprefix(f"{entrance}."))

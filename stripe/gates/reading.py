@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stripe.gate import Gate, Kind, Tap, name_of, product_of
 from stripe.gates.finding import factors_of, is_alike
-from stripe.gates.gate import Gate, Kind, Tap
 from stripe.gates.hooks import Hooks, output_items, unwrap
 from stripe.gates.trace import FACTORS, in_parts, op_name
 
@@ -47,8 +47,8 @@ def read_gates(
 
 
 @contextmanager
-def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """While open, let `model` use `values[gate.name]`, (C,) or (N, C), instead of what its gates compute.
+def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[Any, Tensor]) -> Iterator[None]:
+    """While open, let `model` use `values`, by gate or name (C,) or (N, C), instead of what its gates compute.
 
     Gates not named stay as they are. Gradients reach `values` where the gate is a module's output that only
     its product uses (`gate.exclusive`). Raises ValueError for an unknown name, a wrong shape or a gradient
@@ -56,7 +56,7 @@ def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[str, 
     """
     known = {gate.name: gate for gate in gates}
     jobs = []
-    for name, given in values.items():
+    for name, given in ((name_of(gate), given) for gate, given in values.items()):
         if name not in known:
             raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(known)}")
         gate = known[name]
@@ -76,10 +76,11 @@ def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[str, 
 # ---- from a tensor to (N, C), and back ----
 def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) -> _Job:
     """Make the job that hands rows of a tensor to the sink."""
+    least = 3 if rows in (_average, _mean_square) else 2
 
     def read(tensor: Tensor) -> None:
-        values = rows(gate, tensor.detach())
-        if values.shape[1:] != (gate.channels,):
+        values = rows(gate, tensor.detach()) if tensor.ndim >= least else None
+        if values is None or values.shape[1:] != (gate.channels,):
             raise ValueError(
                 f"{kind} of gate {gate.name!r} came from a tensor of shape {tuple(tensor.shape)}; expected"
                 f" {gate.channels} channels, as found: call find_gates again with images like these"
@@ -151,6 +152,8 @@ class _Job:
 @contextmanager
 def _watching(model: nn.Module, jobs: Sequence[_Job]) -> Iterator[None]:
     """Do the jobs in every forward of `model`; see that all are done, and that there is a forward."""
+    for job in jobs:
+        product_of(job.gate)
     with Hooks() as hooks:
         watch = _Watch(jobs)
         watch.attach(unwrap(model), hooks)
@@ -225,8 +228,8 @@ class _Watch:
         """Do the jobs due at this call; return the items with the results in place, None when there is none."""
         replaced = None
         for job in jobs:
-            if job.tap and job.tap.call == call and job.tap.position < len(items):
-                result = job.act(items[job.tap.position])
+            if job.tap and job.tap.call == call and isinstance(item := _item(items, job.tap.position), Tensor):
+                result = job.act(item)
                 self._due.discard(job)
                 if result is not None:
                     replaced = replaced or [*items]
@@ -235,13 +238,17 @@ class _Watch:
 
     def _at_site(self, path: str, jobs: list[_Job], args: tuple[Any, ...]) -> None:
         call = self._call(path, "product")
-        if wanted := [job for job in jobs if job.gate.product.call == call]:
+        if wanted := [job for job in jobs if product_of(job.gate).call == call]:
             self._modes.append((path, ExitStack()))
             self._modes[-1][1].enter_context(_Products(wanted, self._due))
 
     def _after_site(self, path: str, output: Any) -> None:
         if self._modes and self._modes[-1][0] == path:
             self._modes.pop()[1].close()
+
+
+def _item(items: Sequence[Any], position: int) -> Any:
+    return items[position] if position < len(items) else None
 
 
 class _Products(TorchDispatchMode):
@@ -269,7 +276,8 @@ class _Products(TorchDispatchMode):
 
     def _meet(self, job: _Job, name: str, factors: tuple[Tensor, Tensor], func: Any, args: Any) -> Any:
         """Do the job if this is its product; return the arguments, with the result in place if there is one."""
-        product, gate = job.gate.product, factors[job.gate.product.operand]
+        product = product_of(job.gate)
+        gate = factors[product.operand]
         if name != product.op or not is_alike(job.gate.layout, product.copied, gate.shape, gate.stride()):
             return args
         self._seen[job] += 1
