@@ -93,10 +93,10 @@ class Gates(list[Gate]):
 
     def __repr__(self) -> str:
         """Return the table as text, a row per gate."""
-        return table(self).drop(columns=["layout", "after"]).to_string(index=False, na_rep="-") if self else "no gates"
+        return table(self).drop(columns=["layout", "after"]).fillna("-").to_string(index=False) if self else "no gates"
 
     def _repr_html_(self) -> str:
-        return table(self).to_html(index=False, na_rep="-") if self else "<p>no gates</p>"
+        return table(self).fillna("-").to_html(index=False) if self else "<p>no gates</p>"
 
 
 def table(gates: Iterable[Gate]) -> pd.DataFrame:

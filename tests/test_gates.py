@@ -499,16 +499,38 @@ def test_exported_networks_which_refuse_eval_are_read(images):
     assert_reproduces(exported, images, gates)
 
 
-def test_compiled_networks_are_unwrapped_and_refused_where_hooks_would_be_lost(images):
+def test_compiled_networks_are_read_as_what_they_wrap(images):
     model = Stages().eval()
     compiled = torch.compile(model, backend="eager")
     gates = find_gates(compiled, images)
     assert gates == find_gates(model, images)
     with torch.no_grad():
         compiled(images)
-    with pytest.raises(RuntimeError, match="uncompiled"):
-        collect(compiled, images, gates)
-    assert len(collect(model, images, gates)["attention"]) == 4
+    assert_reproduces(compiled, images, gates)
+    assert hooks_left(model) == 0
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_networks_with_compiled_parts_have_the_names_of_those_without(called_before, images):
+    model = randomize(create_model("resnet", depth=11, module="senet")).eval()
+    gates = find_gates(model, images)
+    expected = collect(model, images, gates)["attention"]
+    constants = {gate: torch.rand(gate.channels) for gate in gates}
+    folded, _ = fold(model, constants, images)
+    model.layer2 = torch.compile(model.layer2, backend="eager")
+    with torch.no_grad():
+        if called_before:
+            model(images)
+        assert find_gates(model, images) == gates
+        values = collect(model, images, gates)["attention"]
+        assert all(torch.equal(values[name], expected[name]) for name in expected)
+        assert_reproduces(model, images, gates)
+        again, _ = fold(model, constants, images)
+        assert torch.equal(again(images), folded(images))
+    assert again.state_dict().keys() == folded.state_dict().keys()
+    assert hasattr(model.layer2, "_orig_mod"), "the network itself stays compiled"
+    model.layer1.compile(backend="eager")
+    assert_reproduces(model, images, gates)
 
 
 def test_distributed_networks_are_read_and_data_parallel_ones_refused(images, tmp_path):

@@ -18,7 +18,7 @@ from stripe.folding.merging import Merge, Network
 from stripe.folding.tensors import doubled, named_tensors, tensors_in
 from stripe.gate import Gate, name_of
 from stripe.gates.finding import find_gates
-from stripe.gates.hooks import unwrap
+from stripe.gates.hooks import uncompiled
 from stripe.gates.trace import Images, trace
 
 
@@ -54,7 +54,7 @@ def fold(
             that cannot be taken out of the module that applies it.
         ArithmeticError: the folded network differs, even with nothing merged.
     """
-    model = unwrap(model)
+    model = uncompiled(model)
     if training := [path or "model" for path, module in model.named_modules() if module.training]:
         raise ValueError(f"{training[0]} is in train mode, where statistics change: call model.eval() before fold")
     usual = tensors_in(images)[0].dtype

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from stripe.gate import Form, Gate, Gates, Product, Tap, product_of
-from stripe.gates.hooks import unwrap
+from stripe.gates.hooks import uncompiled
 from stripe.gates.trace import ARITHMETIC, FACTORS, MOVES, Images, Op, Port, Trace, Value, trace
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def find_gates(model: nn.Module, images: Images, *, normalisers: Collection[str]
     square. `normalisers` adds ATen names (such as "softplus") to NORMALISERS. Raises ValueError when the
     input is so small that gates may hide.
     """
-    graph = trace(unwrap(model), images)
+    graph = trace(uncompiled(model), images)
     candidates = _candidates(graph, normalisers)
     if hidden := dict.fromkeys(candidate.site or "model" for candidate in candidates if candidate.hidden):
         size = "x".join(str(2 * n) for n in graph.inputs[0].shape[2:])
@@ -69,7 +69,7 @@ def find_gates(model: nn.Module, images: Images, *, normalisers: Collection[str]
 
 def explain_gates(model: nn.Module, images: Images, *, normalisers: Collection[str] = ()) -> list[Candidate]:
     """Return every product that might scale channels, in order of execution, accepted or with the reason why not."""
-    return _candidates(trace(unwrap(model), images), normalisers)
+    return _candidates(trace(uncompiled(model), images), normalisers)
 
 
 def _candidates(graph: Trace, normalisers: Collection[str]) -> list[Candidate]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe.gate import Gate, Kind, Tap, name_of, product_of
 from stripe.gates.finding import factors_of, is_alike
-from stripe.gates.hooks import Hooks, output_items, unwrap
+from stripe.gates.hooks import Hooks, modules_by_path, output_items, run_eagerly, unwrap
 from stripe.gates.trace import FACTORS, in_parts, op_name
 
 Sink = Callable[[Gate, Kind, Tensor], None]
@@ -154,7 +154,7 @@ def _watching(model: nn.Module, jobs: Sequence[_Job]) -> Iterator[None]:
     """Do the jobs in every forward of `model`; see that all are done, and that there is a forward."""
     for job in jobs:
         product_of(job.gate)
-    with Hooks() as hooks:
+    with run_eagerly(), Hooks() as hooks:
         watch = _Watch(jobs)
         watch.attach(unwrap(model), hooks)
         try:
@@ -162,7 +162,7 @@ def _watching(model: nn.Module, jobs: Sequence[_Job]) -> Iterator[None]:
         finally:
             watch.close()
     if not watch.forwards:
-        raise RuntimeError("no forward ran through the network while its gates were watched: call it, uncompiled")
+        raise RuntimeError("no forward ran through the network while its gates were watched: call it")
 
 
 class _Watch:
@@ -180,7 +180,7 @@ class _Watch:
         places: defaultdict[tuple[str, str], list[_Job]] = defaultdict(list)
         for job in self._jobs:
             places[(job.tap.path, job.tap.side) if job.tap else (job.gate.site, "product")].append(job)
-        modules = dict(model.named_modules())
+        modules = modules_by_path(model)
         if lost := {job.gate.name: None for (path, _), jobs in places.items() if path not in modules for job in jobs}:
             raise ValueError(f"this network has no gates {', '.join(lost)}: call find_gates on it")
         hooks.before(model, self._begin)
@@ -206,8 +206,8 @@ class _Watch:
     def _end(self, output: Any) -> None:
         if missing := dict.fromkeys(job.gate.name for job in self._jobs if job in self._due):
             raise RuntimeError(
-                f"the forward did not pass {', '.join(missing)}: read a compiled network uncompiled, and call"
-                " find_gates again when the network or the shape of its input has changed"
+                f"the forward did not pass {', '.join(missing)}: call find_gates"
+                " again when the network or the shape of its input has changed"
             )
         self.forwards += 1
 
