@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Form = Literal["multiplicative", "additive", "affine", "radix"]
-Kind = Literal["attention", "squeeze", "energy"]
-"""For a sample and channel: the value; what it scales, averaged over space; the square of that, so averaged."""
+Kind = Literal["attention", "squeeze", "energy", "map"]
+"""Of a sample and channel: the value; what it scales, averaged over space; its square, so averaged; the whole map."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from stripe.folding import fold
 from stripe.gate import Gate, Product, Tap
-from stripe.gates import explain_gates, find_gates, read_gates, replace_gates
+from stripe.gates import explain_gates, find_gates, isolate, read_gates, replace_gates
 from stripe.gates.trace import trace
 from stripe.models import create_model
 from stripe.recorder import Recorder
@@ -106,6 +106,41 @@ def test_known_networks_have_their_gates_and_the_values_reproduce_them(name, cou
         values = collect(model, images, gates)["attention"]
         assert all(torch.equal(*pair) for pair in zip(values.values(), by_hand, strict=True))
         assert not torch.equal(values[gates[0].name], by_hand[0].flip(0))
+    attentions, reasons = isolate(model, gates, images)
+    assert list(attentions) == [gate.name for gate in gates if leaf]
+    assert set(reasons.values()) == (set() if leaf else {"no module returns its attention"})
+    for gate in gates if leaf else ():
+        psi = torch.rand(gate.channels)
+        with torch.no_grad():
+            torch.testing.assert_close(attentions[gate.name](psi), attention_by_hand(model, name, gate, psi))
+            assert not torch.allclose(attentions[gate.name](psi), attentions[gate.name](psi.flip(0)), rtol=1e-6)
+
+
+def attention_by_hand(model, name, gate, psi):
+    """What the gate's own layers, called by hand, make of a squeeze."""
+    site, column = model.get_submodule(gate.site), psi[None, :, None, None]
+    if name.startswith("tv:"):
+        result = site.scale_activation(site.fc2(site.activation(site.fc1(column))))
+    elif name == "eca_resnext26ts":
+        result = site.gate(site.conv(psi[None, None]))
+    elif name == "resnest14d":
+        pooled = psi.view(2, -1).sum(0)[None, :, None, None]
+        result = site.rsoftmax(site.fc2(site.act1(site.bn1(site.fc1(pooled)))))
+    elif name == "skresnet18":
+        pooled = psi.view(2, -1).sum(0)[None, :, None, None]
+        attn = site.attn
+        result = attn.fc_select(attn.act(attn.bn(attn.fc_reduce(pooled)))).view(2, -1).softmax(0)
+    elif name == "gcresnet33ts":
+        result = site.mlp_add(column)
+    elif name == "ese_vovnet19b_slim_dw":
+        result = site.gate(site.fc(column))
+    elif name == "legacy_seresnet18":
+        result = site.sigmoid(site.fc2(site.relu(site.fc1(column))))
+    elif name in ("lcnet_050", "ghostnet_050"):
+        result = site.gate(site.conv_expand(site.act1(site.conv_reduce(column))))
+    else:
+        result = site.gate(site.fc2(site.act(site.bn(site.fc1(column)))))
+    return result.flatten()
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -314,6 +349,37 @@ def test_a_gate_of_another_network_is_refused_and_never_read_wrong(changes, imag
     (gate,) = find_gates(model, images)
     with pytest.raises((ValueError, RuntimeError), match="find_gates"):
         collect(model, images, [dataclasses.replace(gate, **changes)], squeeze=True)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [
+    ("functional", "no module returns its attention"), ("NHWC", "no module takes or returns what it scales"),
+    ("of another map", "its attention is not computed from what it scales"),
+])  # fmt: skip
+def test_attention_that_cannot_be_isolated_says_why(kind, reason, images):
+    model = randomize(Net(GATED[kind][0])).eval()
+    assert isolate(model, find_gates(model, images), images) == ({}, {"model": reason})
+
+
+def test_what_is_computed_from_more_than_the_squeeze_is_not_isolated_where_it_shows(images):
+    """The average is taken, and the largest value beside it, which no squeeze holds."""
+    model = randomize(Net(lambda n, x: x * column(n.sigmoid(n.logits(x) + n.fc2(n.fc1(x.amax((2, 3)))))))).eval()
+    gates = find_gates(model, images)
+    assert gates[0].pooled
+    assert isolate(model, gates, images)[1] == {"model": "its attention is not computed from the squeeze alone"}
+
+
+def test_isolated_attention_leaves_the_network_as_it_was_and_is_differentiable(images):
+    model = Stages().eval()
+    gates = find_gates(model, images)
+    attentions, _ = isolate(model, gates, images)
+    assert list(attentions) == ["block.sigmoid#0", "block.sigmoid#1"]
+    for attention in attentions.values():
+        psi = torch.rand(6, requires_grad=True)
+        expected = model.block.sigmoid(model.block.one(psi))
+        torch.testing.assert_close(attention(psi), expected)
+        gradients = torch.autograd.grad(attention(psi)[2], psi)[0], torch.autograd.grad(expected[2], psi)[0]
+        torch.testing.assert_close(*gradients)
+    assert hooks_left(model) == 0
 
 
 def test_values_may_be_keyed_by_gate(images):

@@ -13,7 +13,8 @@ import torch
 from nbclient import NotebookClient
 
 import stripe
-from stripe.asr.validation import Fit, Validation, compare
+from stripe.asr.protocols import Fit
+from stripe.asr.validation import Validation, compare, rule
 from stripe.gate import Gate, Gates
 from stripe.store import RunWriter
 
@@ -43,7 +44,7 @@ def validation(run):
     vectors = {gate: values.mean(axis=0, dtype=float) for gate, values in observed.items()}
     fit = Fit(learned=vectors, untrained={gate: vector[::-1] for gate, vector in vectors.items()}, best=vectors)
     accuracies = {"attention": 91.0, HOSTILE: 12.3}
-    return Validation("same", fit.rule, 3, 20, compare(fit, observed), accuracies, vectors, observed)
+    return Validation("same", rule("rmse"), 3, 20, compare(fit, observed), accuracies, vectors, observed)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

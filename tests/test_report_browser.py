@@ -15,7 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from stripe import plots, report, stats
-from stripe.asr.validation import Fit, Validation, compare
+from stripe.asr.protocols import Fit
+from stripe.asr.validation import Validation, compare, rule
 from stripe.gate import Gate
 from stripe.store import Run, open_run
 from tests.runs import writer
@@ -60,7 +61,7 @@ def validation(run: Run) -> Validation:
     stripes = {name: values.mean(0) for name, values in observed.items()}
     learned = {n: s + rng.normal(0, 0.01, s.size) if n == GATES[0].name else s[::-1] for n, s in stripes.items()}
     fit = Fit(learned, {n: np.full_like(s, 0.5) + 1e-3 * s for n, s in stripes.items()}, stripes)
-    return Validation("same", fit.rule, 5, 100, compare(fit, observed), {"attention": 91.25}, learned, observed)
+    return Validation("same", rule("rmse"), 5, 100, compare(fit, observed), {"attention": 91.25}, learned, observed)
 
 
 FOLD = {

@@ -6,9 +6,11 @@ products are gates, by what is computed and never by class names; `reading` take
 
 from stripe.gate import Gate, Gates, Product, Tap, table
 from stripe.gates.finding import NORMALISERS, Candidate, explain_gates, find_gates
+from stripe.gates.isolating import IsolatedAttention, isolate
 from stripe.gates.reading import read_gates, replace_gates
 
 __all__ = [
-    "NORMALISERS", "Candidate", "Gate", "Gates", "Product", "Tap", "explain_gates", "find_gates", "read_gates",
+    "NORMALISERS", "Candidate", "Gate", "Gates", "IsolatedAttention", "Product", "Tap", "explain_gates", "find_gates",
+    "isolate", "read_gates",
     "replace_gates", "table",
 ]  # fmt: skip

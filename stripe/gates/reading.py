@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stripe.gate import Gate, Kind, Tap, name_of, product_of
 from stripe.gates.finding import factors_of, is_alike
 from stripe.gates.hooks import Hooks, modules_by_path, output_items, run_eagerly, unwrap
+from stripe.gates.layouts import average, first_entries, flat, like_operand, like_output, mean_square, positions
 from stripe.gates.trace import FACTORS, in_parts, op_name
 
 Sink = Callable[[Gate, Kind, Tensor], None]
@@ -27,21 +28,30 @@ Rows = Callable[[Gate, Tensor], Tensor]
 
 @contextmanager
 def read_gates(
-    model: nn.Module, gates: Sequence[Gate], sink: Sink, *, squeeze: bool = False, energy: bool = False
+    model: nn.Module,
+    gates: Sequence[Gate],
+    sink: Sink,
+    *,
+    squeeze: bool = False,
+    energy: bool = False,
+    maps: bool = False,
 ) -> Iterator[None]:
     """While open, hand every gate's values in every forward of `model` to `sink(gate, kind, values)`.
 
     `values` is a detached copy (N, C) on the network's device: the attention and, with `squeeze`, the feature
-    map averaged over space, with `energy`, its square averaged over space. Raises ValueError when a gate's
+    map averaged over space, with `energy`, its square averaged over space, and with `maps` the feature map itself,
+    (N, C, *space). Raises ValueError when a gate's
     channels are not as found, and RuntimeError when a forward did not pass every gate, or none ran.
     """
     jobs = []
     for gate in gates:
-        jobs.append(_reading(gate, "attention", gate.attention, _flat if gate.attention else _vector, sink))
+        jobs.append(_reading(gate, "attention", gate.attention, flat if gate.attention else first_entries, sink))
         if squeeze:
-            jobs.append(_reading(gate, "squeeze", gate.squeeze, _flat if gate.pooled else _average, sink))
+            jobs.append(_reading(gate, "squeeze", gate.squeeze, flat if gate.pooled else average, sink))
         if energy:
-            jobs.append(_reading(gate, "energy", None, _mean_square, sink))
+            jobs.append(_reading(gate, "energy", None, mean_square, sink))
+        if maps:
+            jobs.append(_reading(gate, "map", None if gate.pooled else gate.squeeze, positions, sink))
     with _watching(model, jobs):
         yield
 
@@ -67,20 +77,19 @@ def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[Any, 
             raise ValueError(
                 f"no gradient can reach values of gate {name!r}, which is not a module's output: detach them"
             )
-        shaped = _like_output if gate.exclusive else _like_operand
+        shaped = like_output if gate.exclusive else like_operand
         jobs.append(_Job(gate, "attention", gate.attention if gate.exclusive else None, partial(shaped, gate, given)))
     with _watching(model, jobs):
         yield
 
 
-# ---- from a tensor to (N, C), and back ----
 def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) -> _Job:
     """Make the job that hands rows of a tensor to the sink."""
-    least = 3 if rows in (_average, _mean_square) else 2
+    least = 2 if rows is flat else 3
 
     def read(tensor: Tensor) -> None:
         values = rows(gate, tensor.detach()) if tensor.ndim >= least else None
-        if values is None or values.shape[1:] != (gate.channels,):
+        if values is None or values.shape[1] != gate.channels:
             raise ValueError(
                 f"{kind} of gate {gate.name!r} came from a tensor of shape {tuple(tensor.shape)}; expected"
                 f" {gate.channels} channels, as found: call find_gates again with images like these"
@@ -88,54 +97,6 @@ def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) ->
         sink(gate, kind, values.clone())
 
     return _Job(gate, kind, tap, read)
-
-
-def _flat(gate: Gate, tensor: Tensor) -> Tensor:
-    """Rows of a module's tensor that holds nothing but them."""
-    return tensor.flatten(1)
-
-
-def _vector(gate: Gate, operand: Tensor) -> Tensor:
-    """Rows of the gate's operand: its first entry along every dimension of space."""
-    return _rows(gate, operand[tuple(slice(None) if d in "NRGC" else 0 for d in gate.layout)])
-
-
-def _average(gate: Gate, scaled: Tensor) -> Tensor:
-    """Rows of a feature map averaged over space; radix and channels may be one dimension already."""
-    if scaled.ndim < len(gate.layout):
-        return scaled.flatten(2).mean(2)
-    return _rows(gate, scaled.mean([d for d, letter in enumerate(gate.layout) if letter not in "NRGC"]))
-
-
-def _mean_square(gate: Gate, scaled: Tensor) -> Tensor:
-    """Rows of a feature map's squares averaged over space."""
-    return _average(gate, scaled.square())
-
-
-def _rows(gate: Gate, picked: Tensor) -> Tensor:
-    """Merge radix (or groups) and channels, in this order, which a layout may hold in the other."""
-    return (picked.transpose(1, 2) if gate.layout.find("R") > gate.layout.find("C") else picked).flatten(1)
-
-
-def _like_output(gate: Gate, values: Tensor, output: Tensor) -> Tensor:
-    """Values in the shape of the module output that they replace."""
-    return _samples(gate, values, output).reshape(output.shape)
-
-
-def _like_operand(gate: Gate, values: Tensor, operand: Tensor) -> Tensor:
-    """Values in the shape of the gate's operand, broadcast over space."""
-    picked = operand[tuple(slice(None) if d in "NRGC" else slice(1) for d in gate.layout)]
-    rows = _samples(gate, values, operand)
-    if gate.layout.find("R") > gate.layout.find("C"):
-        c, r = gate.layout.index("C"), gate.layout.index("R")
-        rows = rows.unflatten(1, (operand.shape[r], operand.shape[c])).transpose(1, 2)
-    return rows.reshape(picked.shape).expand(operand.shape)
-
-
-def _samples(gate: Gate, values: Tensor, like: Tensor) -> Tensor:
-    if values.ndim == 2 and len(values) != len(like):
-        raise ValueError(f"values of gate {gate.name!r} are of {len(values)} samples; the batch has {len(like)}")
-    return values.to(like).expand(len(like), gate.channels)
 
 
 # ---- watching a network ----
