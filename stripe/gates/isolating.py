@@ -102,7 +102,9 @@ def isolate(
         model(images)
     frames = _run_once(model, [gate for gate in gates if gate.source is not None and gate.squeeze], images)
     for gate in gates:
-        reason = "no module returns its attention" if gate.source is None else "no module takes or returns what it scales"
+        reason = (
+            "no module returns its attention" if gate.source is None else "no module takes or returns what it scales"
+        )
         for attention in frames[gate.name].attentions(modules_by_path(model)) if gate.name in frames else ():
             squeeze, expected = values[gate.name, "squeeze"][-1], values[gate.name, "attention"][-1]
             if not (reason := _fault(attention, squeeze, expected)):
