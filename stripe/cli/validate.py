@@ -102,7 +102,7 @@ def draw(validation: "Validation") -> Iterator[tuple[str, "Figure"]]:
     from stripe.cli.figures import draw_learned
     from stripe.stats import Moments
 
-    stripes = {gate: Moments.of(values) for gate, values in validation.observed.items()}
+    stripes = {gate: Moments.of(validation.observed[gate]) for gate in validation.learned}
     r = dict(zip(validation.table["gate"], validation.table["r"], strict=True))
     yield from draw_learned(validation.learned, stripes, r)
     plt.close("all")

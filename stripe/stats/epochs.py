@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from stripe.gate import Gate, name_of
 from stripe.stats.arithmetic import SEED, Array, Labels, mean_of
 from stripe.stats.moments import Moments, flags
 from stripe.stats.runs import ClassMeans, RecordedRun
@@ -71,7 +72,7 @@ def summarize(
     run: RecordedRun,
     *,
     epochs: Sequence[int] | None = None,
-    gates: Sequence[str] | None = None,
+    gates: Sequence[Gate | str] | None = None,
     samples: bool = True,
     bootstrap: int = RESAMPLES,
     confidence: float = CONFIDENCE,
@@ -85,7 +86,7 @@ def summarize(
     epoch.
     """
     epochs = run.epochs if epochs is None else epochs
-    names = [gate.name for gate in run.gates] if gates is None else gates
+    names = [gate.name for gate in run.gates] if gates is None else [name_of(gate) for gate in gates]
     one = partial(measure, run, gates=names, samples=samples, bootstrap=bootstrap, confidence=confidence, seed=seed)
     return tabulate(measured for epoch in epochs for measured in one(epoch))
 

@@ -17,7 +17,6 @@ from stripe.store.manifest import (
     UNKNOWN_LABEL,
     VALUE_TYPES,
     Epoch,
-    GateColumn,
     Manifest,
     Part,
 )
@@ -28,6 +27,6 @@ from stripe.store.writing import RunWriter
 
 __all__ = [
     "CONTENTS", "KINDS", "SCHEMA_VERSION", "UNKNOWN_LABEL", "VALUE_TYPES", "Epoch", "EpochCheck", "EpochWriter",
-    "GateColumn", "LabelMeans", "Manifest", "MomentsWriter", "Part", "Rows", "Run", "RunCheck", "RunWriter",
-    "Table", "check_run", "find_tables", "open_run", "repair_run",
+    "LabelMeans", "Manifest", "MomentsWriter", "Part", "Rows", "Run", "RunCheck", "RunWriter", "Table", "check_run",
+    "find_tables", "open_run", "repair_run",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stripe.gate import Gate, Gates, name_of
 from stripe.store.directory import Directory, out_of_reach
 from stripe.store.display import run_html
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest, Part
@@ -51,7 +52,7 @@ class Run:
         self.manifest = directory.read_manifest()
         self.model = self.manifest.model
         self.data = self.manifest.data
-        self.gates = list(self.manifest.gates)
+        self.gates = Gates(self.manifest.gates)
         self.has_samples = self.manifest.has_samples
         self.has_label_means = self.manifest.contents == "label-moments"
         self.epochs = sorted(epoch.epoch for epoch in self.manifest.epochs)
@@ -83,16 +84,16 @@ class Run:
         known = [table["label"].fill_null(UNKNOWN_LABEL).to_numpy() for table in tables]
         return np.concatenate(known).astype(np.int64)
 
-    def attention(self, gate: str, epoch: int) -> NDArray[np.float32]:
+    def attention(self, gate: Gate | str, epoch: int) -> NDArray[np.float32]:
         """Return the attention vectors of a gate, (N, C)."""
-        return np.concatenate([batch[gate] for batch in self.batches(epoch, [gate])])
+        return np.concatenate([batch[name_of(gate)] for batch in self.batches(epoch, [gate])])
 
-    def squeeze(self, gate: str, epoch: int) -> NDArray[np.float32]:
+    def squeeze(self, gate: Gate | str, epoch: int) -> NDArray[np.float32]:
         """Return what a gate scales, averaged over space, (N, C); ValueError when it was not recorded."""
-        return np.concatenate([batch[gate] for batch in self.batches(epoch, [gate], kind="squeeze")])
+        return np.concatenate([batch[name_of(gate)] for batch in self.batches(epoch, [gate], kind="squeeze")])
 
     def batches(
-        self, epoch: int, gates: Sequence[str] | None = None, kind: str = "attention"
+        self, epoch: int, gates: Sequence[Gate | str] | None = None, kind: str = "attention"
     ) -> Iterator[dict[str, NDArray[np.float32]]]:
         """Iterate over row groups, each gate name -> (n, C), read-only; memory stays at one row group.
 
@@ -107,7 +108,7 @@ class Run:
         tables = self._sample_tables(epoch, [f"{kind}:{gate}" for gate in chosen])
         return ({gate: _to_numpy(table[f"{kind}:{gate}"], n) for gate, n in chosen.items()} for table in tables)
 
-    def to_pandas(self, gate: str, epoch: int) -> pd.DataFrame:
+    def to_pandas(self, gate: Gate | str, epoch: int) -> pd.DataFrame:
         """Return a tidy frame, one row per sample and channel.
 
         Columns: epoch, gate, sample, label (missing where unknown), channel, attention and, when recorded, squeeze.
@@ -117,7 +118,7 @@ class Run:
         labels = np.repeat(self.labels(epoch), channels)
         columns = {
             "epoch": epoch,
-            "gate": gate,
+            "gate": name_of(gate),
             "sample": np.repeat(self.samples(epoch), channels),
             "label": pd.arrays.IntegerArray(labels, labels == UNKNOWN_LABEL),
             "channel": np.tile(np.arange(channels), samples),
@@ -128,13 +129,13 @@ class Run:
         return pd.DataFrame(columns)
 
     def moments(
-        self, epochs: Sequence[int] | None = None, gates: Sequence[str] | None = None
+        self, epochs: Sequence[int] | None = None, gates: Sequence[Gate | str] | None = None
     ) -> dict[tuple[int, str], Moments]:
         """Return count, mean, M2 and range of each epoch and gate, streamed from the samples where they are held."""
         from stripe.stats import Moments, moments  # a run can be read without it
 
         if self.has_samples:
-            return moments(self, epochs, gates)
+            return moments(self, epochs, None if gates is None else [name_of(gate) for gate in gates])
         chosen, columns = self._channels(gates), [field.name for field in fields(Moments)]
         found: dict[tuple[int, str], Moments] = {}
         for epoch in self.epochs if epochs is None else epochs:
@@ -144,15 +145,15 @@ class Run:
                     found[epoch, gate] = found[epoch, gate].merge(part) if (epoch, gate) in found else part
         return found
 
-    def label_means(self, gate: str, epoch: int) -> LabelMeans:
+    def label_means(self, gate: Gate | str, epoch: int) -> LabelMeans:
         """Return the mean of each class, from a run recorded as label-moments; ValueError for another one."""
         require(
             self.has_label_means,
             f"run '{self.path}' holds no means by label: record it with --moments-only --by-label",
         )
-        [channels] = self._channels([gate]).values()
+        [(wanted, channels)] = self._channels([gate]).items()
         tables = [
-            table.slice(1) for name, table in self._gate_tables(epoch, ["label", "count", "mean"]) if name == gate
+            table.slice(1) for name, table in self._gate_tables(epoch, ["label", "count", "mean"]) if name == wanted
         ]
         rows = pa.concat_tables(tables)  # a class comes once from each rank
         labels, places = np.unique(rows["label"].to_numpy(), return_inverse=True)
@@ -163,12 +164,13 @@ class Run:
         np.add.at(means, places, shares[:, None] * parts)
         return LabelMeans(labels.astype(np.int64), counts, means)
 
-    def _channels(self, gates: Sequence[str] | None) -> dict[str, int]:
+    def _channels(self, gates: Sequence[Gate | str] | None) -> dict[str, int]:
         """Return the channels of the gates asked for, by name; all by default."""
         channels = {gate.name: gate.channels for gate in self.gates}
-        for gate in gates or ():
-            require(gate in channels, f"run '{self.path}' has no gate '{gate}'; it has {listing(channels)}")
-        return channels if gates is None else {gate: channels[gate] for gate in gates}
+        names = channels if gates is None else [name_of(gate) for gate in gates]
+        for name in names:
+            require(name in channels, f"run '{self.path}' has no gate '{name:.80}'; it has {listing(channels)}")
+        return {name: channels[name] for name in names}
 
     def _gate_tables(self, epoch: int, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
         """Iterate over the gates of an epoch of moments: the row of all samples, then those of the classes."""

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow.parquet as pq
 
+from stripe.gate import Gate
 from stripe.store.directory import ROOTS, STAGING, Directory
 from stripe.store.manifest import (
     CONTENTS,
@@ -23,7 +24,6 @@ from stripe.store.manifest import (
     MAX_COUNT,
     SCHEMA_VERSION,
     Epoch,
-    GateColumn,
     Manifest,
     Part,
     epoch_name,
@@ -49,7 +49,7 @@ class RunWriter:
         *,
         model: Mapping[str, Any],
         data: Mapping[str, Any],
-        gates: Sequence[GateColumn],
+        gates: Sequence[Gate],
         squeeze: bool = False,
         dtype: str = "float32",
         contents: str = CONTENTS[0],
