@@ -2,7 +2,7 @@
 
 Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint
 holds weights, optimizer state and metrics and nothing else has to be saved. Device and several processes are
-Accelerate's business. Imports of stripe `checkpoints` alone.
+Accelerate's business. Of stripe it imports `checkpoints` and `recipe` alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,90 +30,13 @@ from tqdm import tqdm
 
 from stripe.capture import CapturedStep
 from stripe.checkpoints import read_tensors
+from stripe.recipe import PRECISIONS, Recipe
 
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 RESUMABLE = {"epoch", "state_dict", "optimizer", "scaler", "metrics"}  # what a checkpoint to resume must hold
-
-
-# ---- recipe ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are the reference recipe for CIFAR.
-
-    Attributes:
-        epochs: passes over the training set.
-        lr: highest learning rate.
-        momentum: of SGD.
-        weight_decay: of SGD, on every parameter but those in `no_decay`.
-        nesterov: use Nesterov's momentum.
-        scheduler: "step", "cosine" or "onecycle".
-        milestones: epochs after which "step" multiplies the rate by gamma.
-        gamma: see `milestones`.
-        no_decay: patterns of parameter names without weight decay, such as "*.psi".
-        amp: "no", "bf16" or "fp16" mixed precision.
-        channels_last: memory layout of the network, usually the faster one.
-        compile: run training steps through torch.compile, which takes minutes to start and pays over many steps.
-            On one GPU, but in fp16, steps are captured as a CUDA graph with or without it.
-        seed: of every random number drawn while training.
-    """
-
-    epochs: int = 164
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = False
-    scheduler: str = "step"
-    milestones: tuple[int, ...] = (81, 122)
-    gamma: float = 0.1
-    no_decay: tuple[str, ...] = ()
-    amp: str = "no"
-    channels_last: bool = True
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values that no training can use."""
-        for name, choices in (("scheduler", _SCHEDULES), ("amp", _PRECISIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} '{getattr(self, name)}': expected one of {', '.join(choices)}")
-        if self.epochs < 1 or not self.lr > 0 or self.seed < 0:
-            raise ValueError(
-                f"epochs {self.epochs}, lr {self.lr}, seed {self.seed}: expected at least 1, above 0, at least 0"
-            )
-
-    def learning_rate(self, elapsed: float) -> float:
-        """Return the rate after `elapsed` epochs of training, 0 <= elapsed < epochs."""
-        return _SCHEDULES[self.scheduler](self, elapsed)
-
-
-def _step(recipe: Recipe, elapsed: float) -> float:
-    return recipe.lr * recipe.gamma ** bisect_right(sorted(recipe.milestones), elapsed)
-
-
-def _cosine(recipe: Recipe, elapsed: float) -> float:
-    return recipe.lr * (1 + math.cos(math.pi * elapsed / recipe.epochs)) / 2
-
-
-def _onecycle(recipe: Recipe, elapsed: float) -> float:
-    """Rise from lr/25 over the first 30 % of training, then fall to lr/250,000 (Smith and Topin 2019)."""
-    peak = 0.3 * recipe.epochs
-    rising = elapsed < peak
-    low = recipe.lr / (25 if rising else 250_000)
-    share = elapsed / peak if rising else (recipe.epochs - elapsed) / (recipe.epochs - peak)
-    return low + (recipe.lr - low) * (1 - math.cos(math.pi * share)) / 2
-
-
-_SCHEDULES: dict[str, Callable[[Recipe, float], float]] = {
-    "step": _step,
-    "cosine": _cosine,
-    "onecycle": _onecycle,
-}
-_PRECISIONS: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ---- what the loop works with ------------------------------------------------------------------------------
@@ -344,8 +266,9 @@ class _Trainer:
         self.model.to(self.accelerator.device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        device, precision = self.accelerator.device.type, _PRECISIONS[recipe.amp]
-        self.autocast = functools.partial(torch.autocast, device, precision, enabled=precision is not None)
+        device, precision = self.accelerator.device.type, PRECISIONS[recipe.amp]
+        dtype = getattr(torch, precision) if precision else None
+        self.autocast = functools.partial(torch.autocast, device, dtype, enabled=dtype is not None)
         objective = _Objective(model, self.autocast)
         if recipe.compile and device != "cuda":
             # in place and around the model, which stays as it is; a graph for each size of batch, so that no graph

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from stripe import asr
 from stripe.data import ImageSet, Loader
-from stripe.training import Callback, Recipe, evaluate, fit, processes
+from stripe.recipe import Recipe
+from stripe.training import Callback, evaluate, fit, processes
 from studies.energy import joules
 from studies.table import Row
 

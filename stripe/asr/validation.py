@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stripe import stats
-from stripe.asr.layers import PSI_INIT, ASRLayer, asr_layers
+from stripe.asr.layers import ASRLayer, asr_layers
+from stripe.recipe import PSI_INIT, PSI_STEPS
 from stripe.store import GateColumn, Run
 from stripe.training import Batches, evaluate
 
@@ -98,7 +99,7 @@ def validate(
     run: Run,
     loader: Batches,
     *,
-    steps: int = 200,
+    steps: int = PSI_STEPS,
     protocol: str = "same",
     asr_model: nn.Module | None = None,
     train_attention: bool = False,

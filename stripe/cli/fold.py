@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
+from stripe.recipe import DISTILL_LR, TRAIN_BATCH, Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,10 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recovery.add_argument(
         "--distill-steps", type=int, default=0, metavar="N", help="then distil to the original; 0: do not"
     )
-    recovery.add_argument("--distill-lr", type=float, default=0.02, help="highest learning rate of the distillation")
-    recovery.add_argument("--train-batch", type=options.positive, default=128, metavar="N", help="images per step")
-    recovery.add_argument("--weight-decay", type=float, default=1e-4, help="of the distillation")
-    recovery.add_argument("--amp", default="no", help="precision of the distillation: no or bf16")
+    recovery.add_argument(
+        "--distill-lr", type=float, default=DISTILL_LR, help="highest learning rate of the distillation"
+    )
+    recovery.add_argument(
+        "--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="images per step"
+    )
+    recovery.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="of the distillation")
+    recovery.add_argument("--amp", default=Recipe.amp, help="precision of the distillation: no or bf16")
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, figure and networks go")
     files.add_argument("--onnx", action="store_true", help="write ONNX too, checked against onnxruntime")

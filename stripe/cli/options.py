@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stripe.recipe import BATCH, WORKERS
+
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 T = TypeVar("T")
 
@@ -28,8 +30,10 @@ def add_data(parser: Parser, split: str | None = None) -> None:
 
 def add_loading(parser: Parser) -> None:
     """Add --batch and --workers."""
-    parser.add_argument("--batch", type=positive, default=100, metavar="N", help="images per batch")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="processes that decode images from disk")
+    parser.add_argument("--batch", type=positive, default=BATCH, metavar="N", help="images per batch")
+    parser.add_argument(
+        "--workers", type=int, default=WORKERS, metavar="N", help="processes that decode images from disk"
+    )
 
 
 def add_json(parser: Parser) -> None:

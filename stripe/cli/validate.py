@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stripe.cli import options
+from stripe.recipe import PSI_STEPS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         type=options.positive,
-        default=200,
+        default=PSI_STEPS,
         metavar="N",
         help="training steps of psi (separate: batches that channels are matched on)",
     )

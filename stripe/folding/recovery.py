@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stripe.folding.constants import Progress
+from stripe.recipe import DISTILL_LR, Recipe
 from stripe.training import TrainingBatches
 
 REESTIMATED = 50  # batches whose statistics are averaged
@@ -46,9 +47,9 @@ def distill(
     loader: TrainingBatches,
     *,
     steps: int,
-    lr: float = 0.02,
-    weight_decay: float = 1e-4,
-    amp: str = "no",
+    lr: float = DISTILL_LR,
+    weight_decay: float = Recipe.weight_decay,
+    amp: str = Recipe.amp,
     progress: Progress = iter,
 ) -> nn.Module:
     """Return a copy of `student` trained for some steps to give the logits that `teacher` gives; labels are not used.

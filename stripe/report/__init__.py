@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from stripe import plots, stats
+from stripe.recipe import SETTLED_DRIFT
 from stripe.report.content import about, address, describe_gates, document, judged, learned_vectors, shown_epochs
 from stripe.report.panels import sample_panels
 from stripe.store import Run
 
 LIMIT = 10_000_000  # bytes of the page
-SETTLED_DRIFT = 0.01  # a gate has settled once its drift stays below
 RESERVE = 20_000  # bytes for what the panels say of themselves beside their values
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
