@@ -2,22 +2,20 @@
 
 Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint
 holds weights, optimizer state and metrics and nothing else has to be saved. Device and several processes are
-Accelerate's business. Of stripe it imports `checkpoints` and `recipe` alone.
+Accelerate's business. Of stripe it imports `checkpoints` and the ground floor alone.
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
 import fnmatch
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -30,12 +28,12 @@ from tqdm import tqdm
 
 from stripe.capture import CapturedStep
 from stripe.checkpoints import read_tensors
+from stripe.files import replaced
 from stripe.recipe import PRECISIONS, Recipe
 
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 RESUMABLE = {"epoch", "state_dict", "optimizer", "scaler", "metrics"}  # what a checkpoint to resume must hold
 
 
@@ -243,25 +241,12 @@ def fit(
     return pd.DataFrame(history)
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc, where there is one, hand freed blocks out again instead of returning them to the system.
-
-    A step frees and asks for the same feature maps as the one before; their pages would be zeroed and mapped anew.
-    """
-    mallopt = getattr(ctypes.pythonapi, "mallopt", None)
-    if mallopt:
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-            mallopt(option, value)
-
-
 class _Trainer:
     """A model with all that an epoch of training changes."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
-        if processes().device.type == "cpu":
-            _keep_freed_memory()
         self.accelerator = Accelerator(mixed_precision="no")  # it could be set only once in a process
         self.model.to(self.accelerator.device)
         if recipe.channels_last:
@@ -433,26 +418,18 @@ def _save(
         "description": description,
     }
     if accuracies[-1] == best and best not in accuracies[:-1]:
-        _write(checkpoints / "best.pt", functools.partial(torch.save, network))
+        _write(checkpoints / "best.pt", network)
     if save_every and epoch % save_every == 0:
-        _write(checkpoints / f"epoch={epoch:04d}.pt", functools.partial(torch.save, network))
+        _write(checkpoints / f"epoch={epoch:04d}.pt", network)
     _write_metrics(directory, history)
-    _write(checkpoints / "last.pt", functools.partial(torch.save, network | state | {"metrics": history}))
+    _write(checkpoints / "last.pt", network | state | {"metrics": history})
 
 
 def _write_metrics(directory: Path, history: list[dict[str, float]]) -> None:
-    table = pd.DataFrame(history).to_csv(index=False).encode()
-    _write(directory / METRICS, lambda file: file.write(table))
+    with replaced(directory / METRICS) as partial:
+        pd.DataFrame(history).to_csv(partial, index=False)
 
 
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name, then rename it: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with replaced(path) as partial, partial.open("wb") as file:  # given a path, torch would put its name into the file
+        torch.save(content, file)

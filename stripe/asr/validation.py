@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 from stripe import stats
 from stripe.asr.layers import ASRLayer, asr_layers
+from stripe.devices import device_of
+from stripe.messages import Progress
 from stripe.recipe import PSI_INIT, PSI_STEPS
 from stripe.store import GateColumn, Run
 from stripe.training import Batches, evaluate
@@ -30,7 +32,6 @@ from stripe.training import Batches, evaluate
 Array = npt.NDArray[np.float64]
 Vectors = dict[str, Array]  # by gate, (channels,)
 Observed = Mapping[str, npt.NDArray[Any]]  # by gate, (samples, channels)
-Progress = Callable[[Iterable[int]], Iterable[int]]
 MATCH_R, MATCH_P = 0.5, 0.05
 PSI_RATE = 0.05  # Adam's learning rate for psi
 ATTENTION_RATE = 1e-3  # and for the attention's weights, where they are trained too
@@ -198,11 +199,11 @@ class Task:
     @property
     def probe(self) -> Tensor:
         """Two images on the network's device."""
-        return next(iter(self.loader))[0][:2].to(_device(self.model))
+        return next(iter(self.loader))[0][:2].to(device_of(self.model))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `steps` batches of images and labels on the network's device."""
-        device, endless = _device(self.model), itertools.chain.from_iterable(itertools.repeat(self.loader))
+        device, endless = device_of(self.model), itertools.chain.from_iterable(itertools.repeat(self.loader))
         for _, (images, labels, *_) in zip(self.progress(range(self.steps)), endless, strict=False):
             yield images.to(device), labels.to(device)
 
@@ -211,7 +212,7 @@ def _same_network(task: Task) -> Fit:
     """Train psi on the task's loss in each gate's place in the frozen network."""
     modules = {}
     for gate, entrance in zip(task.gates, _entrances(task), strict=True):
-        psi = torch.full((1, gate.channels, 1, 1), PSI_INIT, device=_device(task.model))
+        psi = torch.full((1, gate.channels, 1, 1), PSI_INIT, device=device_of(task.model))
         modules[gate.name] = PsiGate(_attention_of(task.model, gate, entrance), psi)
     untrained, best = _controls(modules, task.stripes)
     network = _replace(task.model, task.gates, modules)
@@ -328,7 +329,7 @@ def _fit_psi(learner: Learner, stripe: Tensor) -> None:
 
 def with_constants(model: nn.Module, gates: Iterable[GateColumn], vectors: Vectors) -> nn.Module:
     """Return a copy of `model` in which each of the run's `gates` gives its constant (C,) whatever the image."""
-    psis = {gate.name: torch.as_tensor(vectors[gate.name]).float().to(_device(model)) for gate in gates}
+    psis = {gate.name: torch.as_tensor(vectors[gate.name]).float().to(device_of(model)) for gate in gates}
     modules = {name: PsiGate(nn.Identity(), psi.view(1, -1, 1, 1)) for name, psi in psis.items()}
     return _replace(model, gates, modules)
 
@@ -494,7 +495,3 @@ def _correlations(products: Array) -> Array:
 
 def _frozen(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from stripe.messages import listing
 from stripe.store.manifest import KINDS, Manifest
-from stripe.store.refusals import listing
 
 ROWS = 12  # gates shown; of more the middle is left out
 

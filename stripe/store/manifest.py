@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stripe.store.refusals import listing, one_line, require, require_count, require_unique
+from stripe.messages import listing, one_line, require, require_count, require_unique
 
 SCHEMA_VERSION = 1
 UNKNOWN_LABEL = -1
