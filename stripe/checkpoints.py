@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stripe.files import replaced
 from stripe.messages import one_line
 
 NUMPY_SCALARS: list[Any] = [
@@ -62,6 +63,12 @@ def read_tensors(path: Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of weights, received {type(content).__name__}")
     return content
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file by tensors and plain values, for `read_tensors`; OSError where it cannot be written."""
+    with replaced(path) as partial, partial.open("wb") as file:  # given a path, torch would put its name into the file
+        torch.save(content, file)
 
 
 def _load(path: Path) -> Any:

@@ -9,7 +9,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @contextmanager
@@ -58,6 +61,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Replace a file by `content` as JSON; numbers that JSON does not have (NaN, infinity) become null."""
     write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: str | os.PathLike[str], table: pd.DataFrame) -> None:
+    """Replace a file by a table as CSV, without its index."""
+    with replaced(path) as partial:
+        table.to_csv(partial, index=False)
 
 
 def _without_nan(value: Any) -> Any:

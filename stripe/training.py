@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stripe.capture import CapturedStep
-from stripe.checkpoints import read_tensors
-from stripe.files import replaced
+from stripe.checkpoints import read_tensors, write_tensors
+from stripe.files import write_csv
 from stripe.recipe import PRECISIONS, Recipe
 
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
@@ -418,18 +418,12 @@ def _save(
         "description": description,
     }
     if accuracies[-1] == best and best not in accuracies[:-1]:
-        _write(checkpoints / "best.pt", network)
+        write_tensors(checkpoints / "best.pt", network)
     if save_every and epoch % save_every == 0:
-        _write(checkpoints / f"epoch={epoch:04d}.pt", network)
+        write_tensors(checkpoints / f"epoch={epoch:04d}.pt", network)
     _write_metrics(directory, history)
-    _write(checkpoints / "last.pt", network | state | {"metrics": history})
+    write_tensors(checkpoints / "last.pt", network | state | {"metrics": history})
 
 
 def _write_metrics(directory: Path, history: list[dict[str, float]]) -> None:
-    with replaced(directory / METRICS) as partial:
-        pd.DataFrame(history).to_csv(partial, index=False)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with replaced(path) as partial, partial.open("wb") as file:  # given a path, torch would put its name into the file
-        torch.save(content, file)
+    write_csv(directory / METRICS, pd.DataFrame(history))
