@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stripe.cli import COMMANDS, main
-from stripe.cli.process import dispatch, is_refusal
+from stripe.cli.process import dispatch, refusal
 from stripe.messages import SCREEN
 from stripe.recipe import Recipe
 from tests.runs import record
@@ -86,11 +86,28 @@ def test_what_the_machine_lacks_is_no_bug(run, capsys):
     assert said.err.startswith("error: ")
 
 
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        return self.missing(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [(torch.nn.Linear(3, 2), "RuntimeError: mat1 and mat2"), (torch.nn.Sequential(Broken()), "no attribute 'missing'")],
+)
+def test_a_network_that_fails_on_its_input_is_named_as_such(network, words, capsys):
+    code, said = ended(lambda _: network(torch.zeros(2, 5)), capsys)
+    assert code == 2
+    assert said.err.startswith("error: the network fails on its input, ")
+    assert words in said.err
+    assert len(said.err.splitlines()) == 1
+
+
 def test_a_refusal_remains_one_when_another_thread_raised_it():
     with ThreadPoolExecutor(1) as pool:
         error = pool.submit(Recipe, epochs=0).exception()
-    assert is_refusal(error)
-    assert not is_refusal(error, ("studies",))
+    assert refusal(error) == "epochs 0, seed 0: expected at least 1 and at least 0"
+    assert refusal(error, ("studies",)) is None
 
 
 def test_the_terminal_is_not_steered(capsys):

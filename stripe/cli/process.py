@@ -10,9 +10,10 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dis import opmap
+from types import TracebackType
 from typing import Any
 
 from stripe.memory import keep_memory
@@ -61,12 +62,12 @@ def dispatch(
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return 141
-        refused = is_refusal(error, packages)
-        if not refused or getattr(arguments, "traceback", False):
+        line = refusal(error, packages)
+        if line is None or getattr(arguments, "traceback", False):
             text = printable("".join(traceback.format_exception(error)))
             print(shortened(text, LONGEST_TRACEBACK), end="", file=sys.stderr)
-        print(f"error: {one_line(error, SCREEN)}" if refused else BUG, file=sys.stderr)
-        return 2 if refused else 1
+        print(BUG if line is None else f"error: {shortened(line, SCREEN)}", file=sys.stderr)
+        return 1 if line is None else 2
 
 
 def dispatch_process(*words: Any, **choices: Any) -> int:
@@ -86,23 +87,38 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
     return code
 
 
-def is_refusal(error: BaseException, packages: tuple[str, ...] = ("stripe",)) -> bool:
-    """Tell bad input, and what the machine lacks, from a bug.
+def refusal(error: Exception, packages: tuple[str, ...] = ("stripe",)) -> str | None:
+    """Return the line that says what is wrong with the input, or what the machine lacks; None for a bug.
 
-    Bad input is refused by a `raise` statement in `packages`. An error that an expression there runs into, or one that
-    a library raised and nobody translated, is a bug. What files, network and memory refuse is never one.
+    Bad input is refused by a `raise` statement in `packages`, by files, network and memory, or by a network that fails
+    on what it is given. An error that an expression in `packages` runs into is a bug, and so is one that a library
+    raised and nobody translated.
     """
+    steps = list(_steps(error.__traceback__))
+    innermost = _package(steps[-1])
+    line = one_line(error, SCREEN)
     if isinstance(error, OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the last is torch's
-        return True
+        return line
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in packages:
-        return True
-    innermost = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    if innermost is None or not isinstance(error, REFUSALS):
-        return False
-    package = innermost.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-    return package in packages and innermost.tb_frame.f_code.co_code[innermost.tb_lasti] == opmap["RAISE_VARARGS"]
+        return line
+    if innermost in packages:
+        raised = steps[-1].tb_frame.f_code.co_code[steps[-1].tb_lasti] == opmap["RAISE_VARARGS"]
+        return line if raised and isinstance(error, REFUSALS) else None
+    if any(step.tb_frame.f_globals.get("__name__") == "torch.nn.modules.module" for step in steps):
+        return f"the network fails on its input, {type(error).__name__}: {line} (--traceback shows where)"
+    return None
+
+
+def _steps(level: TracebackType | None) -> Iterator[TracebackType]:
+    """Yield the levels of a traceback, the innermost last."""
+    while level is not None:
+        yield level
+        level = level.tb_next
+
+
+def _package(step: TracebackType) -> str:
+    name: str = step.tb_frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]
 
 
 def _reader_has_gone() -> bool:
