@@ -181,10 +181,10 @@ def _network(arguments: argparse.Namespace, classes: int) -> dict[str, Any]:
 def _directory(arguments: argparse.Namespace) -> Path:
     """Return the run's directory."""
     data = re.split("[/:]", arguments.dataset.rstrip("/"))[-1]
-    parts = [data, f"{arguments.arch.replace(':', '-')}{arguments.depth if arguments.arch == 'resnet' else ''}"]
-    parts += [arguments.module.replace(":", "-")] * (arguments.module != "none")
-    parts += ["asr"] * arguments.use_asr + ["both"] * arguments.use_both
-    directory: Path = arguments.checkpoint or Path("checkpoints", "-".join(parts))
+    network = f"resnet{arguments.depth}" if arguments.arch == "resnet" else arguments.arch.replace(":", "-")
+    module = "" if arguments.module == "none" else arguments.module.replace(":", "-")
+    parts = [data, network, module, "asr" if arguments.use_asr else "", "both" if arguments.use_both else ""]
+    directory: Path = arguments.checkpoint or Path("checkpoints", "-".join(filter(None, parts)))
     if arguments.use_timestamp:
         directory = directory.with_name(f"{directory.name}-{datetime.now():%Y%m%dT%H%M%S}")
     return directory
