@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"benchmarks:\n{names}", formatter_class=kind)
     parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own: see BENCHMARK --help")
-    return dispatch(partial(_parse, parser, argv), _run, packages=("stripe", "benchmarks"))
+    return dispatch(partial(_parse, parser, argv), _run, packages=(__name__, "stripe", "benchmarks"))
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("study", choices=STUDIES, metavar="STUDY", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own: see STUDY --help")
     start = dispatch_process if argv is None else dispatch
-    return start(partial(_parse, parser, argv), _run, packages=("stripe", "studies"), interrupted=INTERRUPTED)
+    return start(partial(_parse, parser, argv), _run, packages=(__name__, "stripe", "studies"), interrupted=INTERRUPTED)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -28,7 +28,9 @@ from tqdm import tqdm
 
 from stripe.capture import CapturedStep
 from stripe.checkpoints import read_tensors, write_tensors
+from stripe.devices import device_of
 from stripe.files import write_csv
+from stripe.messages import one_line
 from stripe.recipe import PRECISIONS, Recipe
 
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
@@ -137,7 +139,7 @@ def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Ev
 
     Every module's training flag is put back. Raises ValueError when there is no sample.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     scores = []
@@ -322,9 +324,8 @@ class _Trainer:
             self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # the file lies under these tensors
             self.scaler.load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            problem = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"checkpoint '{path}' does not fit this network and recipe ({problem}): "
+                f"checkpoint '{path}' does not fit this network and recipe ({one_line(error)}): "
                 "resume with the options it was trained with"
             ) from error
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):

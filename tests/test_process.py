@@ -161,8 +161,9 @@ def test_a_reader_that_has_gone_is_silence(words, buffered, tmp_path):
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
 from stripe import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 def run(arguments):
     print("ready", flush=True)
     time.sleep(60)
