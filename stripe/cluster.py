@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from stripe.messages import one_line
 from stripe.stats import Measured, Moments, measure, moments, tabulate
 from stripe.store import Epoch, Part, Run, open_run
 
@@ -46,7 +47,7 @@ def connect(address: str, timeout: float | None = None) -> Iterator[Client]:
         client = Client(address, timeout=timeout)
     except (OSError, ValueError) as error:
         raise ConnectionError(
-            f"no Dask scheduler answers at '{address}' ({_one_line(error)}): start one with `dask scheduler`"
+            f"no Dask scheduler answers at '{address}' ({one_line(error)}): start one with `dask scheduler`"
         ) from error
     with client:
         try:
@@ -142,7 +143,3 @@ def _place(run: Run) -> tuple[str, str]:
 
 def _stamp(run: Run) -> str:
     return hashlib.sha256(run.manifest.to_json().encode()).hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -9,12 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed, nn
 
+from stripe.devices import device_of
 from stripe.gate import Gate
 from stripe.gates import read_gates
+from stripe.messages import Progress
 from stripe.store import CONTENTS, KINDS, Rows, RunWriter
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, sample ids
-Progress = Callable[[Batches], Batches]
 Identify = Callable[[Any, int], tuple[Any, Any | None]]  # a batch and how many samples came before: ids, labels
 
 
@@ -161,7 +162,7 @@ class Recorder:
         Raises what `commit` raises. The training flags are restored.
         """
         training = [(module, module.training) for module in self.model.modules()]
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         try:
             self.model.eval()
             self._begin(epoch)

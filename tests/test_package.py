@@ -12,9 +12,10 @@ import yaml
 
 import stripe
 from stripe import cli
+from stripe.cli import process
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"gate", "messages", "files", "memory", "recipe"}
+GROUND = {"devices", "files", "gate", "memory", "messages", "recipe"}
 """Rooms that import nothing of stripe, and that every room may import."""
 ALLOWED = {
     "stats": set(),
@@ -195,6 +196,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+TRAINING = """
+import tempfile, torch
+from stripe.recipe import Recipe
+from stripe.training import fit
+class Batches(list):
+    samples = 4
+    def set_epoch(self, epoch): pass
+batches = Batches([(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64))])
+with tempfile.TemporaryDirectory() as folder:
+    fit(torch.nn.Linear(3, 2), batches, None, Recipe(epochs=1), directory=folder, description={}, progress=False)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_training_leaves_memory_as_it_was():
+    trained, kept = (int(python(FAULTS.format(keep=TRAINING + last))) for last in ("", "assert stripe.keep_memory()"))
+    assert kept < trained / 2
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
 def test_kept_memory_is_not_fetched_again():
     """Count the pages that twenty arrays of 64 MB fetch, where what is freed is kept and where it is not."""
@@ -204,7 +224,7 @@ def test_kept_memory_is_not_fetched_again():
 
 def test_commands_keep_memory_only_in_a_process_of_their_own(monkeypatch):
     kept = []
-    monkeypatch.setattr(cli, "keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr(process, "keep_memory", lambda: kept.append(True))
     monkeypatch.setattr(sys, "argv", ["stripe", "stats", "no/such/run"])
     assert cli.main(["stats", "no/such/run"]) == 2
     assert not kept

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,16 +20,18 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stripe.asr.layers import PSI_INIT, ASRLayer, asr_layers
+from stripe.asr.layers import ASRLayer, asr_layers
+from stripe.devices import device_of
 from stripe.gate import Gate
 from stripe.gates import IsolatedAttention, find_gates, isolate, read_gates, replace_gates
 from stripe.gates.hooks import modules_by_path, uncompiled
+from stripe.messages import Progress
+from stripe.recipe import PSI_INIT
 from stripe.training import Batches, evaluate
 
 Array = npt.NDArray[np.float64]
 Data = Batches
 Vectors = dict[str, Array]  # by gate, (channels,)
-Progress = Callable[[Iterable[int]], Iterable[int]]
 PSI_RATE = 0.05  # Adam's learning rate for psi
 ATTENTION_RATE = 1e-3  # and for the attention's weights, where they are trained too
 FIT_STEPS = 100  # at most, of fitting psi to the stripe itself
@@ -90,7 +92,7 @@ class Task:
     @property
     def device(self) -> torch.device:
         """Where the network's parameters are."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     @property
     def probe(self) -> Tensor:

@@ -15,7 +15,9 @@ import pandas as pd
 from torch import nn
 
 from stripe import stats
-from stripe.asr.protocols import PROTOCOLS, Data, Fit, Progress, Task, Vectors
+from stripe.asr.protocols import PROTOCOLS, Data, Fit, Task, Vectors
+from stripe.messages import Progress
+from stripe.recipe import PSI_STEPS
 from stripe.store import Run
 
 Observed = Mapping[str, npt.NDArray[Any]]  # by gate, (samples, channels)
@@ -69,7 +71,7 @@ def validate(
     run: Run,
     loader: Data,
     *,
-    steps: int = 200,
+    steps: int = PSI_STEPS,
     protocol: str = "same",
     asr_model: nn.Module | None = None,
     train_attention: bool = False,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
+from stripe.recipe import SETTLED_DRIFT
 
 if TYPE_CHECKING:
     from stripe.store import Run
@@ -24,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     parser.add_argument(
-        "--tolerance", type=float, default=0.01, metavar="D", help="a gate has settled once its drift stays below"
+        "--tolerance",
+        type=float,
+        default=SETTLED_DRIFT,
+        metavar="D",
+        help="a gate has settled once its drift stays below",
     )
 
 

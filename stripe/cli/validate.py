@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stripe.cli import options
+from stripe.files import write_csv
+from stripe.recipe import PSI_STEPS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         type=options.positive,
-        default=200,
+        default=PSI_STEPS,
         metavar="N",
         help="training steps of psi (separate: batches that channels are matched on)",
     )
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     print_validation(validation)
     print(validation.rule)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    validation.table.to_csv(arguments.out / "validation.csv", index=False)
+    write_csv(arguments.out / "validation.csv", validation.table)
     options.write_json(arguments.out / "validation.json", validation.to_dict())
     options.write_json(arguments.json, validation.to_dict())
     for name, figure in draw(validation):

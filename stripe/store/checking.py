@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
+from stripe.messages import listing, one_line, require
 from stripe.store.directory import ROOTS, Directory, out_of_reach
 from stripe.store.manifest import (
     MANIFEST,
@@ -29,7 +30,6 @@ from stripe.store.manifest import (
 )
 from stripe.store.parts import parse_footer, read_footer
 from stripe.store.reading import read_part
-from stripe.store.refusals import listing, one_line, require
 
 DAMAGED = ".damaged"
 

@@ -4,8 +4,8 @@ import html
 from typing import Any
 
 from stripe.gate import table
+from stripe.messages import listing
 from stripe.store.manifest import KINDS, Manifest
-from stripe.store.refusals import listing
 
 ROWS = 12  # gates shown; of more the middle is left out
 

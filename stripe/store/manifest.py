@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pyarrow as pa
 
 from stripe.gate import Form, Gate, Product, Tap
-from stripe.store.refusals import listing, one_line, require, require_count, require_unique
+from stripe.messages import listing, one_line, require, require_count, require_unique
 
 SCHEMA_VERSION = 2
 UNKNOWN_LABEL = -1

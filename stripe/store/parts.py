@@ -9,8 +9,8 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stripe.messages import require
 from stripe.store.directory import Directory
-from stripe.store.refusals import require
 
 PART_BYTES = 2**30
 MAX_FOOTER_BYTES = 64 * 2**20  # refuses a damaged or hostile length, far above any real one

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from stripe.gate import Gate, Gates, name_of
+from stripe.messages import listing, one_line, require
 from stripe.store.directory import Directory, out_of_reach
 from stripe.store.display import run_html
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest, Part
 from stripe.store.parts import parse_footer, read_footer
-from stripe.store.refusals import listing, one_line, require
 
 if TYPE_CHECKING:
     from stripe.stats import Moments

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from stripe.messages import only, require, require_unique
 from stripe.store.manifest import KINDS, MOMENTS_SCHEMA, UNKNOWN_LABEL, Manifest
 from stripe.store.parts import PartWriter
-from stripe.store.refusals import only, require, require_unique
 
 if TYPE_CHECKING:
     from stripe.stats import Moments

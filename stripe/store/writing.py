@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stripe.gate import Gate
+from stripe.messages import listing, only, require, require_count
 from stripe.store.directory import ROOTS, STAGING, Directory
 from stripe.store.manifest import (
     CONTENTS,
@@ -30,7 +31,6 @@ from stripe.store.manifest import (
     rank_and_sequence,
 )
 from stripe.store.parts import PartWriter, parse_footer, read_footer
-from stripe.store.refusals import listing, only, require, require_count
 from stripe.store.rows import EpochWriter, MomentsWriter, Rows
 
 DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
