@@ -37,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = import_module(f"benchmarks.{chosen.benchmark}")
     form = argparse.ArgumentDefaultsHelpFormatter
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    about = {"description": module.__doc__, "formatter_class": form, "allow_abbrev": False}
-    own = argparse.ArgumentParser(f"{parser.prog} {chosen.benchmark}", parents=[output], **about)
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the record of every round there")
+    output.add_argument("--csv", type=Path, metavar="FILE", help="write a table with headings for people there")
+    own = argparse.ArgumentParser(
+        f"{parser.prog} {chosen.benchmark}",
+        parents=[output],
+        description=module.__doc__,
+        formatter_class=form,
+        allow_abbrev=False,
+    )
     module.add_arguments(own)
     arguments = own.parse_args(chosen.arguments)
     try:
@@ -47,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BAD_INPUT as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    words = output.parse_known_args(chosen.arguments)[1]
+    record = {"benchmark": chosen.benchmark, "arguments": words, "device": device(), "versions": versions()}
+    record["rows"] = result.rows
     if arguments.json:
-        words = output.parse_known_args(chosen.arguments)[1]
-        content = {"benchmark": chosen.benchmark, "arguments": words, "device": device(), "versions": versions()}
-        content["rows"] = result.rows
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.csv:
+        import_module("studies.table").write(import_module("benchmarks.tables").table(record), arguments.csv)
     return int(result.failed)
 
 

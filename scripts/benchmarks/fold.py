@@ -43,10 +43,12 @@ def run(arguments: argparse.Namespace) -> Result:
         times = -(-AT_LEAST // arguments.batch)
         repeated = {name: partial(_prepare_repeated, prepare, times) for name, prepare in cases.items()}
         timings = measure(repeated, arguments.rounds)
-    rows = report(timings, "attention, eager", images=times * arguments.batch)
-    print(
-        f"{len(folding.table)} gates, {(folding.table['direction'] == 'kept').sum()} of them kept as a multiplication"
-    )
+    rows = []
+    for baseline in (name for name in timings if name.startswith("attention")):
+        pair = {name: timings[name] for name in (baseline, baseline.replace("attention", "folded"))}
+        rows += report(pair, baseline, images=times * arguments.batch)
+    kept = (folding.table["direction"] == "kept").sum()
+    print(f"{len(folding.table)} gates, {kept} of them kept as a multiplication")
     return Result(rows, not check("relative error of the folded network", folding.error, TOLERANCE))
 
 
