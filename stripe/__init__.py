@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stripe.memory import keep_memory
     from stripe.recorder import Recorder
     from stripe.store import Run, open_run
+    from stripe.timing import interleave
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOMES = {
     "Run": "stripe.store",
     "find_gates": "stripe.gates",
     "fold": "stripe.folding",
+    "interleave": "stripe.timing",
     "keep_memory": "stripe.memory",
     "load_example": "stripe.examples",
     "open_run": "stripe.store",
@@ -32,8 +34,8 @@ _HOMES = {
 _ROOMS = ("asr", "attention", "data", "folding", "gates", "models", "plots", "report", "stats", "store", "training")
 
 __all__ = [
-    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "gates", "keep_memory",
-    "load_example", "models", "open_run", "plots", "report", "stats", "store", "training",
+    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "gates", "interleave",
+    "keep_memory", "load_example", "models", "open_run", "plots", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.runs import add_run, gate_channels, write_run
-from benchmarks.timing import Prepare, Result, Row, measure, report
+from benchmarks.timing import Prepare, Result, Row, Run, measure, report
 from stripe import open_run
 
 IMAGE_SIZE = 8  # pixels a side, of the recorded images: the network is small, so that recording shows
@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace) -> Result:
             write_run(path, 1, size, channels)
         rows += _over({f"stats, {size}": partial(_moments, path) for size, path in paths.items()}, sizes, arguments)
         recorded = Path(folder, "recorded")
-        cases = {f"collect, {size}": partial(_record, arguments.depth, size, recorded) for size in sizes}
+        cases: dict[str, Prepare] = {
+            f"collect, {size}": partial(_record, arguments.depth, size, recorded) for size in sizes
+        }
         rows += _over(cases, sizes, arguments)
     return Result(rows)
 
@@ -46,7 +48,7 @@ def _over(cases: dict[str, Prepare], sizes: list[int], arguments: argparse.Names
     return rows
 
 
-def _moments(path: Path) -> Prepare:
+def _moments(path: Path) -> Run:
     return partial(_take, path)
 
 
@@ -54,7 +56,7 @@ def _take(path: Path) -> None:
     open_run(path).moments()
 
 
-def _record(depth: int, samples: int, path: Path) -> Prepare:
+def _record(depth: int, samples: int, path: Path) -> Run:
     import torch
 
     import stripe

@@ -77,11 +77,12 @@ def _stored(gates: list[stripe.Gate], samples: int) -> list[Found]:
             size = sum(file.stat().st_size for file in path.rglob("*.parquet"))
             found.append((f"writing {contents}", seconds / samples, size / (samples if contents == "samples" else 1)))
         recorded = stripe.open_run(Path(folder, "samples"))
-        for name, work in {
+        works: dict[str, Callable[[], object]] = {
             "stats": lambda: summarize(recorded),
             "stats --bootstrap 0": lambda: summarize(recorded, bootstrap=0),
             "stats --moments-only": recorded.moments,
-        }.items():
+        }
+        for name, work in works.items():
             found.append((name, _processor_time(work) / samples, None))
     return found
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.runs import add_run, gate_channels, write_run
-from benchmarks.timing import Prepare, Result, check, measure, report
+from benchmarks.timing import Prepare, Result, Run, check, measure, report
 from stripe import open_run, stats
 
 TOLERANCE = 1e-3  # of means and standard deviations, in standard deviations; some peers add up in float32
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> Result:
     return Result(rows, not check("difference of means and standard deviations from the peers'", error, TOLERANCE))
 
 
-def _prepare(take: Callable[..., Any], *arguments: Any) -> Prepare:
+def _prepare(take: Callable[..., Any], *arguments: Any) -> Run:
     return partial(take, *arguments)
 
 

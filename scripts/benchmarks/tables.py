@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
 from studies.table import PROVENANCE, headed
 
 TIMED = {"case": "case", "seconds": "seconds:.4g", "compared with": "baseline", "times as long": "ratio:#.3g"}

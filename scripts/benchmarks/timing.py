@@ -18,14 +18,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from stripe.timing import interleave
+from stripe import interleave
 
 Row = dict[str, Any]
-Prepare = Callable[[], Callable[[], Any]]
+Run = Callable[[], Any]
+"""What is timed."""
+Prepare = Callable[[], Run]
 """What a case is: it can be pickled; called, it builds what is not timed and returns what is."""
 Steps = Callable[[], Iterator[object]]
 """A case step by step; what comes after its last yield is a step too."""
 STOPPING = 10  # seconds that a process has to end by itself
+_ENDED = object()
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def measure(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Timing]:
             pipes[name].send(True)
             last[name] = _receive(name, pipes[name])
 
-        seconds = interleave({name: lambda name=name: run(name) for name in pipes}, rounds)
+        seconds = interleave({name: partial(run, name) for name in pipes}, rounds)
     return {name: Timing(seconds[name], last[name][1], last[name][0]) for name in pipes}
 
 
@@ -86,7 +89,7 @@ def measure_together(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Tim
     return {name: Timing(seconds[name], each.peak_mb, each.returned) for name, each in alone.items()}
 
 
-def _prepare_together(cases: Mapping[str, Prepare], rounds: int) -> Callable[[], dict[str, list[float]]]:
+def _prepare_together(cases: Mapping[str, Prepare], rounds: int) -> Run:
     runs = {name: prepare() for name, prepare in cases.items()}
     return partial(interleave, runs, rounds)
 
@@ -110,7 +113,7 @@ def step_by_step(bare: Callable[[], object], cases: Mapping[str, Steps]) -> tupl
 
 
 def _advance(left: dict[str, Iterator[object]], name: str, steps: Iterator[object]) -> None:
-    if next(steps, left) is left:
+    if next(steps, _ENDED) is _ENDED:
         del left[name]
 
 
@@ -170,7 +173,8 @@ def _receive(name: str, pipe: Connection) -> tuple[Any, float | None]:
         received = ChildProcessError("its process died, perhaps for want of memory")
     if isinstance(received, ChildProcessError):
         raise ChildProcessError(f"case '{name}' failed: {received}")
-    return received  # type: ignore[no-any-return]
+    returned, peak_mb = received
+    return returned, peak_mb
 
 
 def _peak_mb() -> float | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.networks import DEVICE, add_network, build
 from benchmarks.reference import as_written, loader_as_written, train_as_written
-from benchmarks.timing import Prepare, Result, measure, report
+from benchmarks.timing import Result, Run, measure, report
 from stripe import keep_memory
 from stripe.data import ImageSet, Loader, load_images
 from stripe.training import Recipe, fit
@@ -52,7 +52,7 @@ def _samples(arguments: argparse.Namespace) -> int:
     return samples
 
 
-def _prepare(train: Callable[..., None], form: str, arguments: argparse.Namespace) -> Prepare:
+def _prepare(train: Callable[..., None], form: str, arguments: argparse.Namespace) -> Run:
     if train is _train_with_stripe:
         keep_memory()
     network = build(form, arguments.depth, arguments.module)

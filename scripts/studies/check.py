@@ -78,6 +78,6 @@ def filled(page: Path) -> tuple[str, int]:
 
 def _table(block: re.Match[str], folder: Path) -> str:
     table = read_text(folder / block["path"]).drop(columns=list(PROVENANCE), errors="ignore")
-    rows = [list(table), ["---"] * table.shape[1], *table.to_numpy().tolist()]
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    rows: list[list[str]] = [list(map(str, table)), ["---"] * table.shape[1], *table.to_numpy().tolist()]
+    lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n".join([block["open"], *lines, "", block["close"]])

@@ -5,6 +5,7 @@ with attention of the image are recorded after every epoch. Several processes ma
 """
 
 import argparse
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -32,19 +33,7 @@ FORMS: dict[str, dict[str, bool]] = {
 }
 RECIPE = ("epochs", "scheduler", "milestones", "lr", "weight_decay", "amp", "compile")
 SETTINGS = ("dataset", "depth", "block", "batch", "train_samples", "val_samples", "test_samples", *RECIPE)
-STRIPES = [
-    "epoch",
-    "gate",
-    "channels",
-    "samples",
-    "strength",
-    "std",
-    "sample_share",
-    "drift",
-    "label_share",
-    "rank",
-    "flags",
-]
+STRIPES = "epoch gate channels samples strength std sample_share drift label_share rank flags".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     cases = list(cases_of(arguments.forms, arguments.module, arguments.seeds))
     missing = results.missing(cases)
-    images, test = load(arguments) if missing else (None, None)
+    loaded = functools.cache(functools.partial(load, arguments))  # not before a case needs them
     try:
         for number, case in enumerate(missing):
             if number and time.monotonic() >= deadline:
@@ -95,7 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
             with claimed(directory) as mine:
                 if not mine or not results.missing([case]):
                     continue  # another process trains it, or has by now
-                parts = Images(*images.hold_out(arguments.val_samples, case["seed"]), test)
+                images, test = loaded()
+                training, validation = images.hold_out(arguments.val_samples, case["seed"])
+                parts = Images(training, validation, test)
                 row, observed = train_case(case, parts, directory, arguments, deadline)
                 if observed:
                     stripes.put(case, *observed)
@@ -143,8 +134,10 @@ def train_case(
         callbacks=[_recording(model, probe, directory, description)] if gated else [],
         deadline=deadline,
     )
-    table = summarize(stripe.open_run(directory), bootstrap=0)[STRIPES] if gated else None
-    return row, [] if table is None else table.to_dict("records")
+    if not gated:
+        return row, []
+    table = summarize(stripe.open_run(directory), bootstrap=0)[STRIPES]
+    return row, [{str(name): value for name, value in found.items()} for found in table.to_dict("records")]
 
 
 def _recording(model: nn.Module, probe: ImageSet, directory: Path, description: dict[str, Any]) -> RecorderCallback:

@@ -75,7 +75,7 @@ def trends(epochs: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
         rho = float(spearmanr(part["epoch"], part["strength"]).statistic)
         row = {"gate": gate, "channels": first["channels"], "first": first["strength"], "last": last["strength"]}
         row |= {"last_low": last["strength_low"], "last_high": last["strength_high"], "rho": rho}
-        row |= {"trend": _trend(first, last, rho), "highest_at": part.loc[part["strength"].idxmax(), "epoch"]}
+        row |= {"trend": _trend(first, last, rho), "highest_at": part["epoch"].iloc[part["strength"].argmax()]}
         row |= {"std_first": first["std"], "std_last": last["std"]}
         rows.append(row | {"settled": settled_epoch(part["epoch"], part["drift"], tolerance) or ""})
     return pd.DataFrame(rows).round(DECIMALS)
@@ -129,8 +129,8 @@ def measure(model: nn.Module, images: dict[str, ImageSet], arguments: argparse.N
         spread = pd.Series({gate: np.nanmean(found.std) for gate, found in reference.items()})
         accuracy = math.nan if kind == "digits" else evaluate(model, Loader(part, arguments.batch)).accuracy
         columns = ["channels", "samples", "strength", "strength_low", "strength_high", "std", "flags"]
-        about = {"input": kind, "accuracy": accuracy, "shift": shift, "shift_std": shift / spread}
-        tables.append(table[columns].assign(**about).reset_index())
+        found = table[columns].assign(input=kind, accuracy=accuracy, shift=shift, shift_std=shift / spread)
+        tables.append(found.reset_index())
     return pd.concat(tables, ignore_index=True)
 
 

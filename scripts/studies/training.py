@@ -58,7 +58,7 @@ class TimedLoader(Loader):
 
     def total(self, clock: str) -> float:
         """Return the seconds of all epochs by the "wall" clock or the "cpu" time of this process."""
-        return sum(epoch[clock] for epoch in self.seconds.values())
+        return float(sum(epoch[clock] for epoch in self.seconds.values()))
 
 
 def train(
