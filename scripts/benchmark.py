@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     record["rows"] = result.rows
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    files, table = import_module("studies.table"), import_module("benchmarks.tables").table(record)
+    print(table.drop(columns=[*files.PROVENANCE]).to_string(index=False))
     if arguments.csv:
-        import_module("studies.table").write(import_module("benchmarks.tables").table(record), arguments.csv)
+        files.write(table, arguments.csv)
     return int(result.failed)
 
 

@@ -51,7 +51,7 @@ def test_coverage_compares_every_network_and_reports(benchmark, listed, tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["network", "found", "expected", "verdict"]
     assert lines[1].split() == ["timm:lcnet_050", "2", "2", "ok"]
-    assert lines[-1] == "2 of 2 networks as expected"
+    assert lines[3] == "2 of 2 networks as expected"
     report = json.loads((tmp_path / "a.json").read_text())
     assert report.keys() == {"benchmark", "arguments", "device", "versions", "rows"}
     assert report["benchmark"] == "coverage"
@@ -70,7 +70,7 @@ def test_a_mismatch_or_a_broken_network_is_exit_code_1_and_hides_no_other(benchm
     assert "no_such_net" in lines[2]
     assert "ValueError" in lines[2]
     assert lines[3].endswith("ok")
-    assert lines[-1] == "1 of 3 networks as expected"
+    assert lines[4] == "1 of 3 networks as expected"
 
 
 @pytest.mark.parametrize(("text", "word"), [("timm:a 1\ntimm:b\n", "line 2"), ("timm:a x\n", "line 1"), ("#\n", "no")])
@@ -288,7 +288,7 @@ def test_a_case_pays_its_steps_and_what_bare_takes_longer_after_one(monkeypatch)
     assert spent == {"a": 60 + (7 - 5) + (6 - 6) + (6 - 9), "b": 300 + (6 - 7) + (9 - 6)}
 
 
-def test_the_report_holds_medians_and_those_of_the_rounds_ratios(capsys):
+def test_the_report_holds_medians_and_those_of_the_rounds_ratios():
     found = {"a": timing.Timing([1.0, 2.0, 6.0], 10.0, None), "b": timing.Timing([3.0, 4.0, 9.0], None, None)}
     a, b = timing.report(found, "a", images=8)
     assert (a["seconds"], a["min"], a["max"], a["ratio"], a["peak_mb"], a["images_per_second"]) == (2, 1, 6, 1, 10, 4)
@@ -297,7 +297,6 @@ def test_the_report_holds_medians_and_those_of_the_rounds_ratios(capsys):
     uneven = timing.Timing([4.0, 2.0, 6.0], None, None)  # medians 4 and 2, but the rounds are 4, 1 and 1 times as long
     assert uneven.ratio(found["a"]) == 1
     assert uneven.difference(found["a"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["case", "a", "b"]
 
 
 def test_a_check_that_is_not_a_number_is_wrong():

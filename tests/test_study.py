@@ -84,7 +84,10 @@ def test_ablation_writes_a_row_per_case_and_goes_on_where_it_stopped(tmp_path, m
     assert (table["best_epoch"] == 1).all()
     assert json.loads(table["config"][0])["depth"] == 20
     assert json.loads(table["versions"][0]).keys() >= {"python", "torch", "stripe-observation"}
-    assert "accuracy_best" in capsys.readouterr().out
+    shown = pd.read_csv(tmp_path / "ablation-compared.csv")
+    assert list(shown["seeds"]) == [1, 1, 1, 1]
+    assert list(shown["last epoch"]) == pytest.approx(list(table["accuracy_last"]), abs=0.0051)
+    assert "psi begins at" in capsys.readouterr().out
 
 
 def test_a_training_that_was_cut_is_finished(tmp_path, capsys):
@@ -147,6 +150,8 @@ def test_robustness_writes_and_draws_every_network_and_disturbance(checkpoints, 
         (name, 4 + 2) for name in ("plain", "SE", "ASR", "both")
     ]
     assert table.groupby("network")["accuracy"].nunique().max() > 1
+    shown = pd.read_csv(tmp_path / "robustness-compared.csv").query("`scale a` == 0.5 and `shift b` == 1")
+    assert shown["SE"].item() == table.query("network == 'SE' and a == 0.5 and b == 1")["accuracy"].item()
     assert (tmp_path / "robustness.png").stat().st_size > 10_000
     assert "network" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,18 +34,15 @@ def run(arguments: argparse.Namespace) -> Result:
             write_run(path, 1, size, channels)
         rows += _over({f"stats, {size}": partial(_moments, path) for size, path in paths.items()}, sizes, arguments)
         recorded = Path(folder, "recorded")
-        cases: dict[str, Prepare] = {
-            f"collect, {size}": partial(_record, arguments.depth, size, recorded) for size in sizes
-        }
+        cases = {f"collect, {size}": partial(_record, arguments.depth, size, recorded) for size in sizes}
         rows += _over(cases, sizes, arguments)
     return Result(rows)
 
 
-def _over(cases: dict[str, Prepare], sizes: list[int], arguments: argparse.Namespace) -> list[Row]:
+def _over(cases: Mapping[str, Prepare], sizes: list[int], arguments: argparse.Namespace) -> list[Row]:
     rows = report(measure(cases, arguments.rounds), next(iter(cases)))
     for (small, before), (large, after) in pairwise(zip(sizes, rows, strict=True)):
         after["slope"] = math.log(after["seconds"] / before["seconds"]) / math.log(large / small)
-        print(f"{before['case']} to {large}: slope {after['slope']:.3f}")
     return rows
 
 

@@ -52,7 +52,6 @@ def run(arguments: argparse.Namespace) -> Result:
         for case, seconds, size_of in found:
             row = {"case": f"{name}, {case}", "seconds": seconds, "min": seconds, "max": seconds, "bytes": size_of}
             rows.append(row | about)
-            print(f"{row['case']:45} {1 / seconds:9.1f} samples/s" + (f" {size_of:9.0f} bytes" if size_of else ""))
     return Result(rows)
 
 

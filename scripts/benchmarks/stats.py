@@ -52,8 +52,6 @@ def run(arguments: argparse.Namespace) -> Result:
         }
         timings = measure(cases, arguments.rounds)
     rows = report(timings, "read")
-    best = min((name for name in timings if name in PEERS), key=lambda name: timings[name].median)
-    print(f"stripe is {timings[best].ratio(timings['stripe']):.1f} times as fast as {best}, the best peer")
     means, variances = timings["stripe"].returned
     error = 0.0
     for name in PEERS.keys() & timings.keys():
@@ -135,7 +133,6 @@ def _compare_bootstraps(arguments: argparse.Namespace) -> Result:
     }
     timings = measure(cases, arguments.rounds)
     rows = report(timings, "scipy")
-    print(f"stripe is {timings['scipy'].ratio(timings['stripe']):.0f} times as fast as scipy")
     intervals = np.array([timing.returned for timing in timings.values()])
     error = float(np.abs(intervals[0] - intervals[1]).max() / np.diff(intervals[0])[0])
     print(f"intervals: {', '.join(f'{low:.6f} to {high:.6f}' for low, high in intervals)}")

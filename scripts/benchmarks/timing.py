@@ -185,24 +185,17 @@ def _peak_mb() -> float | None:
 
 
 def report(timings: Mapping[str, Timing], baseline: str, *, images: int | None = None) -> list[Row]:
-    """Print and return a row a case: seconds and, round by round, their ratio to `baseline`; peak memory.
+    """Return a row a case: seconds and, round by round, their ratio to `baseline`; peak memory.
 
-    Of seconds and ratios the median, the least and the most.
+    Of seconds and ratios the median, the least and the greatest.
     """
-    width = max(len(name) for name in timings)
-    rate = "  images/s" if images else ""
-    print(f"{'case':{width}}   seconds       min       max  x {baseline}    min    max  peak MB{rate}")
     rows = []
     for name, timing in timings.items():
-        ratios, ratio = timing.ratios(timings[baseline]), timing.ratio(timings[baseline])
-        low, high, peak = min(timing.seconds), max(timing.seconds), timing.peak_mb
-        row = {"case": name, "seconds": timing.median, "min": low, "max": high, "baseline": baseline, "ratio": ratio}
-        row |= {"ratio_min": ratios[0], "ratio_max": ratios[-1], "peak_mb": peak, "rounds": timing.seconds}
+        ratios, seconds = timing.ratios(timings[baseline]), timing.seconds
+        row = {"case": name, "seconds": timing.median, "min": min(seconds), "max": max(seconds), "baseline": baseline}
+        row |= {"ratio": timing.ratio(timings[baseline]), "ratio_min": ratios[0], "ratio_max": ratios[-1]}
+        row |= {"peak_mb": timing.peak_mb, "rounds": seconds}
         rows.append(row | ({"images_per_second": images / timing.median} if images else {}))
-        rate = f"  {images / timing.median:8.1f}" if images else ""
-        text = f"{timing.median:9.4f} {low:9.4f} {high:9.4f}  {ratio:{len(baseline) + 2}.3f} "
-        text += f"{ratios[0]:6.3f} {ratios[-1]:6.3f}  {'-' if peak is None else round(peak):>7}{rate}"
-        print(f"{name:{width}} {text}", flush=True)
     return rows
 
 

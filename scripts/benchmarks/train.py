@@ -42,8 +42,6 @@ def run(arguments: argparse.Namespace) -> Result:
     for form in forms:
         pair = {name: timings[name] for name in (f"{form}, reference", f"{form}, stripe")}
         rows += report(pair, f"{form}, reference", images=_samples(arguments))
-        ratio = pair[f"{form}, reference"].ratio(pair[f"{form}, stripe"])
-        print(f"{form}: {ratio:.2f} times the images/s of the reference recipe")
     return Result(rows)
 
 

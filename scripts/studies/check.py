@@ -12,13 +12,13 @@ from pathlib import Path
 
 from benchmarks import tables as benchmarks
 
-from studies import commands, comparison, growth, recipes
+from studies import ablation, commands, comparison, growth, recipes, robustness
 from studies.table import PROVENANCE, read_text
 
 BLOCK = re.compile(r"(?P<open><!-- csv: (?P<path>[^\n]+) -->\n)(?:(?!<!-- /?csv).)*?(?P<close><!-- /csv -->)", re.S)
 MARK = re.compile(r"<!-- /?csv")
-MAKERS = (comparison.tables, recipes.tables, growth.tables, commands.tables, benchmarks.tables)
-"""Each returns, by file name, the tables that follow from the records in a directory."""
+MODULES = (ablation, benchmarks, commands, comparison, growth, recipes, robustness)
+"""The `tables(directory)` of each returns, by file name, the tables that follow from the records there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare, or write; return 1 where something differs."""
     folders = [arguments.records, *(path for path in sorted(arguments.records.rglob("*")) if path.is_dir())]
-    made = {folder / name: table for folder in folders for maker in MAKERS for name, table in maker(folder).items()}
+    found = ((folder, module.tables(folder)) for folder in folders for module in MODULES)
+    made = {folder / name: table for folder, tables in found for name, table in tables.items()}
     differing = [path for path, table in made.items() if differs(path, table.to_csv(index=False), arguments.write)]
     pages = {page: filled(page) for page in arguments.pages}
     differing += [page for page, (text, _) in pages.items() if differs(page, text, arguments.write)]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy import optimize, stats
 
 from stripe.stats import benjamini_hochberg
-from studies.table import headed, read, write
+from studies.table import headed, publish, read
 
 ALPHA, POWER = 0.05, 0.8  # of the paired, two-sided t-test
 DIFFERENCE = 0.5  # points of accuracy worth telling apart
@@ -218,9 +218,7 @@ def _labels(rows: pd.DataFrame, form: str) -> list[str]:
 
 def report(out: Path) -> None:
     """Write and print the tables of a directory, and draw every setting and module."""
-    for name, table in tables(out).items():
-        write(table, out / name)
-        print(table.to_string(index=False))
+    publish(tables(out), out)
     figures(out)
 
 

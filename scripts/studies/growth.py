@@ -25,7 +25,7 @@ from stripe.data import ImageSet, Loader, load_images
 from stripe.models import read_checkpoint
 from stripe.stats import drift, settled_epoch, summarize
 from stripe.training import evaluate
-from studies.table import add_data, headed, read, write
+from studies.table import add_data, headed, publish, read, write
 
 TOLERANCE = 0.01  # of drift: attention lies between 0 and 1
 BLUR = 1.5  # sigma in pixels
@@ -225,9 +225,7 @@ def _other_images(inputs: pd.DataFrame) -> pd.DataFrame:
 
 def report(out: Path) -> None:
     """Write and print the tables of a directory, and draw its figures."""
-    for name, table in tables(out).items():
-        write(table, out / name)
-        print(table.to_string(index=False))
+    publish(tables(out), out)
     figures(out)
 
 

@@ -21,7 +21,7 @@ from stripe.data import ImageSet, Loader, load_images
 from stripe.models import create_model
 from stripe.training import Recipe, evaluate, fit
 from studies import comparison
-from studies.table import Row, Table, add_data, claimed, headed, read, write
+from studies.table import Row, Table, add_data, claimed, headed, publish, read
 
 FORMS = {"SE": {}, "ASR": {"asr": True}}
 RECIPES = ("reference", "stripe")
@@ -62,9 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = table.frame()
     if len(rows):
         print(rows.pivot_table("accuracy", "seed", ["form", "recipe"], sort=False).round(2).to_string())
-    for name, found in tables(arguments.out).items():
-        write(found, arguments.out / name)
-        print(found.to_string(index=False))
+    publish(tables(arguments.out), arguments.out)
 
 
 def cases_of(seeds: list[int]) -> Iterator[Row]:

@@ -86,6 +86,13 @@ def write(table: pd.DataFrame, path: Path) -> None:
     partial.replace(path)
 
 
+def publish(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Write tables, by file name, to a directory, and print them."""
+    for name, table in tables.items():
+        write(table, out / name)
+        print(table.to_string(index=False))
+
+
 def headed(table: pd.DataFrame, headings: Mapping[str, str]) -> pd.DataFrame:
     """Return columns of a table as text, under headings for people: what a page shows of it.
 
