@@ -153,7 +153,7 @@ def test_robustness_writes_and_draws_every_network_and_disturbance(checkpoints, 
     shown = pd.read_csv(tmp_path / "robustness-compared.csv").query("`scale a` == 0.5 and `shift b` == 1")
     assert shown["SE"].item() == table.query("network == 'SE' and a == 0.5 and b == 1")["accuracy"].item()
     assert (tmp_path / "robustness.png").stat().st_size > 10_000
-    assert "network" in capsys.readouterr().out
+    assert "shift b" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{}, {"module": "senet"}, {"module": "senet", "asr": True}])
