@@ -15,7 +15,7 @@ STUDIES = {
     "ablation": "train ASR networks that differ in one choice each",
     "robustness": "disturb the outputs of every norm of trained networks",
     "losses": "run the tests that kill, damage and mislead, and count what they tried",
-    "check": "recompute every figure between study marks of README.md from the tables; exit code 1 if one differs",
+    "check": "make every table of the pages and every derived CSV anew from the records; exit code 1 if one differs",
 }
 INTERRUPTED = "interrupted: rows that were finished are kept, the same command goes on"
 

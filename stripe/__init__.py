@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stripe.memory import keep_memory
     from stripe.recorder import Recorder, RecorderCallback
     from stripe.store import Run, open_run
+    from stripe.timing import interleave
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _HOMES = {
     "Run": "stripe.store",
     "find_gates": "stripe.gates",
     "fold": "stripe.folding",
+    "interleave": "stripe.timing",
     "keep_memory": "stripe.memory",
     "load_example": "stripe.examples",
     "open_run": "stripe.store",
@@ -55,8 +57,8 @@ _ROOMS = (
 
 __all__ = [
     "Gate", "Recorder", "RecorderCallback", "Run", "asr", "attention", "checkpoints", "cluster", "data", "examples",
-    "find_gates", "fold", "folding", "gate", "gates", "keep_memory", "load_example", "models", "open_run", "plots",
-    "recorder", "report", "stats", "store", "training",
+    "find_gates", "fold", "folding", "gate", "gates", "interleave", "keep_memory", "load_example", "models",
+    "open_run", "plots", "recorder", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.runs import add_run, gate_channels, write_run
-from benchmarks.timing import Prepare, Result, check, measure, report
+from benchmarks.timing import Prepare, Result, Run, check, measure, report
 from stripe import open_run, stats
 
 TOLERANCE = 1e-3  # of means and standard deviations, in standard deviations; some peers add up in float32
@@ -52,8 +52,6 @@ def run(arguments: argparse.Namespace) -> Result:
         }
         timings = measure(cases, arguments.rounds)
     rows = report(timings, "read")
-    best = min((name for name in timings if name in PEERS), key=lambda name: timings[name].median)
-    print(f"stripe is {timings[best].ratio(timings['stripe']):.1f} times as fast as {best}, the best peer")
     means, variances = timings["stripe"].returned
     error = 0.0
     for name in PEERS.keys() & timings.keys():
@@ -64,7 +62,7 @@ def run(arguments: argparse.Namespace) -> Result:
     return Result(rows, not check("difference of means and standard deviations from the peers'", error, TOLERANCE))
 
 
-def _prepare(take: Callable[..., Any], *arguments: Any) -> Prepare:
+def _prepare(take: Callable[..., Any], *arguments: Any) -> Run:
     return partial(take, *arguments)
 
 
@@ -135,7 +133,6 @@ def _compare_bootstraps(arguments: argparse.Namespace) -> Result:
     }
     timings = measure(cases, arguments.rounds)
     rows = report(timings, "scipy")
-    print(f"stripe is {timings['scipy'].ratio(timings['stripe']):.0f} times as fast as scipy")
     intervals = np.array([timing.returned for timing in timings.values()])
     error = float(np.abs(intervals[0] - intervals[1]).max() / np.diff(intervals[0])[0])
     print(f"intervals: {', '.join(f'{low:.6f} to {high:.6f}' for low, high in intervals)}")

@@ -6,7 +6,7 @@ gates, `reestimate_norms` and `distill` win back accuracy, `latencies` and the `
 
 from stripe.folding.constants import WEIGHTINGS, GateUse, mean_constants, measure_gates
 from stripe.folding.exact import FoldReport, fold
-from stripe.folding.export import OnnxFile, save_onnx, save_program, save_weights
+from stripe.folding.export import OnnxFile, onnx_session, save_onnx, save_program, save_weights
 from stripe.folding.latency import latencies
 from stripe.folding.merging import ChannelScale
 from stripe.folding.recovery import distill, reestimate_norms
@@ -15,6 +15,6 @@ from stripe.folding.variants import AS_FOLDED, Recovery, Variant, variants
 
 __all__ = [
     "AS_FOLDED", "WEIGHTINGS", "ChannelScale", "FoldReport", "GateUse", "Metric", "OnnxFile", "Recovery", "Variant",
-    "distill", "fold", "greedy_order", "latencies", "mean_constants", "measure_gates", "predictors",
+    "distill", "fold", "greedy_order", "latencies", "mean_constants", "measure_gates", "onnx_session", "predictors",
     "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights", "sensitivity", "variants",
 ]  # fmt: skip
