@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from stripe.folding.tensors import named_tensors, relative_error
 from stripe.gates.finding import factors_of, is_alike
 from stripe.gates.gate import Gate
-from stripe.gates.trace import ARITHMETIC, MOVES, Op, Trace, Value
+from stripe.gates.graph import ARITHMETIC, MOVES, Op, Trace, Value
 
 TOLERANCE = 1e-10
 """Largest relative error, in float64, between a folded network and the one whose gates are constant."""
