@@ -4,17 +4,17 @@
 gates, `reestimate_norms` and `distill` win back accuracy, `latencies` and the `save_` functions take it to its use.
 """
 
+from stripe.folding.building import ChannelScale
 from stripe.folding.constants import WEIGHTINGS, GateUse, mean_constants, measure_gates
-from stripe.folding.exact import FoldReport, fold
+from stripe.folding.exact import FoldReport, fold, fuse_norms
 from stripe.folding.export import OnnxFile, save_onnx, save_program, save_weights
 from stripe.folding.latency import latencies
-from stripe.folding.merging import ChannelScale
 from stripe.folding.recovery import distill, reestimate_norms
 from stripe.folding.sensitivity import Metric, greedy_order, predictors, rank_correlations, sensitivity
 from stripe.folding.variants import AS_FOLDED, Recovery, Variant, variants
 
 __all__ = [
     "AS_FOLDED", "WEIGHTINGS", "ChannelScale", "FoldReport", "GateUse", "Metric", "OnnxFile", "Recovery", "Variant",
-    "distill", "fold", "greedy_order", "latencies", "mean_constants", "measure_gates", "predictors",
+    "distill", "fold", "fuse_norms", "greedy_order", "latencies", "mean_constants", "measure_gates", "predictors",
     "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights", "sensitivity", "variants",
 ]  # fmt: skip
