@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import linecache
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from stripe.folding.fields import Array
 from stripe.folding.maps import AffineMap
 from stripe.folding.merging import TOLERANCE, Edit, Merge
-from stripe.folding.source import Removal, Unremovable, arguments, returned_argument, without
+from stripe.folding.source import Removal, Unremovable, arguments, left_argument, without
 from stripe.folding.tensors import named_tensors, outputs_of, relative_error, tensors_in
 from stripe.gates.graph import Call, Op, Trace
 from stripe.gates.trace import Images
@@ -73,7 +73,10 @@ class Original:
 
         def attempt(tried: list[Merge]) -> tuple[nn.Module, float]:
             built = self._built(tried)
-            return built, _error(self._observed(built, probes), expected)
+            try:
+                return built, _error(self._observed(built, probes), expected)
+            except Exception:  # a forward changed by trial: anything may come
+                return built, float("inf")
 
         built, error = attempt(merges)
         if not error <= TOLERANCE:
@@ -157,8 +160,8 @@ class Original:
             several = self._calls(call) > 1
             if call.caller is None or isinstance(module, fx.GraphModule):
                 return call.path, removal
-            left = returned_argument(type(module), removal)
-            if left is None or not (several or arguments(type(module)) > 1):
+            left = left_argument(module, removal)
+            if left is None or not (several or arguments(module) > 1):
                 if several and scale is not None:
                     raise Unremovable("the module is called several times, and each call would need its own scale")
                 return call.path, removal

@@ -11,6 +11,7 @@ import ast
 import copy
 import inspect
 import linecache
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,44 +58,53 @@ def without(module: nn.Module, removals: Sequence[Removal]) -> nn.Module:
         if removal.scale is not None:
             scales[removal.place.span] = f"channel_scale_{len(list(module.children()))}"
             module.add_module(scales[removal.place.span], removal.scale)
-    texts: dict[str, str] = {}
-    kind = type(module)
-    for method in dict.fromkeys(removal.place.method for removal in removals):
-        written = _Method(kind, method)
-        written.remove([r for r in removals if r.place.method == method], scales)
-        if method == "forward" and (whole := written.whole(module)) is not None:
+    kind, texts = type(module), []
+    for owner, method in dict.fromkeys((removal.place.owner, removal.place.method) for removal in removals):
+        written = _Method(module, owner, method)
+        written.remove([r for r in removals if (r.place.owner, r.place.method) == (owner, method)], scales)
+        if (owner, method) == _forward_of(kind) and (whole := written.whole(module)) is not None:
             return whole
-        texts[method] = written.text()
-    derived = _derived(kind, tuple(texts.items()))
-    unused = _unused(kind, derived, module)
+        texts.append((owner, method, written.text()))
+    derived = _derived(kind, tuple(texts))
+    unused = _unused(module, derived, [_member(kind, *text[:2]) for text in texts])
     for name in unused:
         setattr(module, name, None)
-    if not scales and len(texts) == 1 and written.is_as_with_none(unused):
-        return module
-    module.__class__ = derived
+    if scales or len(texts) > 1 or not written.is_as_with_none(unused, module):
+        module.__class__ = derived
     return module
 
 
-def returned_argument(kind: type, removal: Removal) -> int | None:
-    """Return which argument of a module's forward is left of it without an expression, None if something else is."""
-    if removal.place.method != "forward":
+def left_argument(module: nn.Module, removal: Removal) -> int | None:
+    """Return which argument of a module's forward is all that is left of it without an expression, None if more is."""
+    if (removal.place.owner, removal.place.method) != _forward_of(type(module)):
         return None
-    written = _Method(kind, "forward")
+    written = _Method(module, removal.place.owner, "forward")
     written.remove([removal], {})
     return written.returned()
 
 
-def arguments(kind: type) -> int:
+def arguments(module: nn.Module) -> int:
     """Return how many arguments a module's forward takes."""
-    return len(_Method(kind, "forward").names) - 1
+    code = inspect.unwrap(type(module).forward).__code__
+    return code.co_argcount - 1
+
+
+def _forward_of(kind: type) -> tuple[int, str]:
+    """Return which class of a module's bases holds the forward that runs, as Place does."""
+    return next(i for i, each in enumerate(kind.__mro__) if "forward" in vars(each)), "forward"
+
+
+def _member(kind: type, owner: int, name: str) -> Any:
+    return inspect.unwrap(vars(kind.__mro__[owner])[name])
 
 
 # ---- one method ----
 class _Method:
     """The source of a method, parsed; its positions are those in its file."""
 
-    def __init__(self, kind: type, name: str) -> None:
-        self.function = inspect.unwrap(inspect.getattr_static(kind, name))
+    def __init__(self, module: nn.Module, owner: int, name: str) -> None:
+        kind = type(module)
+        self.function = _member(kind, owner, name)
         code: CodeType = self.function.__code__
         try:
             source = inspect.getsource(code)
@@ -106,22 +116,27 @@ class _Method:
         body: Any = tree.body[0]
         self.definition: ast.FunctionDef = body.body[0] if nested else body
         self.written = copy.deepcopy(self.definition)
+        self.names: list[str] = []
         if not isinstance(self.definition, ast.FunctionDef):
             raise Unremovable(f"{kind.__name__}.{name} is not written as a function")
         self.names = [argument.arg for argument in (*self.definition.args.posonlyargs, *self.definition.args.args)]
+        self.definition = _Resolved(self.names[0], module).visit(self.definition)
 
     def remove(self, removals: Sequence[Removal], scales: dict[Span, str]) -> None:
         """Replace expressions by their operands, and drop the statements that nothing needs any longer."""
-        dead = set(_Liveness(self.written.body).dead)
+        dead = set(_Liveness(self.definition.body).dead)
         replace = _Replace(removals, scales, self.names[0], self.function.__globals__)
         self.definition = replace.visit(self.definition)
         if missing := [r for r in removals if r.place.span not in replace.done]:
             raise Unremovable(f"no single expression of its source is the product at line {missing[0].place.span[0]}")
-        while True:
-            dropped = set(_Liveness(self.definition.body).dead) - dead
-            if not dropped:
-                return
+        while dropped := set(_Liveness(self.definition.body).dead) - dead:
             self.definition = _Drop(dropped).visit(self.definition)
+        body = self.definition.body
+        while len(body) > 1 and isinstance(body[-1], ast.Return) and isinstance(body[-2], ast.Assign):
+            made, result = body[-2], body[-1].value
+            if result is None or [ast.unparse(target) for target in made.targets] != [ast.unparse(result)]:
+                return
+            body[-2:] = [ast.copy_location(ast.Return(made.value), made)]  # x = f(x); return x
 
     def returned(self) -> int | None:
         """Return which argument behind self the method gives back and does nothing else, None otherwise."""
@@ -142,9 +157,9 @@ class _Method:
             return module.get_submodule(called) if called.startswith("channel_scale_") else None
         return None
 
-    def is_as_with_none(self, names: Collection[str]) -> bool:
-        """Whether the method as it was written does the same once the attributes `names` are None."""
-        plain = _Absent(self.names[0], names).visit(self.written)
+    def is_as_with_none(self, names: Collection[str], module: nn.Module) -> bool:
+        """Whether the method as it was written does the same once the attributes `names`, now None, are so."""
+        plain = _Resolved(self.names[0], module).visit(self.written)
         return bool(names) and [ast.dump(s) for s in plain.body] == [ast.dump(s) for s in self.definition.body]
 
     def text(self) -> str:
@@ -329,77 +344,103 @@ class _Drop(ast.NodeTransformer):
         return super().visit(node)
 
 
-class _Absent(ast.NodeTransformer):
-    """Resolves the conditions that ask whether attributes are there, where they are None."""
+class _Resolved(ast.NodeTransformer):
+    """Decides the ifs that ask for the module's settings alone: plain attributes, or whether a submodule is there."""
 
-    def __init__(self, self_name: str, names: Collection[str]) -> None:
-        there = [f"{self_name}.{name}" for name in names]
-        self._false = {*there, *(f"{name} is not None" for name in there)}
-        self._true = {f"{name} is None" for name in there} | {f"not {name}" for name in there}
+    def __init__(self, self_name: str, module: nn.Module) -> None:
+        self._self = self_name
+        self._module = module
 
     def visit_If(self, node: ast.If) -> Any:
         """Keep the branch that runs."""
         self.generic_visit(node)
-        test = ast.unparse(node.test)
-        return node.orelse if test in self._false else node.body if test in self._true else node
+        settings = ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Name
+        parts = [n for n in ast.walk(node.test) if isinstance(n, ast.expr)]
+        if not all(isinstance(n, settings) for n in parts) or not all(self._is_setting(n) for n in parts):
+            return node
+        try:
+            value = eval(ast.unparse(node.test), {self._self: self._module})  # noqa: S307
+        except AttributeError:
+            return node
+        if not isinstance(value, bool | int | float | str | None | nn.Module):
+            return node
+        return (node.body if value is not None and value is not False and bool(value) else node.orelse) or None
+
+    def _is_setting(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Attribute):
+            return node.attr != "training"
+        return not isinstance(node, ast.Name) or node.id == self._self
 
 
 # ---- classes ----
 @cache
-def _derived(base: type, texts: tuple[tuple[str, str], ...]) -> type:
-    """Return a class like `base` in which methods are compiled anew from these sources."""
-    base, known = getattr(base, "_folded_from", (base, ()))
-    texts = tuple({**dict(known), **dict(texts)}.items())
-    members: dict[str, Any] = {"_folded_from": (base, texts), "__reduce_ex__": _reduce, "__module__": base.__module__}
-    for name, text in texts:
-        function = inspect.unwrap(inspect.getattr_static(base, name))
-        file = f"<{base.__qualname__}.{name} without {abs(hash(text)):x}>"
-        linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
-        made: dict[str, Callable[..., Any]] = {}
-        try:
-            exec(compile(text, file, "exec"), function.__globals__, made)  # noqa: S102
-            method: Any = made["made"](*(cell.cell_contents for cell in function.__closure__ or ()))
-        except Exception as error:  # a decorator or a default of the class's own scope: anything may come
-            raise Unremovable(f"{base.__name__}.{name} cannot be compiled anew ({error})") from error
-        innermost = inspect.unwrap(method)
-        innermost.__defaults__, innermost.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-        members[name] = method
-    return type(base.__name__, (base,), members | {"__qualname__": base.__qualname__, "__doc__": base.__doc__})
+def _derived(base: type, texts: tuple[tuple[int, str, str], ...]) -> type:
+    """Return a class like `base` in which methods, of its own or of its bases, are compiled anew from these sources.
+
+    A base's method that `base` overrides, and calls by super(), comes in by a class behind `base` in the order of
+    method resolution.
+    """
+    root, stages = getattr(base, "_folded_from", (base, ()))
+    members: dict[str, Any] = {"_folded_from": (root, (*stages, texts)), "__reduce_ex__": _reduce}
+    behind = []
+    for owner, name, text in texts:
+        method = _compiled(_member(base, owner, name), text)
+        if any(name in vars(each) for each in base.__mro__[:owner]):
+            behind.append(type(base.__name__, (base.__mro__[owner],), {name: method}))
+        else:
+            members[name] = method
+    for name in ("__module__", "__qualname__", "__doc__"):
+        members[name] = getattr(base, name)
+    return type(base.__name__, (base, *behind), members)
+
+
+def _compiled(function: Any, text: str) -> Any:
+    """Compile a method from its source, with what the method that it stands for is bound to."""
+    file = f"<{function.__qualname__} without {zlib.crc32(text.encode()):x}>"
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    made: dict[str, Callable[..., Any]] = {}
+    try:
+        exec(compile(text, file, "exec"), function.__globals__, made)  # noqa: S102
+        method: Any = made["made"](*(cell.cell_contents for cell in function.__closure__ or ()))
+    except Exception as error:  # a decorator, say, or a cell still empty: anything may come
+        raise Unremovable(f"{function.__qualname__} cannot be compiled anew ({error})") from error
+    innermost = inspect.unwrap(method)
+    innermost.__defaults__, innermost.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    innermost.__qualname__ = function.__qualname__
+    return method
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
-    base, texts = type(module)._folded_from  # type: ignore[attr-defined]
-    return _revived, (base, texts), module.__dict__
+    return _revived, type(module)._folded_from, module.__dict__  # type: ignore[attr-defined]
 
 
-def _revived(base: type, texts: tuple[tuple[str, str], ...]) -> nn.Module:
-    derived = _derived(base, texts)
-    module: nn.Module = derived.__new__(derived)
+def _revived(root: type, stages: tuple[tuple[tuple[int, str, str], ...], ...]) -> nn.Module:
+    """Make an empty module of a derived class: what copies and pickles of one begin with."""
+    for texts in stages:
+        root = _derived(root, texts)
+    module: nn.Module = root.__new__(root)
     return module
 
 
-def _unused(kind: type, derived: type, module: nn.Module) -> list[str]:
+def _unused(module: nn.Module, derived: type, changed: Sequence[Any]) -> list[str]:
     """Return submodules, parameters and buffers that the changed methods named, and that no method names any more."""
-    changed = derived.__dict__.keys() & vars_of(kind)
-    named = {name for method in changed for name in _names(getattr(kind, method))}
-    still = {name for method in vars_of(derived) - {"__init__"} for name in _names(getattr(derived, method, None))}
+    named = {name for function in changed for name in _names(function)}
+    own = [each for each in derived.__mro__ if each not in nn.Module.__mro__]
+    queue, still = ["forward"], set[str]()
+    while queue:  # what forward, and what it names of the class, name
+        name = queue.pop()
+        members = [vars(each)[name] for each in own if name in vars(each)]
+        found = {n for m in members if not callable(m) or inspect.unwrap(m) not in changed for n in _names(m)}
+        queue += found - still
+        still |= found
     held = [*module._modules, *module._parameters, *module._buffers]
     return [name for name in held if name in named - still and not name.startswith("channel_scale_")]
 
 
-def vars_of(kind: type) -> set[str]:
-    """Return the names of a class's members, but for those of torch's own base."""
-    return {name for each in kind.__mro__ if each not in nn.Module.__mro__ for name in vars(each)}
-
-
-def _names(function: Any) -> set[str]:
-    """Return the names that a function's code refers to, in functions within it too."""
-    function = (
-        inspect.unwrap(getattr(function, "fget", None) or function)
-        if callable(function) or isinstance(function, property)
-        else function
-    )
-    queue, found = [getattr(function, "__code__", None)], set[str]()
+def _names(member: Any) -> set[str]:
+    """Return the names that a function's or a property's code refers to, in functions within it too."""
+    function = member.fget if isinstance(member, property) else member
+    queue, found = [getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)], set[str]()
     while queue:
         code = queue.pop()
         if isinstance(code, CodeType):

@@ -79,9 +79,11 @@ class Value:
 class Place:
     """Where in the source of a module's class something happens: the method, and the expression's position in it.
 
+    `owner` counts, along the class and its bases in the order of method resolution, to the one that holds the method.
     `span` is first line, last line, first column, column behind the last, as in the file (columns in bytes).
     """
 
+    owner: int
     method: str
     span: tuple[int, int, int, int]
 

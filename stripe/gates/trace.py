@@ -195,7 +195,7 @@ class _Recorder(TorchDispatchMode):
             if code in methods and frame.f_locals.get(code.co_varnames[0]) is module:
                 line, last, column, end = next(islice(code.co_positions(), frame.f_lasti // 2, None))
                 spanned = None not in (line, last, column, end)
-                return Place(methods[code], (line, last, column, end)) if spanned else None  # type: ignore[arg-type]
+                return Place(*methods[code], (line, last, column, end)) if spanned else None  # type: ignore[arg-type]
             frame = frame.f_back  # type: ignore[assignment]
         return None
 
@@ -207,14 +207,14 @@ class _Recorder(TorchDispatchMode):
 
 
 @cache
-def _methods(kind: type) -> dict[CodeType, str]:
-    """Return the names of the methods of a class that were written in Python and are not torch's own, by their code."""
+def _methods(kind: type) -> dict[CodeType, tuple[int, str]]:
+    """Return owner and name of the methods, written in Python, of a class and its bases up to torch's own, by code."""
     found = {}
-    for name in dir(kind):
-        function = inspect.unwrap(inspect.getattr_static(kind, name, None))  # type: ignore[arg-type]
-        code = getattr(function, "__code__", None)
-        if code is not None and code.co_argcount and function is not nn.Module.__dict__.get(name):
-            found[code] = name
+    for owner, each in enumerate(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+        for name, member in vars(each).items():
+            code = getattr(inspect.unwrap(member) if callable(member) else None, "__code__", None)
+            if code is not None and code.co_argcount:
+                found[code] = owner, name
     return found
 
 
