@@ -120,7 +120,7 @@ class _Method:
         if not isinstance(self.definition, ast.FunctionDef):
             raise Unremovable(f"{kind.__name__}.{name} is not written as a function")
         self.names = [argument.arg for argument in (*self.definition.args.posonlyargs, *self.definition.args.args)]
-        self.definition = _Resolved(self.names[0], module).visit(self.definition)
+        self.definition = _Drop(()).visit(_Resolved(self.names[0], module).visit(self.definition))
 
     def remove(self, removals: Sequence[Removal], scales: dict[Span, str]) -> None:
         """Replace expressions by their operands, and drop the statements that nothing needs any longer."""
@@ -159,7 +159,7 @@ class _Method:
 
     def is_as_with_none(self, names: Collection[str], module: nn.Module) -> bool:
         """Whether the method as it was written does the same once the attributes `names`, now None, are so."""
-        plain = _Resolved(self.names[0], module).visit(self.written)
+        plain = _Drop(()).visit(_Resolved(self.names[0], module).visit(self.written))
         return bool(names) and [ast.dump(s) for s in plain.body] == [ast.dump(s) for s in self.definition.body]
 
     def text(self) -> str:
