@@ -18,7 +18,7 @@ from stripe.folding.maps import AffineMap
 from stripe.folding.merging import TOLERANCE, Edit, Merge
 from stripe.folding.source import Removal, Unremovable, arguments, left_argument, without
 from stripe.folding.tensors import named_tensors, outputs_of, relative_error, tensors_in
-from stripe.gates.graph import Call, Op, Trace
+from stripe.gates.graph import Call, Op, Trace, Value
 from stripe.gates.trace import Images
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -62,7 +62,7 @@ class Original:
                 the network differs from itself.
             ArithmeticError: the network differs even with nothing merged.
         """
-        probes = list(dict.fromkeys(path for merge in merges for path in merge.probes))
+        probes = self._probes(merges)
         with self._at_constants:
             expected, again = (self._observed(self.model, probes) for _ in range(2))
         if not (difference := _error(again, expected)) <= TOLERANCE:
@@ -89,6 +89,13 @@ class Original:
         if not error <= TOLERANCE:
             raise ArithmeticError(f"the new network differs by {error:.2g}; expected at most {TOLERANCE:.0e}")
         return built, merges, error
+
+    def _probes(self, merges: Sequence[Merge]) -> list[str]:
+        """Return the modules whose outputs must be what they were, with all the merges made."""
+        touched = frozenset[Value]().union(*(merge.touched for merge in merges))
+        ports = [port for ports in self._graph.ports.values() for port in ports if port.side == "output"]
+        changed = {port.call.path for port in ports if port.value in touched}
+        return list(dict.fromkeys(path for merge in merges for path in merge.probes if path not in changed))
 
     def _observed(self, model: nn.Module, paths: Iterable[str]) -> dict[str, list[Tensor]]:
         """Run a network; return the tensors of its output as "", and those of the modules that give out a single one.

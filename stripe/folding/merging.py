@@ -57,7 +57,7 @@ class Edit:
 class Merge:
     """What is to become of one map: `direction` and the rest as in a report.
 
-    `probes` are modules beyond the merge: their outputs must not differ.
+    `probes` are modules beyond the merge, whose outputs must not differ; `touched` are values on its way, which do.
     """
 
     map: AffineMap
@@ -67,6 +67,7 @@ class Merge:
     reason: str = ""
     growth: float = 1.0
     probes: tuple[str, ...] = ()
+    touched: frozenset[Value] = frozenset()
 
     def keep(self, reason: str) -> Merge:
         """Return the same map, not merged."""
@@ -84,6 +85,7 @@ class Network:
         self._constants = constants
         self._gone: dict[Value, AffineMap] = {}  # maps that went back, by what they gave
         self._made: set[str] = set()  # tensors that merges brought into being
+        self._touched: set[Value] = set()  # what the walk under way has come by
         self._has_norms = False
 
     def plan(self, maps: Sequence[AffineMap]) -> list[Merge]:
@@ -110,6 +112,7 @@ class Network:
             ("forward", partial(self._forward, y)),
         ):
             through: list[str] = []
+            self._touched = set()
             try:
                 edits = tuple(walk(scale=scale, shift=shift, through=through))
             except Blocked as blocked:
@@ -117,7 +120,9 @@ class Network:
             else:
                 ways = tuple(dict.fromkeys(through))
                 probes = (map.steps[0][0].call.path,) if direction == "back" else tuple(edit.path for edit in edits)
-                found.append(Merge(map, direction, edits, ways, "", self._growth(edits), probes))
+                found.append(
+                    Merge(map, direction, edits, ways, "", self._growth(edits), probes, frozenset(self._touched))
+                )
         if not found:
             return Merge(map, reason="; ".join(reasons))
         return found[0] if map.is_norm else min(found, key=lambda merge: merge.growth)
@@ -139,6 +144,7 @@ class Network:
     ) -> Iterator[Edit]:
         """Yield the edits by which the layers that made `value` make scale * value + shift."""
         op = value.producer
+        self._touched.add(value)
         if op is None or not op.live_inputs:
             raise Blocked("nothing before it has weights")
         others = [user for output in op.outputs for user in self._users(output) if user not in users]
@@ -200,6 +206,7 @@ class Network:
         """Yield the edits by which the layers that take `value` take it for scale * value + shift."""
         if any(output is value for output in self._graph.outputs):
             raise Blocked("it is the network's output")
+        self._touched.add(value)
         for op in self._users(value):
             if op.name in _TAKEN_BY:
                 yield from self._into_input(op, value, scale, shift)
