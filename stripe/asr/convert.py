@@ -106,5 +106,5 @@ def fuse(model: nn.Module, images: Images | None = None, *, inplace: bool = Fals
     fused, _ = fuse_norms(deploy(model), images)
     if not inplace:
         return fused
-    model.__dict__, model.__class__ = fused.__dict__, type(fused)  # type: ignore[assignment]
+    model.__dict__, model.__class__ = fused.__dict__, type(fused)
     return model

@@ -2,6 +2,15 @@
 
 `measure_gates` gives the constants, `sensitivity` and `greedy_order` what they cost, `fold` the network without
 gates, `reestimate_norms` and `distill` win back accuracy, `latencies` and the `save_` functions take it to its use.
+
+The four conversions answer alike. `asr.insert`, `asr.deploy` and `asr.fuse` return a new network and `fold` returns one
+with a report; `fuse_norms` is `asr.fuse` with the same kind of report. None changes its argument, except where
+`inplace=True` asks for it. None refuses a network in train mode: `insert` and `deploy` hold in both modes and leave
+every module in its own; `fuse` and `fold` hold for inference, take the network as it is in eval mode, and return one in
+eval mode. Put back into train mode, a folded network does there what it did before, but for its gates.
+
+How it is decided: `fields` and `maps` say what of a graph is an affine map per channel, `merging` where it goes, all
+without torch; `source` takes it out of the modules' own methods, and `building` puts together and compares.
 """
 
 from stripe.folding.building import ChannelScale

@@ -17,9 +17,9 @@ from stripe.folding.fields import Array
 from stripe.folding.maps import AffineMap
 from stripe.folding.merging import TOLERANCE, Edit, Merge
 from stripe.folding.source import Removal, Unremovable, arguments, left_argument, without
-from stripe.folding.tensors import named_tensors, outputs_of, relative_error, tensors_in
+from stripe.folding.tensors import named_tensors, outputs_of, relative_error
 from stripe.gates.graph import Call, Op, Trace, Value
-from stripe.gates.trace import Images
+from stripe.gates.trace import Images, tensors_in
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Modules that do nothing but normalise: without their norm they are nn.Identity."""
@@ -88,7 +88,7 @@ class Original:
             built, error = attempt(merges)
         if not error <= TOLERANCE:
             raise ArithmeticError(f"the new network differs by {error:.2g}; expected at most {TOLERANCE:.0e}")
-        return built, merges, error
+        return built.eval(), merges, error
 
     def _probes(self, merges: Sequence[Merge]) -> list[str]:
         """Return the modules whose outputs must be what they were, with all the merges made."""
@@ -134,7 +134,7 @@ class Original:
                     removals[path].append(removal)
         for path in sorted(removals, key=lambda path: -path.count(".") - bool(path)):
             built = _replaced(built, path, self._without(built.get_submodule(path), path, removals[path]))
-        for path in norms:
+        for path in dict.fromkeys(norms):
             built = _replaced(built, path, nn.Identity())
         return built
 
@@ -158,12 +158,13 @@ class Original:
 
     def _removal(self, op: Op, operand: int, scale: nn.Module | None) -> tuple[str, Removal]:
         """Find the expression that runs an operation; where its module does nothing else, what calls the module."""
-        call, place, name = op.call, op.place, op.name
+        call, place = op.call, op.place
+        name: str | None = op.name
         while True:
             module = self.model.get_submodule(call.path)
             if place is None:
                 raise Unremovable(f"{type(module).__name__} has no Python source")
-            removal = Removal(place, operand, None if name is None else name, scale)
+            removal = Removal(place, operand, name, scale)
             several = self._calls(call) > 1
             if call.caller is None or isinstance(module, fx.GraphModule):
                 return call.path, removal
@@ -193,9 +194,10 @@ def _error(found: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor
 
 
 def _replaced(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Return `model` with `module` at `path`, which may be the root's."""
-    if path:
-        model.set_submodule(path, module)
+    """Return `model` with `module` in the place of the one at `path`, which may be the root or stand in several."""
+    old = model.get_submodule(path)
+    for place in [name for name, each in model.named_modules(remove_duplicate=False) if each is old and name]:
+        model.set_submodule(place, module)
     return model if path else module
 
 

@@ -13,18 +13,19 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from stripe.folding.building import Original
 from stripe.folding.maps import Constants, norm_maps
 from stripe.folding.merging import Merge, Network
-from stripe.folding.tensors import doubled, in_double, named_tensors, tensors_in, weights_of
+from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
 from stripe.gates.finding import find_gates
 from stripe.gates.gate import Gate
 from stripe.gates.hooks import unwrap
 from stripe.gates.reading import replace_gates
-from stripe.gates.trace import Images, trace
+from stripe.gates.trace import Images, tensors_in, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +102,12 @@ def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Modul
         plan = Network(graph, weights, needed, {}).plan(maps)
         fused, merges, error = Original(exact, graph, images, nullcontext()).merged(plan)
     cast_like(fused, model)
+    ran = {call.path for call in graph.calls}
+    norms = [path for path, module in exact.named_modules() if isinstance(module, _BatchNorm) and path not in ran]
+    left |= dict.fromkeys(norms, "the forward does not run it in eval mode")
+    kept = [(name, "kept", (), (), reason, 1.0) for name, reason in left.items()]
     table = table_of(merges, "norm")
-    for name, reason in left.items():
-        table.loc[len(table)] = [name, "kept", (), (), reason, 1.0]
-    return fused, FoldReport(table, error)
+    return fused, FoldReport(pd.DataFrame([*table.itertuples(index=False), *kept], columns=table.columns), error)
 
 
 def example_for(model: nn.Module) -> Tensor:

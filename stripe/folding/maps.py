@@ -197,7 +197,7 @@ def norm_maps(graph: Trace, weights: Weights) -> tuple[list[AffineMap], dict[str
 
 def _norm_scale(op: Op, weights: Weights) -> tuple[Array, Array]:
     """Return weight / sqrt(variance + epsilon) and bias - mean * that, shaped to broadcast with the output."""
-    x, weight, bias, mean, variance = (None if value is None else value for value in op.args[:5])
+    x, weight, bias, mean, variance = op.args[:5]
     scale = 1.0 / np.sqrt(weights.compute(variance) + op.args[7])
     scale = scale if weight is None else weights.compute(weight) * scale
     shift = -weights.compute(mean) * scale

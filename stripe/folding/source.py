@@ -65,7 +65,7 @@ def without(module: nn.Module, removals: Sequence[Removal]) -> nn.Module:
         if (owner, method) == _forward_of(kind) and (whole := written.whole(module)) is not None:
             return whole
         texts.append((owner, method, written.text()))
-    derived = _derived(kind, tuple(texts))
+    derived = _derived(kind, tuple(texts))  # type: ignore[arg-type]
     unused = _unused(module, derived, [_member(kind, *text[:2]) for text in texts])
     for name in unused:
         setattr(module, name, None)
@@ -85,8 +85,7 @@ def left_argument(module: nn.Module, removal: Removal) -> int | None:
 
 def arguments(module: nn.Module) -> int:
     """Return how many arguments a module's forward takes."""
-    code = inspect.unwrap(type(module).forward).__code__
-    return code.co_argcount - 1
+    return int(inspect.unwrap(type(module).forward).__code__.co_argcount) - 1
 
 
 def _forward_of(kind: type) -> tuple[int, str]:
@@ -226,7 +225,7 @@ class _Replace(ast.NodeTransformer):
         return given[removal.operand]
 
     def _is_module(self, value: ast.expr) -> bool:
-        """Whether an expression names a Python module, as torch in torch.mul, or a submodule, which holds the function."""
+        """Whether an expression names a Python module, as torch in torch.mul, or a submodule that has the function."""
         named = isinstance(value, ast.Name) and inspect.ismodule(self._globals.get(value.id))
         owned = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == self._self
         return named or owned
@@ -418,7 +417,7 @@ def _revived(root: type, stages: tuple[tuple[tuple[int, str, str], ...], ...]) -
     """Make an empty module of a derived class: what copies and pickles of one begin with."""
     for texts in stages:
         root = _derived(root, texts)
-    module: nn.Module = root.__new__(root)
+    module: nn.Module = root.__new__(root)  # type: ignore[call-overload]
     return module
 
 

@@ -68,7 +68,7 @@ def in_double() -> Iterator[None]:
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Doubles():
+        with _Doubles():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.set_default_dtype(usual)
@@ -100,8 +100,8 @@ def outputs_of(model: nn.Module, images: Images) -> list[Tensor]:
     tensors = tensors_in(output)
     if not tensors:
         raise ValueError(
-            f"no tensor is seen in the network's output, a {type(output).__name__}: expected a tensor, or tuples, lists,"
-            " mappings or objects that hold some; wrap the network in a module that returns them"
+            f"no tensor is seen in the network's output, a {type(output).__name__}: expected a tensor, or tuples,"
+            " lists, mappings or objects that hold some; wrap the network in a module that returns them"
         )
     return tensors
 
@@ -110,6 +110,6 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     """Return the largest difference over the largest value, the worst of all pairs; infinite if they do not fit."""
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
         return float("inf")
-    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a.numel()]
-    errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-300) for a, b in ((a * 1.0, b * 1.0) for a, b in pairs)]
+    pairs = [(a * 1.0, b * 1.0) for a, b in zip(found, expected, strict=True) if a.numel()]  # integers as well
+    errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-300) for a, b in pairs]
     return float(torch.stack(errors).max()) if errors else 0.0  # not a number if any is

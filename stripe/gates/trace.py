@@ -158,7 +158,7 @@ class _Recorder(TorchDispatchMode):
         written = [alias for tensor in _written(func, args, kwargs) for alias in self._write(tensor)]
         inputs += [self._values[id(alias)] for alias in written if all(alias is not tensor for tensor in tensors)]
         made = [*written, *(tensor for tensor in _tensors(result) if id(tensor) not in self._values)]
-        op = Op(len(self.graph.ops), name, self._stack[-1], tuple(inputs), *taken, place=self._place())
+        op = Op(len(self.graph.ops), name, self._stack[-1], tuple(inputs), taken[0], taken[1], place=self._place())
         self.graph.ops.append(op)
         for value in dict.fromkeys(inputs):
             value.consumers.append(op)
@@ -189,7 +189,7 @@ class _Recorder(TorchDispatchMode):
     def _place(self) -> Place | None:
         """Return the expression that runs now in the innermost method of the module that runs."""
         module = self._modules[self._stack[-1].path]
-        methods, frame = _methods(type(module)), sys._getframe(2)
+        methods, frame = _methods(type(module)), sys._getframe(2)  # type: ignore[arg-type]
         while frame is not None:
             code = frame.f_code
             if code in methods and frame.f_locals.get(code.co_varnames[0]) is module:
