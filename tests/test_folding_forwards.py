@@ -235,6 +235,59 @@ def test_each_call_of_a_shared_attention_gets_its_own_constant():
         assert relative_error(folded(images), model(images)) > 1e-3
 
 
+class Unit(nn.Module):
+    """A layer of its own, and an attention that several units share, which hands its state on."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.conv, self.norm, self.attention = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), attention
+
+    def forward(self, x, state):
+        y, state = self.attention(self.norm(self.conv(x)), state)
+        return F.relu(x + y), state
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(8, 8)
+
+    def forward(self, x, state):
+        state = self.cell(x.mean((2, 3)), state)
+        return x * torch.sigmoid(state[0])[:, :, None, None], state
+
+
+class Dense(nn.Module):
+    """As DIANet: one recurrent attention along all units."""
+
+    def __init__(self):
+        super().__init__()
+        attention = Recurrent()
+        self.stem, self.units = nn.Conv2d(3, 8, 3), nn.ModuleList(Unit(attention) for _ in range(3))
+
+    def forward(self, x):
+        x, state = self.stem(x), None
+        for unit in self.units:
+            x, state = unit(x, state)
+        return x
+
+
+def test_an_attention_shared_by_several_units_goes_into_the_layers_of_each_or_is_refused():
+    model, images = randomize(Dense()).double().eval(), small()
+    gates = find_gates(model, images)
+    constants = constants_of(gates)
+    folded, report = fold(model, constants, images)
+    assert list(report.table["into"]) == [(f"units.{i}.norm.weight", f"units.{i}.norm.bias") for i in range(3)]
+    given = others()
+    with torch.no_grad():
+        assert relative_error(folded(given), at_constants(model, given, gates, constants)) < EXACT
+        assert relative_error(folded(given), model(given)) > 1e-3
+    with pytest.raises(
+        ValueError, match=r"gate .*#1' cannot be taken out of Recurrent\.forward: the module is called several"
+    ):
+        fold(model, {gates[1].name: constants[gates[1].name]}, images)
+
+
 # ---- what forwards return ----
 @dataclasses.dataclass
 class Output:

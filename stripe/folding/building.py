@@ -18,7 +18,7 @@ from stripe.folding.maps import AffineMap
 from stripe.folding.merging import TOLERANCE, Edit, Merge
 from stripe.folding.source import Removal, Unremovable, arguments, left_argument, without
 from stripe.folding.tensors import named_tensors, outputs_of, relative_error
-from stripe.gates.graph import Call, Op, Trace, Value
+from stripe.gates.graph import Call, Op, Place, Trace, Value
 from stripe.gates.trace import Images, tensors_in
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -125,6 +125,7 @@ class Original:
             for edit in merge.edits:
                 _make(edit, built)
         removals: defaultdict[str, list[Removal]] = defaultdict(list)
+        owners: defaultdict[tuple[str, Place], list[AffineMap]] = defaultdict(list)
         norms = []
         for merge in merges:
             if merge.map.is_norm and type(self.model.get_submodule(merge.map.steps[0][0].call.path)) in BATCH_NORMS:
@@ -132,6 +133,10 @@ class Original:
             elif merge.direction != "unused" and not (merge.map.is_norm and merge.direction == "kept"):
                 for path, removal in self._removals(merge):
                     removals[path].append(removal)
+                    owners[path, removal.place].append(merge.map)
+        for (path, _), maps in owners.items():
+            if len(maps) != (calls := sum(call.path == path for call in self._graph.calls) or 1):
+                raise self._cannot(maps[0], f"that forward runs {calls} times, and would lose its gate in each run")
         for path in sorted(removals, key=lambda path: -path.count(".") - bool(path)):
             built = _replaced(built, path, self._without(built.get_submodule(path), path, removals[path]))
         for path in dict.fromkeys(norms):
