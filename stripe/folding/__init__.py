@@ -2,6 +2,7 @@
 
 `measure_gates` gives the constants, `sensitivity` and `greedy_order` what they cost, `fold` the network without
 gates, `reestimate_norms` and `distill` win back accuracy, `latencies` and the `save_` functions take it to its use.
+`study` does all of this and chooses how many gates to fold.
 """
 
 from stripe.folding.constants import WEIGHTINGS, GateUse, mean_constants, measure_gates
@@ -11,10 +12,12 @@ from stripe.folding.latency import latencies
 from stripe.folding.merging import ChannelScale
 from stripe.folding.recovery import distill, reestimate_norms
 from stripe.folding.sensitivity import Metric, greedy_order, predictors, rank_correlations, sensitivity
+from stripe.folding.study import Study, study
 from stripe.folding.variants import AS_FOLDED, Recovery, Variant, variants
 
 __all__ = [
-    "AS_FOLDED", "WEIGHTINGS", "ChannelScale", "FoldReport", "GateUse", "Metric", "OnnxFile", "Recovery", "Variant",
-    "distill", "fold", "greedy_order", "latencies", "mean_constants", "measure_gates", "predictors",
-    "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights", "sensitivity", "variants",
+    "AS_FOLDED", "WEIGHTINGS", "ChannelScale", "FoldReport", "GateUse", "Metric", "OnnxFile", "Recovery", "Study",
+    "Variant", "distill", "fold", "greedy_order", "latencies", "mean_constants", "measure_gates", "predictors",
+    "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights", "sensitivity", "study",
+    "variants",
 ]  # fmt: skip
