@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stripe import asr, attention, data, folding, gates, models, plots, report, stats, store, training
+    from stripe import asr, attention, data, figures, folding, gates, models, plots, report, stats, store, training
     from stripe.examples import load_example
     from stripe.folding import fold
     from stripe.gates import Gate, find_gates
@@ -29,11 +29,14 @@ _HOMES = {
     "load_example": "stripe.examples",
     "open_run": "stripe.store",
 }
-_ROOMS = ("asr", "attention", "data", "folding", "gates", "models", "plots", "report", "stats", "store", "training")
+_ROOMS = (
+    "asr", "attention", "data", "figures", "folding", "gates", "models", "plots", "report", "stats", "store",
+    "training",
+)  # fmt: skip
 
 __all__ = [
-    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "gates", "keep_memory",
-    "load_example", "models", "open_run", "plots", "report", "stats", "store", "training",
+    "Gate", "Recorder", "Run", "asr", "attention", "data", "figures", "find_gates", "fold", "folding", "gates",
+    "keep_memory", "load_example", "models", "open_run", "plots", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

@@ -18,9 +18,20 @@ from typing import Any
 import numpy as np
 
 from stripe import plots, stats
-from stripe.report.content import about, address, describe_gates, document, judged, learned_vectors, shown_epochs
+from stripe.report.content import (
+    about,
+    address,
+    describe_gates,
+    document,
+    judged,
+    learned_vectors,
+    read_beside,
+    shown_epochs,
+)
 from stripe.report.panels import sample_panels
 from stripe.store import Run
+
+__all__ = ["LIMIT", "SETTLED_DRIFT", "address", "read_beside", "render", "write"]
 
 LIMIT = 10_000_000  # bytes of the page
 SETTLED_DRIFT = 0.01  # a gate has settled once its drift stays below
