@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         cluster,
         data,
         examples,
+        figures,
         folding,
         gate,
         gates,
@@ -51,13 +52,13 @@ _HOMES = {
     "open_run": "stripe.store",
 }
 _ROOMS = (
-    "asr", "attention", "checkpoints", "cluster", "data", "examples", "folding", "gate", "gates", "models", "plots",
-    "recorder", "report", "stats", "store", "training",
+    "asr", "attention", "checkpoints", "cluster", "data", "examples", "figures", "folding", "gate", "gates", "models",
+    "plots", "recorder", "report", "stats", "store", "training",
 )  # fmt: skip
 
 __all__ = [
     "Gate", "Recorder", "RecorderCallback", "Run", "asr", "attention", "checkpoints", "cluster", "data", "examples",
-    "find_gates", "fold", "folding", "gate", "gates", "interleave", "keep_memory", "load_example", "models",
+    "figures", "find_gates", "fold", "folding", "gate", "gates", "interleave", "keep_memory", "load_example", "models",
     "open_run", "plots", "recorder", "report", "stats", "store", "training",
 ]  # fmt: skip
 

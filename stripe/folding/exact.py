@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
+from stripe.devices import device_of
 from stripe.folding.building import Original
 from stripe.folding.maps import Constants, norm_maps
 from stripe.folding.merging import Merge, Network
@@ -117,7 +118,7 @@ def example_for(model: nn.Module) -> Tensor:
     Raises:
         ValueError: none passes.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     for shape in _shapes(model):
         images = torch.randn(2, *shape, device=device)
         try:

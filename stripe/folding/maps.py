@@ -42,7 +42,7 @@ class Constants:
         """Take the graph, gates found in it and their constants (C,)."""
         self._graph = graph
         self._products = {product_op(graph, gate): gate for gate in gates}
-        self.operands = {op: op.args[FACTORS[op.name][g.product.operand]] for op, g in self._products.items()}
+        self.operands = {op: op.args[FACTORS[op.name][product_of(g).operand]] for op, g in self._products.items()}
         self._placed = {op: placed(g, vectors[g.name], op.outputs[0].shape) for op, g in self._products.items()}
         self.needed = self._reached()
 
@@ -67,7 +67,7 @@ class Constants:
 
     def _map(self, product: Op, weights: Weights) -> AffineMap:
         """Return the widest affine map that begins with a product: x * g, x + x * g, x * g + b, ..."""
-        x = product.args[FACTORS[product.name][1 - self._products[product].product.operand]]
+        x = product.args[FACTORS[product.name][1 - product_of(self._products[product]).operand]]
         inside = {product.outputs[0]}
         ends = [product]
         for op in self._graph.ops[product.index + 1 :]:
