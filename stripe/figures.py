@@ -120,9 +120,9 @@ def each_figure(
     notebook shows a figure that is a cell's last value.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    gates = [name_of(gate) for gate in gates or spread(run.gates, GATES)]
+    names = [name_of(gate) for gate in gates or spread(run.gates, GATES)]
     epoch = run.epochs[-1] if epoch is None else epoch
-    for name, figure in _each(run, gates, epoch, bootstrap):
+    for name, figure in _each(run, names, epoch, bootstrap):
         plt.close(figure)
         yield name, figure
 
