@@ -173,7 +173,7 @@ def _draw_differences(ax: Axes, rows: pd.DataFrame) -> None:
     ax.hlines(places, rows["low"], rows["high"], color="#D55E00", linewidth=1.2)
     ax.plot(rows["difference"], places, color="#D55E00", linestyle="", marker="o", markersize=4)
     ax.set_yticks(places, _pairs(rows))
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="difference in points, 95 % t-interval;\ngrey: within 0.5 points")
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="points, 95 % t-interval;\ngrey: within 0.5 points")
 
 
 # ---- tables and figures of a directory -------------------------------------------------------------------
