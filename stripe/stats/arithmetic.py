@@ -53,5 +53,7 @@ def mean_of(values: npt.NDArray[Any]) -> float:
 
 def ratio(part: Any, whole: Any) -> Any:
     """Divide, with NaN wherever the whole is not above 0."""
+    if isinstance(whole, float):
+        return part / whole if whole > 0 else part * math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.greater(whole, 0), np.divide(part, whole), np.nan)

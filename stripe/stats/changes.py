@@ -13,7 +13,7 @@ import pandas as pd
 from stripe.stats.intervals import CONFIDENCE, check_confidence, jackknife, leave_one_out
 from stripe.stats.moments import Moments
 from stripe.stats.runs import RecordedRun
-from stripe.stats.strength import Variance, variance_of
+from stripe.stats.variance import Variance
 
 MEASURES = ("cv", "within", "strength")
 """What can change: how far from constant (CV), the variance across samples, and the contrast of the stripes."""
@@ -65,8 +65,8 @@ def change_between(before: Moments, after: Moments, measure: str = "cv", *, conf
         raise ValueError(f"no measure '{measure}'; expected one of {', '.join(MEASURES)}")
     check_confidence(confidence)
     take, back, nothing = _scales(measure)
-    old, new = (float(getattr(variance_of(each), measure)) for each in (before, after))
-    first, last = (float(take(variance_of(each))) for each in (before, after))
+    old, new = (float(getattr(each.split, measure)) for each in (before, after))
+    first, last = (float(take(each.split)) for each in (before, after))
     change = last - first
     if not math.isfinite(change):
         return Change(measure, old, new, math.nan, math.nan, math.nan, "unknown")
@@ -127,7 +127,7 @@ def _interval(before: Moments, after: Moments, take: Scale, change: float, confi
         return jackknife(first_counts, change, last - first, confidence)
     ends = []
     for each, (counts, without) in zip((before, after), sides, strict=True):
-        every = float(take(variance_of(each)))
+        every = float(take(each.split))
         ends.append(np.array(jackknife(counts, every, without, confidence)) - every)
     below = math.hypot(ends[1][0], ends[0][1])
     above = math.hypot(ends[1][1], ends[0][0])

@@ -17,7 +17,7 @@ from stripe.stats.intervals import CONFIDENCE, strength_interval
 from stripe.stats.labels import label_share
 from stripe.stats.moments import Moments
 from stripe.stats.runs import NamedGate, RecordedRun
-from stripe.stats.strength import effective_rank, stripe_strength, two_way_shares, variance_of
+from stripe.stats.strength import effective_rank, stripe_strength, two_way_shares
 
 SUMMARY = (
     "epoch gate channels samples left_out strength strength_low strength_high cv std between within sample_share"
@@ -136,7 +136,7 @@ def row_of(moments: Moments, form: str = "multiplicative", *, confidence: float 
         "strength": strength.strength,
         "strength_low": interval.low,
         "strength_high": interval.high,
-        "cv": float(variance_of(moments).cv),
+        "cv": float(moments.split.cv),
         "std": mean_of(moments.std[moments.finite]),
         "between": strength.between,
         "within": strength.within,

@@ -12,7 +12,7 @@ import numpy as np
 from stripe.stats.arithmetic import Array, Counts
 from stripe.stats.groups import Groups
 from stripe.stats.moments import Moments, moments_of
-from stripe.stats.strength import Variance, variance_of
+from stripe.stats.variance import Variance
 
 CONFIDENCE = 0.95
 
@@ -57,7 +57,7 @@ def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDE
     """
     moments = moments_of(attention)
     check_confidence(confidence)
-    whole = variance_of(moments)
+    whole = moments.split
     strength = float(whole.strength)
     if math.isnan(strength) or moments.count < 3:
         return Interval(math.nan, math.nan)

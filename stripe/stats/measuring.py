@@ -179,4 +179,5 @@ class _GroupSums:
 
 def _centre(values: npt.NDArray[np.floating]) -> Array:
     """Return the mean over a few samples, (channels,), exactly their value where they are equal."""
-    return np.where(values.min(axis=0) == values.max(axis=0), values[0], values.mean(axis=0, dtype=np.float64))
+    mean: Array = values.mean(axis=0, dtype=np.float64)
+    return np.where(values.min(axis=0) == values.max(axis=0), values[0], mean).astype(np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from stripe.stats.arithmetic import Array, Labels, matrix
 from stripe.stats.groups import BLOCKS, Groups, coarse
 from stripe.stats.measuring import Measuring, Sums
+from stripe.stats.variance import Variance
 
 Mask = npt.NDArray[np.bool_]
 
@@ -78,7 +80,7 @@ class Moments:
         if finite.all():
             return _measured(values, ids, labels)
         broken, nonfinite = ~finite.any(axis=0), int(np.count_nonzero(~finite))
-        sound: Mask = finite[:, ~broken].all(axis=1) if not broken.all() else np.zeros(len(values), np.bool_)
+        sound = np.all(finite | broken, axis=1) & np.full(len(values), not broken.all())
         found = _measured(values[sound][:, ~broken], ids[sound], labels[sound]) if sound.any() else None
         return _with_broken(found, broken, nonfinite=nonfinite, left_out=int(np.count_nonzero(~sound)))
 
@@ -112,6 +114,11 @@ class Moments:
             _dealt(a, count).merge(_dealt(b, count)),
             a.classes.merge(b.classes) if both_kept else None,  # type: ignore[union-attr, arg-type]
         )
+
+    @cached_property
+    def split(self) -> Variance:
+        """The variance of all samples, split by a two-way layout; its fields are floats."""
+        return Variance.of_all(self.blocks, self.mean.size)
 
     @property
     def variance(self) -> Array:
