@@ -12,6 +12,7 @@ STUDIES = {
     "recipes": "train SE and ASR by stripe's recipe and by the reference's as written; paired differences of accuracy",
     "ablation": "train ASR networks that differ in one choice each",
     "robustness": "disturb the outputs of every norm of trained networks",
+    "coverage": "simulate gates of known strength: how often does the interval hold it?",
     "losses": "run the tests that kill, damage and mislead, and count what they tried",
     "check": "recompute every figure between study marks of README.md from the tables; exit code 1 if one differs",
 }

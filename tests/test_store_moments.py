@@ -39,11 +39,11 @@ def equal_moments(found: Any, expected: Any, rtol: float = 1e-12) -> None:
 
 
 def test_moments_alone_are_those_of_a_run_with_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("stripe.store.parts.PART_BYTES", 500)  # one part for each gate
+    monkeypatch.setattr("stripe.store.parts.PART_BYTES", 500)
     whole = open_run(record(tmp_path / "whole", 1, 12, samples=500))
     run = open_run(record(tmp_path / "run", 1, 12, samples=500, contents="moments"))
     assert run.epochs == [1, 12]
-    assert len(parts(tmp_path / "run/moments/epoch=0012")) == 2
+    assert len(parts(tmp_path / "run/moments/epoch=0012")) == 1
     assert repr(run) == f"Run('{tmp_path}/run': moments of 2 gates, 7 channels; epochs 1, 12)"
     equal_moments(run.moments(), whole.moments())
     equal_moments(run.moments([12], ["layer2.0.se"]), whole.moments([12], ["layer2.0.se"]))

@@ -146,7 +146,7 @@ def found(records: Path, setting: str, module: str, recorded: str) -> Cells:
 
 def example(records: Path) -> Cells:
     """Strength in the example run, measured anew from its Parquet files."""
-    table = summarize(stripe.load_example(EXAMPLE), bootstrap=0)
+    table = summarize(stripe.load_example(EXAMPLE))
     strength = table.pivot(index="gate", columns="epoch", values="strength")
     yield "gate", *(f"epoch {epoch}" for epoch in strength)
     for gate, row in strength.iterrows():

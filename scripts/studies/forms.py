@@ -152,7 +152,7 @@ def train_case(
         callbacks=[_recording(model, probe, directory, description)] if gated else [],
         deadline=deadline,
     )
-    table = summarize(stripe.open_run(directory), bootstrap=0)[STRIPES] if gated else None
+    table = summarize(stripe.open_run(directory))[STRIPES] if gated else None
     return row, [] if table is None else table.to_dict("records")
 
 

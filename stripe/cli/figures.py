@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epoch", type=int, metavar="E", help="epoch of the stripe figure (default: the last)")
     parser.add_argument("--gates", nargs="+", metavar="G", help=f"gates to draw (default: {GATES} from first to last)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"], help="file formats")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         if Path(path).is_file():
             figures = iter([("training", plots.training_curves({name.parent.name: read_log(Path(path))}))])
         else:
-            figures = draw(open_run(path), arguments.gates, arguments.epoch, arguments.bootstrap)
+            figures = draw(open_run(path), arguments.gates, arguments.epoch)
         for figure_name, figure in figures:
             for file in save(figure, out / figure_name, arguments.format):
                 print(file)
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def draw(
-    run: "Run", gates: list[str] | None = None, epoch: int | None = None, bootstrap: int = 1000
+    run: "Run", gates: list[str] | None = None, epoch: int | None = None
 ) -> Iterator[tuple[str, "Figure"]]:
     """Yield (name, figure) of everything a run can show, with what validation and folding left beside it."""
     import matplotlib.pyplot as plt
@@ -75,7 +74,7 @@ def draw(
     gates = gates or options.spread([gate.name for gate in run.gates], GATES)
     epoch = run.epochs[-1] if epoch is None else epoch
     yield from _draw_samples(run, gates, epoch)
-    table = stats.summarize(run, bootstrap=bootstrap)
+    table = stats.summarize(run)
     yield "strength", figure_of(plots.strength_by_gate(table[table["epoch"] == epoch], title=f"epoch {epoch}"))
     if len(run.epochs) > 1:
         yield "strength-over-epochs", figure_of(plots.strength_over_epochs(table))

@@ -22,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=Path, metavar="FILE", help=f"{name}.json of {made_by} (default: the run's own, if any)"
         )
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     parser.add_argument(
         "--tolerance", type=float, default=0.01, metavar="D", help="a gate has settled once its drift stays below"
     )
@@ -40,7 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         validation=_read(observed, "validation.json", arguments.validation),
         fold=_read(observed, "fold.json", arguments.fold),
-        bootstrap=arguments.bootstrap,
         tolerance=arguments.tolerance,
         command=f"stripe report {address(arguments.run_path)} --out {arguments.out}",
         progress=options.progress("epochs"),

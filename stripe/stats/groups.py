@@ -61,7 +61,29 @@ class Groups:
     @cached_property
     def pooled(self) -> Groups:
         """Return all samples as a single group."""
-        return self.regrouped(np.zeros_like(self.keys))
+        if not len(self.keys):
+            return self
+        count = self.counts.sum()
+        off = self.means - self.means[0]  # sums about a member's mean do not cancel
+        mean = self.counts @ off / count
+        off -= mean
+        return Groups(
+            np.zeros(1, np.int64),
+            count[None],
+            (self.means[0] + mean)[None],
+            (self.scatter + self.counts * _squares(off)).sum(keepdims=True),
+            (self.rows + self.counts * np.square(_mean(off))).sum(keepdims=True),
+        )
+
+    def is_close(self, other: Groups, *, rtol: float) -> bool:
+        """Tell whether these are the same groups of the same samples, but for the rounding of means."""
+        if not (np.array_equal(self.keys, other.keys) and np.array_equal(self.counts, other.counts)):
+            return False
+        size = self.scatter + self.counts * np.nansum(np.square(self.means), axis=1)
+        sums = ((self.scatter, other.scatter), (self.rows, other.rows))
+        return bool(np.allclose(self.means, other.means, rtol=rtol, atol=0, equal_nan=True)) and all(
+            bool((np.abs(mine - others) <= rtol * size).all()) for mine, others in sums
+        )
 
     def merge(self, other: Groups) -> Groups:
         """Combine with groups of other samples; groups of one key become one."""

@@ -79,8 +79,9 @@ class Moments:
         finite = np.isfinite(values)
         if finite.all():
             return _measured(values, ids, labels)
-        broken, nonfinite = ~finite.any(axis=0), int(np.count_nonzero(~finite))
-        sound = np.all(finite | broken, axis=1) & np.full(len(values), not broken.all())
+        broken: Mask = np.asarray(~finite.any(axis=0))
+        nonfinite = int(np.count_nonzero(~finite))
+        sound: Mask = np.asarray((finite | broken).all(axis=1) & (not broken.all()))
         found = _measured(values[sound][:, ~broken], ids[sound], labels[sound]) if sound.any() else None
         return _with_broken(found, broken, nonfinite=nonfinite, left_out=int(np.count_nonzero(~sound)))
 
@@ -113,6 +114,19 @@ class Moments:
             broken,
             _dealt(a, count).merge(_dealt(b, count)),
             a.classes.merge(b.classes) if both_kept else None,  # type: ignore[union-attr, arg-type]
+        )
+
+    def is_close(self, other: Moments, *, rtol: float = 1e-9) -> bool:
+        """Tell whether these are the moments of the same samples, but for the rounding of another order of adding."""
+        exact = ("count", "low", "high", "near", "nonfinite", "left_out", "broken")
+        if not all(np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in exact):
+            return False
+        size = np.nan_to_num(np.maximum(np.abs(self.low), np.abs(self.high)))
+        sides = ((self.blocks, other.blocks), (self.classes, other.classes))
+        return (
+            bool(np.allclose(self.mean, other.mean, rtol=rtol, atol=0, equal_nan=True))
+            and bool((np.nan_to_num(np.abs(self.m2 - other.m2)) <= rtol * (self.m2 + self.count * size**2)).all())
+            and all((a is None) == (b is None) and (a is None or a.is_close(b, rtol=rtol)) for a, b in sides)  # type: ignore[arg-type]
         )
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +19,7 @@ from stripe.store.moments import MOMENTS_SCHEMA, to_table
 from stripe.store.refusals import require
 
 if TYPE_CHECKING:
-    from stripe.stats import GateMoments
+    from stripe.stats import GateMoments, Moments
 
 PART_BYTES = 2**30
 MAX_FOOTER_BYTES = 64 * 2**20  # refuses a damaged or hostile length, far above any real one
@@ -111,6 +112,20 @@ def parquet_writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
         write_statistics=["sample", "gate", "label"],
         write_page_checksum=True,
     )
+
+
+def write_moments(directory: Directory, name: str, moments: Mapping[str, Moments]) -> int:
+    """Write moments beside a part that is in its place, by rename; return the CRC-32 of the file's footer."""
+    staged = f"{name}.new"
+    with directory.writing():
+        directory.files.create_dir(posixpath.dirname(name), recursive=True)
+        with directory.files.open_output_stream(staged) as sink, parquet_writer(sink, MOMENTS_SCHEMA) as writer:
+            writer.write_table(to_table(moments))
+        directory.sync(staged)
+        directory.files.move(staged, name)
+        directory.sync(posixpath.dirname(name))
+    with directory.files.open_input_file(name) as stream:
+        return zlib.crc32(read_footer(stream))
 
 
 def measuring(manifest: Manifest) -> GateMoments:

@@ -48,6 +48,12 @@ class Run:
         self.has_samples = self.manifest.has_samples
         self.epochs = sorted(epoch.epoch for epoch in self.manifest.epochs)
 
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether moments of all samples are at hand without reading a row."""
+        parts = (part for epoch in self.manifest.epochs for part in epoch.parts)
+        return not self.has_samples or all(part.moments is not None for part in parts)
+
     def __repr__(self) -> str:
         """Summarise the run in one line."""
         channels = sum(gate.channels for gate in self.gates)
