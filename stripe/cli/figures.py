@@ -63,9 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def draw(
-    run: "Run", gates: list[str] | None = None, epoch: int | None = None
-) -> Iterator[tuple[str, "Figure"]]:
+def draw(run: "Run", gates: list[str] | None = None, epoch: int | None = None) -> Iterator[tuple[str, "Figure"]]:
     """Yield (name, figure) of everything a run can show, with what validation and folding left beside it."""
     import matplotlib.pyplot as plt
 

@@ -13,7 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run_path", metavar="RUN", help="directory of a run, or s3://BUCKET/RUN")
     parser.add_argument("--rank", action="store_true", help="the effective rank too, for which all rows are read")
-    parser.add_argument("--dask", metavar="ADDRESS", help="read rows, where rows must be read, on the cluster of the scheduler at tcp://HOST:PORT")
+    parser.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="read rows, where rows must be read, on the cluster of the scheduler at tcp://HOST:PORT",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there")
     options.add_json(parser)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stripe import plots, stats
+from stripe import plots
 from stripe.report.content import about, address, describe_gates, document, judged, learned_vectors, shown_epochs
 from stripe.report.panels import sample_panels
 from stripe.store import Run

@@ -56,7 +56,7 @@ class Measuring:
         if not count:
             return
         if self._shift is None:
-            self._shift = np.concatenate([_centre(batch[gate][:16]) for gate in self._columns])
+            self._shift = np.concatenate([centre(batch[gate][:16]) for gate in self._columns])
         for place, (gate, columns) in enumerate(self._columns.items()):
             self._bound(place, batch[gate], columns)
         keys, known = block_keys(sample_ids), np.maximum(labels, -1).tolist()
@@ -177,7 +177,7 @@ class _GroupSums:
         return self.places[key]
 
 
-def _centre(values: npt.NDArray[np.floating]) -> Array:
+def centre(values: npt.NDArray[np.floating]) -> Array:
     """Return the mean over a few samples, (channels,), exactly their value where they are equal."""
     mean: Array = values.mean(axis=0, dtype=np.float64)
     return np.where(values.min(axis=0) == values.max(axis=0), values[0], mean).astype(np.float64)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stripe.stats.arithmetic import Array, deviation_blocks, matrix, ratio
+from stripe.stats.measuring import centre
 from stripe.stats.moments import Moments, moments_of
 
 
@@ -63,7 +64,7 @@ def intraclass_correlations(attention: Array | Moments) -> IntraclassCorrelation
     V - R / N over itself and R. ``attention`` is (samples, channels), or their moments.
     """
     v = moments_of(attention).split
-    plain = np.maximum(v.spread - v.within / max(v.samples, 1), 0.0)
+    plain = np.maximum(v.spread - v.within / v.samples, 0.0)
     return IntraclassCorrelations(
         float(ratio(plain, plain + v.within)), float(v.strength), float(ratio(v.between, v.between + v.rest))
     )
@@ -97,7 +98,7 @@ def effective_rank(values: Array) -> float:
     """
     values = matrix(values)
     count, channels = values.shape
-    mean = values.mean(axis=0, dtype=np.float64)
+    mean = centre(values)
     if count < channels:
         wide = values - mean
         gram = wide @ wide.T

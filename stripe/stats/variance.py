@@ -59,7 +59,7 @@ class Variance:
     def of_all(cls, groups: Groups, channels: int) -> Variance:
         """Split the variance of all samples together; the fields are floats, NaN where there is no sample."""
         if not len(groups.keys):
-            return cls(0, channels, *[math.nan] * 5)
+            return cls(math.nan, channels, *[math.nan] * 5)
         one = cls.of(groups.pooled)
         fields = (one.spread, one.within, one.rows, one.rest, one.energy)
         return cls(int(one.samples[0]), one.channels, *(float(each[0]) for each in fields))
