@@ -39,7 +39,7 @@ def example(tmp_path):
 
 def drawn(path):
     """Return every figure of a run by name."""
-    return dict(draw(stripe.open_run(path), bootstrap=0))
+    return dict(draw(stripe.open_run(path)))
 
 
 def write_validation(run, epoch, learned, gates=None):
@@ -149,5 +149,5 @@ def test_a_gates_name_never_leads_out_of_the_directory(gate, name):
 
 def test_figures_go_to_a_directory_of_the_runs_name(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["figures", str(example), "--bootstrap", "0"]) == 0
+    assert main(["figures", str(example)]) == 0
     assert (tmp_path / "figures/small/grid.png").exists()

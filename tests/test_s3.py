@@ -134,9 +134,9 @@ def test_a_run_in_a_bucket_is_that_of_a_directory(run_path, tmp_path):
 
 def test_commands_take_addresses(run_path, tmp_path, capsys):
     record(run_path, 1, 2, samples=20)
-    assert main(["stats", run_path, "--bootstrap", "0"]) == 0
+    assert main(["stats", run_path]) == 0
     assert main(["check", run_path]) == 0
-    assert main(["figures", run_path, "--out", str(tmp_path), "--bootstrap", "0"]) == 0
+    assert main(["figures", run_path, "--out", str(tmp_path)]) == 0
     assert (tmp_path / "drift.png").exists()
     assert main(["check", "s3://bucket/none"]) == 2
     assert "s3://bucket/none" in capsys.readouterr().err

@@ -157,14 +157,14 @@ class _GroupSums:
         order = np.argsort(keys)
         counts = np.array(self._counts, np.int64)[order]
         off = np.array([each[columns] for each in self._deviations])[order] / counts[:, None]
-        channels = columns.stop - columns.start
+        channels, several = columns.stop - columns.start, counts > 1  # a single sample is its group's mean
         squares, rows = (np.array([each[place] for each in sums])[order] for sums in (self._squares, self._rows))
         return Groups(
             keys[order],
             counts,
             shift[columns] + off,
-            np.maximum(squares - counts * np.square(off).sum(axis=1), 0.0),
-            np.maximum(rows / channels**2 - counts * np.square(off.mean(axis=1)), 0.0),
+            several * np.maximum(squares - counts * np.square(off).sum(axis=1), 0.0),
+            several * np.maximum(rows / channels**2 - counts * np.square(off.mean(axis=1)), 0.0),
         )
 
     def _place(self, key: int) -> int:
