@@ -379,7 +379,7 @@ def test_trends_rise_and_fall_only_where_the_intervals_are_apart():
 def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys):
     run_forms(tmp_path, "--forms", "attention")
     words = ["growth", str(tmp_path / "runs/resnet20-attention-senet-1"), "--dataset", "digits", "--samples", "20"]
-    words += ["--bootstrap", "20", "--out", str(tmp_path / "study/a"), "--runs", str(tmp_path / "runs")]
+    words += ["--out", str(tmp_path / "study/a"), "--runs", str(tmp_path / "runs")]
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "study/a/inputs.csv")
     assert list(table["input"].unique()) == ["test", "train", "blur", "noise", "digits"]
@@ -520,11 +520,12 @@ def test_a_block_that_cannot_be_made_is_one_line(records, mark, expected, capsys
 
 
 def test_blocks_read_the_benchmark_and_the_recorded_stripes(tmp_path):
-    rounds = {"scipy": [3.0, 4.0, 9.0], "stripe": [1.0, 2.0, 2.0]}
+    rounds = {"python -c pass": [1.0, 1.0, 1.0], "import stripe": [3.0, 4.0, 9.0]}
     rows = [{"case": case, "rounds": seconds, "peak_mb": None} for case, seconds in rounds.items()]
-    content = {"benchmark": "stats", "arguments": ["--bootstrap", "9"], "rows": rows}
-    (tmp_path / "bootstrap.json").write_text(json.dumps(content))
-    assert blocks.markdown("speed", tmp_path, ["."]).endswith(" | 3 | `benchmark.py stats --bootstrap 9` |")
+    content = {"benchmark": "startup", "arguments": ["--rounds", "3"], "rows": rows}
+    (tmp_path / "startup.json").write_text(json.dumps(content))
+    expected = " | 3.000 s; 4.00 s | `benchmark.py startup --rounds 3` |"
+    assert blocks.markdown("speed", tmp_path, ["."]).endswith(expected)
     strengths = {(1, "g"): 0.9, (2, "g"): 0.4, (1, "h"): 0.2, (2, "h"): 0.3}
     table = pd.DataFrame([{"epoch": e, "gate": g, "strength": s} for (e, g), s in strengths.items()])
     table.assign(setting="s", module="eca", form="attention", seed=1).to_csv(tmp_path / "stripes.csv", index=False)

@@ -46,9 +46,7 @@ def _imagenet(cases: Cases) -> str:
 FIGURES: dict[str, Callable[[Cases], str]] = {
     "bytes a sample; an epoch of moments": _bytes,
     "samples/s a core: forward and record; write alone": _rates("recording", "writing samples"),
-    "samples/s a core: `stats`; `--bootstrap 0`; `--moments-only`": _rates(
-        "stats", "stats --bootstrap 0", "stats --moments-only"
-    ),
+    "samples/s a core: `stats`; `--rank`": _rates("stats", "stats --rank"),
     f"{EPOCHS} epochs, {PROBE:,} images each: disk": _disk(PROBE),
     f"{EPOCHS} epochs, ImageNet's {IMAGENET:,} validation images: disk; core hours: recording; `stats`": _imagenet,
     "the same with `--moments-only`: disk": lambda cases: f"{EPOCHS * cases['writing moments']['bytes'] / 1e6:.0f} MB",
