@@ -13,6 +13,7 @@ STUDIES = {
     "ablation": "train ASR networks that differ in one choice each",
     "robustness": "disturb the outputs of every norm of trained networks",
     "coverage": "simulate gates of known strength: how often does the interval hold it?",
+    "constancy": "compare the first and last epoch of runs: does attention vary less over images at the end?",
     "losses": "run the tests that kill, damage and mislead, and count what they tried",
     "check": "recompute every figure between study marks of README.md from the tables; exit code 1 if one differs",
 }

@@ -1,4 +1,4 @@
-"""Coverage: how often the interval of the stripe strength holds the true strength, on simulated gates of known truth."""
+"""Coverage: how often the interval of the strength holds the true strength, on simulated gates of known truth."""
 
 import argparse
 from collections.abc import Iterator
@@ -81,7 +81,7 @@ def simulate(noise: str, shape: tuple[int, int], strength: float, repetitions: i
 
 
 def draw(noise: str, shape: tuple[int, int], strength: float, repetitions: int) -> Iterator[Values]:
-    """Yield gates (images, channels): channel means of exactly this variance, noise that has the rest in expectation."""
+    """Yield gates (images, channels): channel means of exactly this variance, noise with the rest of it."""
     seed = [sorted(NOISES).index(noise), *shape, round(1000 * strength)]
     rng = np.random.default_rng(seed)
     for _ in range(repetitions):
