@@ -16,8 +16,8 @@ from stripe.store import Run
 
 MAX_EPOCHS = 400  # points of a curve
 MAX_RECORDS, MAX_COLUMNS, MAX_TEXT = 500, 40, 300  # of a table from a file, its columns, and a text
-CURVES = ("strength", "strength_low", "strength_high", "cv", "std", "drift")
-LAST = (*CURVES, "sample_share", "label_share", "rank")
+CURVES = ("strength", "strength_low", "strength_high", "std", "drift")
+LAST = (*CURVES, "cv", "sample_share", "label_share", "rank")
 
 Plain = str | int | float | bool | None
 Learned = dict[str, list[Plain]]  # by gate, (channels,)

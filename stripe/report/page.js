@@ -90,11 +90,11 @@ function addDocument(section, content) {
 
 function overview() {
   const last = data.epochs.at(-1);
-  byId("overview").textContent = `${data.gates.length} gates at epoch ${last}, the last of ${data.epochs.length} shown. Strength: the share of variance that the channel alone explains, 1 for perfect stripes, with its interval. Std: over images, mean over channels. Settled: the first epoch after which drift stays below ${data.tolerance}.`;
-  const columns = ["#", "gate", "channels", "strength", "interval", "std", "drift", "settled", "label share", "sample share", "rank", "flags"];
+  byId("overview").textContent = `${data.gates.length} gates at epoch ${last}, the last of ${data.epochs.length} shown. Strength: the share of variance that the channel alone explains, 1 for perfect stripes, with its interval. CV: how far the gate is from constant, the standard deviation over images by the size of the stripe. Std: over images, mean over channels. Settled: the first epoch after which drift stays below ${data.tolerance}.`;
+  const columns = ["#", "gate", "channels", "strength", "interval", "CV", "std", "drift", "settled", "label share", "sample share", "rank", "flags"];
   const rows = data.gates.map((gate, index) => {
-    const { strength, strength_low, strength_high, std, drift, label_share, sample_share, rank } = gate.last;
-    return [index + 1, gate.name, gate.channels, strength, strength_low === null ? null : strength_high - strength_low, std, drift, gate.settled, label_share, sample_share, rank, gate.flags];
+    const { strength, strength_low, strength_high, cv, std, drift, label_share, sample_share, rank } = gate.last;
+    return [index + 1, gate.name, gate.channels, strength, strength_low === null ? null : strength_high - strength_low, cv, std, drift, gate.settled, label_share, sample_share, rank, gate.flags];
   });
   const { box, lines } = sortableTable("Gates", columns, rows, (cell, index, i) => {
     if (columns[i] === "gate") {
