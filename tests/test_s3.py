@@ -127,7 +127,8 @@ def test_a_run_in_a_bucket_is_that_of_a_directory(run_path, tmp_path):
             np.testing.assert_array_equal(found.attention(gate, epoch), local.attention(gate, epoch))
     stored = objects(run_path)
     del stored["run.json"]
-    assert stored == {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.parquet")}
+    kept = [path for pattern in ("*.parquet", "*.moments") for path in tmp_path.rglob(pattern) if path.is_file()]
+    assert stored == {str(path.relative_to(tmp_path)): path.read_bytes() for path in kept}
     with refused(FileNotFoundError, "s3://bucket/none", "is not a run"):
         open_run("s3://bucket/none")
 

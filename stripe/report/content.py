@@ -87,11 +87,11 @@ def describe_gates(
 
 def _tables(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, pd.DataFrame]:
     """Return each gate's rows of summarize."""
-    last = run.epochs[-1]  # whose ranks are told
+    last = run.epochs[-1:]  # whose ranks are told
     rows = stats.tabulate(
         measured
         for epoch in progress(run.epochs)
-        for measured in stats.measure(run, epoch, run.gates, rank=epoch == last)
+        for measured in stats.measure(run, epoch, run.gates, rank=[epoch] == last)
     )
     return {str(name): its for name, its in rows.groupby("gate")}
 
