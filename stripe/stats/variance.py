@@ -70,14 +70,16 @@ class Variance:
 
         R / N is how much the samples left in the channels' means; what shifts a row as a whole shifts all of them.
         """
-        return np.maximum(self.spread - self.rest / self.samples, 0.0)
+        plain = self.spread - self.rest / self.samples
+        return max(plain, 0.0) if isinstance(plain, float) else np.maximum(plain, 0.0)
 
     @property
     def strength(self) -> Any:
         """B / (B + W), NaN where nothing varies."""
-        return ratio(self.between, self.between + self.within)
+        between = self.between
+        return ratio(between, between + self.within)
 
     @property
     def cv(self) -> Any:
         """Square root of W over the mean square of the channels' means."""
-        return np.sqrt(ratio(self.within, self.energy))
+        return ratio(self.within, self.energy) ** 0.5
