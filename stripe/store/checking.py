@@ -104,21 +104,20 @@ def repair_run(path: str | os.PathLike[str]) -> RunCheck:
             if not check.whole or any(epoch.moments != "whole" for epoch in check.epochs):
                 if check.problem and directory.holds(MANIFEST):
                     _set_aside(directory, MANIFEST, keep=True)
-                whole = {epoch.epoch: epoch for epoch in check.epochs if not epoch.problem}
-                epochs = (each for each in manifest.epochs if each.epoch in whole)
-                found = manifest
-                manifest = replace(
-                    manifest,
-                    epochs=tuple(
-                        each if whole[each.epoch].moments == "whole" else _with_moments(directory, found, each)
-                        for each in epochs
-                    ),
-                )
+                manifest = _of_whole_epochs(directory, manifest, check)
                 directory.write_manifest(manifest)
             for name in directory.unnamed(manifest):
                 _set_aside(directory, name)
             directory.clear()
         return _check(directory)[0]
+
+
+def _of_whole_epochs(directory: Directory, manifest: Manifest, check: RunCheck) -> Manifest:
+    """Return the manifest without damaged epochs, once moments that cannot be relied on have been measured anew."""
+    whole = {epoch.epoch: epoch.moments == "whole" for epoch in check.epochs if not epoch.problem}
+    epochs = (each for each in manifest.epochs if each.epoch in whole)
+    kept = (each if whole[each.epoch] else _with_moments(directory, manifest, each) for each in epochs)
+    return replace(manifest, epochs=tuple(kept))
 
 
 def _check(directory: Directory) -> tuple[RunCheck, Manifest | None]:
