@@ -1,14 +1,16 @@
 """Measure stripe through its public API alone, beside what else does the same: `python scripts/benchmark.py deploy`."""
 
 import argparse
-import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from stripe.cli.process import add_traceback, dispatch
+from stripe.files import write_json
 
 BENCHMARKS = {
     "collect": "recording attention, beside the bare forward loop, torchlens, torchvision's feature extractor",
@@ -23,7 +25,6 @@ BENCHMARKS = {
     "coverage": "numbers of gates found in many networks, beside those expected",
 }
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "pandas", "scipy", "duckdb", "polars", "torchlens")
-BAD_INPUT = (ArithmeticError, ModuleNotFoundError, OSError, ValueError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,30 +34,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"benchmarks:\n{names}", formatter_class=kind)
     parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own: see BENCHMARK --help")
+    return dispatch(partial(_parse, parser, argv), _run, packages=(__name__, "stripe", "benchmarks"))
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the benchmark's name, then what it asks for itself; `words` are its own, as given."""
     chosen = parser.parse_args(argv)
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output.add_argument("--device", choices=("cpu", "cuda"), help="where to measure (default: a GPU if there is one)")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add_traceback(output)
     if output.parse_known_args(chosen.arguments)[0].device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any benchmark, or a process of its, looks for a GPU
     module = import_module(f"benchmarks.{chosen.benchmark}")
-    form = argparse.ArgumentDefaultsHelpFormatter
-    about = {"description": module.__doc__, "formatter_class": form, "allow_abbrev": False}
-    own = argparse.ArgumentParser(f"{parser.prog} {chosen.benchmark}", parents=[output], **about)
+    own = argparse.ArgumentParser(
+        f"{parser.prog} {chosen.benchmark}",
+        parents=[output],
+        description=module.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     module.add_arguments(own)
-    arguments = own.parse_args(chosen.arguments)
-    try:
-        if arguments.device == "cuda" and device_name() is None:
-            raise ValueError("--device cuda: there is no CUDA device here; leave it out to measure on the processor")
-        result = module.run(arguments)
-    except BAD_INPUT as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    words = output.parse_known_args(chosen.arguments)[1]
+    return own.parse_args(chosen.arguments, argparse.Namespace(benchmark=chosen.benchmark, words=words))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.device == "cuda" and device_name() is None:
+        raise ValueError("--device cuda: there is no CUDA device here; leave it out to measure on the processor")
+    result = import_module(f"benchmarks.{arguments.benchmark}").run(arguments)
     if arguments.json:
-        words = output.parse_known_args(chosen.arguments)[1]
-        content = {"benchmark": chosen.benchmark, "arguments": words, "device": device(), "versions": versions()}
-        content["rows"] = result.rows
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"benchmark": arguments.benchmark, "arguments": arguments.words}
+        write_json(arguments.json, content | {"device": device(), "versions": versions(), "rows": result.rows})
     return int(result.failed)
 
 

@@ -1,9 +1,11 @@
 """Studies of stripes and of ASR by the public API alone, as tables that grow and go on where they stopped."""
 
 import argparse
-import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
+
+from stripe.cli.process import add_traceback, dispatch, dispatch_process
 
 STUDIES = {
     "forms": "train plain, attention, ASR and both by seed; paired differences with intervals",
@@ -17,7 +19,7 @@ STUDIES = {
     "losses": "run the tests that kill, damage and mislead, and count what they tried",
     "check": "recompute every figure between study marks of README.md from the tables; exit code 1 if one differs",
 }
-BAD_INPUT = (ArithmeticError, OSError, RuntimeError, TypeError, ValueError)
+INTERRUPTED = "interrupted: rows that were finished are kept, the same command goes on"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,20 +29,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"studies:\n{names}", formatter_class=kind)
     parser.add_argument("study", choices=STUDIES, metavar="STUDY", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own: see STUDY --help")
+    start = dispatch_process if argv is None else dispatch
+    return start(partial(_parse, parser, argv), _run, packages=(__name__, "stripe", "studies"), interrupted=INTERRUPTED)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the study's name, then what it asks for itself."""
     chosen = parser.parse_args(argv)
     module = import_module(f"studies.{chosen.study}")
     form = argparse.ArgumentDefaultsHelpFormatter
     own = argparse.ArgumentParser(f"{parser.prog} {chosen.study}", description=module.__doc__, formatter_class=form)
     module.add_arguments(own)
-    arguments = own.parse_args(chosen.arguments)
-    try:
-        return int(module.run(arguments) or 0)
-    except KeyboardInterrupt:
-        print("interrupted: rows that were finished are kept, the same command goes on", file=sys.stderr)
-        return 130
-    except BAD_INPUT as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    add_traceback(own)
+    return own.parse_args(chosen.arguments, argparse.Namespace(study=chosen.study))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    return int(import_module(f"studies.{arguments.study}").run(arguments) or 0)
 
 
 if __name__ == "__main__":

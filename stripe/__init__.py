@@ -9,19 +9,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stripe import asr, attention, data, folding, gates, models, plots, report, stats, store, training
+    from stripe import (
+        asr,
+        attention,
+        checkpoints,
+        cluster,
+        data,
+        examples,
+        folding,
+        gate,
+        gates,
+        models,
+        plots,
+        recorder,
+        report,
+        stats,
+        store,
+        training,
+    )
     from stripe.examples import load_example
     from stripe.folding import fold
-    from stripe.gates import Gate, find_gates
+    from stripe.gate import Gate
+    from stripe.gates import find_gates
     from stripe.memory import keep_memory
-    from stripe.recorder import Recorder
+    from stripe.recorder import Recorder, RecorderCallback
     from stripe.store import Run, open_run
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Gate": "stripe.gates",
+    "Gate": "stripe.gate",
     "Recorder": "stripe.recorder",
+    "RecorderCallback": "stripe.recorder",
     "Run": "stripe.store",
     "find_gates": "stripe.gates",
     "fold": "stripe.folding",
@@ -29,11 +48,15 @@ _HOMES = {
     "load_example": "stripe.examples",
     "open_run": "stripe.store",
 }
-_ROOMS = ("asr", "attention", "data", "folding", "gates", "models", "plots", "report", "stats", "store", "training")
+_ROOMS = (
+    "asr", "attention", "checkpoints", "cluster", "data", "examples", "folding", "gate", "gates", "models", "plots",
+    "recorder", "report", "stats", "store", "training",
+)  # fmt: skip
 
 __all__ = [
-    "Gate", "Recorder", "Run", "asr", "attention", "data", "find_gates", "fold", "folding", "gates", "keep_memory",
-    "load_example", "models", "open_run", "plots", "report", "stats", "store", "training",
+    "Gate", "Recorder", "RecorderCallback", "Run", "asr", "attention", "checkpoints", "cluster", "data", "examples",
+    "find_gates", "fold", "folding", "gate", "gates", "keep_memory", "load_example", "models", "open_run", "plots",
+    "recorder", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from stripe.messages import one_line
+
 MOST_GRAPHS = 64  # that may be compiled of one block's forward: a few for each network trained in this process
 WARM_UP = 3  # steps before the capture: kernels are compiled and workspaces made in them
 
@@ -55,8 +57,8 @@ class CapturedStep:
             self._graph = None
             torch.cuda.synchronize(images.device)
             warnings.warn(
-                "this network's training step cannot be captured as a CUDA graph, so it is trained without, more slowly: "
-                f"{str(error).splitlines()[0][:200]}",
+                "this network's training step cannot be captured as a CUDA graph, so it is trained without one, more "
+                f"slowly: {one_line(error)}",
                 stacklevel=4,
             )
 

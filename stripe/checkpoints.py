@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stripe.files import replaced
+from stripe.messages import one_line
+
 NUMPY_SCALARS: list[Any] = [
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *(np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))),
@@ -52,14 +55,20 @@ def read_tensors(path: Path) -> dict[Any, Any]:
         _require_honest(content, path.stat().st_size)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: refused, it is not a file of tensors and plain values alone ({_one_line(error)}); "
+            f"{path}: refused, it is not a file of tensors and plain values alone ({one_line(error)}); "
             "its code was not run"
         ) from error
     except Exception as error:  # torch, zipfile and safetensors raise many kinds on foreign bytes
-        raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign): {_one_line(error)}") from error
+        raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign): {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of weights, received {type(content).__name__}")
     return content
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file by tensors and plain values, for `read_tensors`; OSError where it cannot be written."""
+    with replaced(path) as partial, partial.open("wb") as file:  # given a path, torch would put its name into the file
+        torch.save(content, file)
 
 
 def _load(path: Path) -> Any:
@@ -136,7 +145,3 @@ def _dense_bytes(tensor: Tensor) -> int:
             f"a tensor of shape {tuple(tensor.shape)} declares {size} bytes and has {tensor.untyped_storage().nbytes()}"
         )
     return size
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

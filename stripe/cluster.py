@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from stripe.gate import Gate
+from stripe.messages import one_line
 from stripe.stats import Measured, Moments, measure, summarize, tabulate
-from stripe.store import Epoch, GateColumn, Part, Run, open_run
+from stripe.store import Epoch, Part, Run, open_run
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -46,7 +48,7 @@ def connect(address: str, timeout: float | None = None) -> Iterator[Client]:
         client = Client(address, timeout=timeout)
     except (OSError, ValueError) as error:
         raise ConnectionError(
-            f"no Dask scheduler answers at '{address}' ({_one_line(error)}): start one with `dask scheduler`"
+            f"no Dask scheduler answers at '{address}' ({one_line(error)}): start one with `dask scheduler`"
         ) from error
     with client:
         try:
@@ -115,7 +117,7 @@ def _merged(client: Client, futures: list[Future[Any]]) -> Future[Any]:
 # ---- on the workers ----------------------------------------------------------------------------------------
 
 
-def _measure(path: str, stamp: str, epoch: int, gate: GateColumn, options: dict[str, Any]) -> list[Measured]:
+def _measure(path: str, stamp: str, epoch: int, gate: Gate, options: dict[str, Any]) -> list[Measured]:
     return list(measure(_open(path, stamp), epoch, [gate], rank=True, **options))
 
 
@@ -153,7 +155,3 @@ def _place(run: Run) -> tuple[str, str]:
 
 def _stamp(run: Run) -> str:
     return hashlib.sha256(run.manifest.to_json().encode()).hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""How this process's C library holds memory: for the speed of networks on a CPU."""
+"""What glibc does with freed memory, which decides much of a network's speed on a CPU."""
 
 import ctypes
 import platform
@@ -8,11 +8,14 @@ NEVER = 2**31 - 1  # bytes; the largest threshold that mallopt takes
 
 
 def keep_memory() -> bool:
-    """Let freed memory serve the next allocation, where glibc would return it to the system; return whether it does.
+    """Let freed memory serve the next allocation instead of returning it to the system.
 
-    A network frees and allocates feature maps of many MB in every layer. By default glibc maps each anew, and the
-    kernel zeroes its pages, thousands a layer, at first touch. The peak of the process moves by some percent either
-    way; what lies under it is held until the process ends. Other C libraries are left as they are.
+    A network frees and allocates feature maps of many MB in every layer. By default glibc maps each of them anew, and
+    the kernel zeroes its pages, thousands for a layer, when they are first touched. Peak memory changes by a few
+    percent in either direction; memory once allocated is not returned until the process ends.
+
+    Returns:
+        Whether freed memory is kept from now on: False where the C library is not glibc, which is left as it is.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -19,6 +19,8 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from stripe.gate import name_of
+
 COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.9  # inches: one column and both columns of a printed page
 LABEL_SIZE, TICK_SIZE = 8, 7  # points
 HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey: not finite
@@ -95,7 +97,7 @@ def before_after(
 
 
 def heatmap_grid(
-    panels: Mapping[tuple[str, int], npt.ArrayLike],
+    panels: Mapping[tuple[Any, int], npt.ArrayLike],
     *,
     title: str = "",
     label: str = "attention",
@@ -108,7 +110,8 @@ def heatmap_grid(
     """
     if not panels:
         raise ValueError("panels is empty; expected {(gate, epoch): values (images, channels)}")
-    matrices = {key: _matrix(f"panels[{key}]", values) for key, values in panels.items()}
+    named = {(name_of(gate), epoch): values for (gate, epoch), values in panels.items()}
+    matrices = {key: _matrix(f"panels[{key}]", values) for key, values in named.items()}
     channels = {gate: values.shape[1] for (gate, _), values in matrices.items()}
     epochs = sorted({epoch for _, epoch in matrices})
     size = max(PAGE_WIDTH, 2 + 0.25 * len(epochs)), 0.9 + 0.8 * len(channels)
@@ -147,17 +150,18 @@ def std_per_channel(std: Mapping[str, npt.ArrayLike], *, ax: Axes | None = None,
     return ax
 
 
-def std_grid(panels: Mapping[tuple[str, int], npt.ArrayLike], *, title: str = "") -> Figure:
+def std_grid(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = "") -> Figure:
     """Draw {(gate, epoch): standard deviations over images (C,)}: a panel a gate, a line an epoch, one std axis."""
     if not panels:
         raise ValueError("panels is empty; expected {(gate, epoch): std (channels,)}")
-    gates, epochs = list(dict.fromkeys(gate for gate, _ in panels)), sorted({epoch for _, epoch in panels})
+    named = {(name_of(gate), epoch): values for (gate, epoch), values in panels.items()}
+    gates, epochs = list(dict.fromkeys(gate for gate, _ in named)), sorted({epoch for _, epoch in named})
     columns = min(3, len(gates))
     rows = math.ceil(len(gates) / columns)
     size = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH, 0.8 + 1.4 * rows
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
     colors = dict(zip(epochs, _sequence(len(epochs)), strict=True))
-    for (gate, epoch), values in panels.items():
+    for (gate, epoch), values in named.items():
         ax = axes.flat[gates.index(gate)]
         _draw_steps(ax, f"panels[{(gate, epoch)}]", values, color=colors[epoch], name=f"epoch {epoch}")
     for number, (ax, name) in enumerate(zip(axes.flat, _short_names(gates), strict=False)):
@@ -192,7 +196,7 @@ def learned_over_stripe(
 
 
 def learned_scatter(
-    vectors: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]], *, ax: Axes | None = None, title: str = ""
+    vectors: Mapping[Any, tuple[npt.ArrayLike, npt.ArrayLike]], *, ax: Axes | None = None, title: str = ""
 ) -> Axes:
     """Draw {gate: (learned vector (C,), observed stripe (C,))}, dark to light, with the line where both agree.
 
@@ -200,13 +204,14 @@ def learned_scatter(
     """
     beside = len(vectors) > LEGEND_ROOM  # the gates' names, not below
     ax = _axes(ax, height=COLUMN_WIDTH * 0.8 if beside else COLUMN_WIDTH + 0.4)
-    for (gate, (learned, mean)), color in zip(vectors.items(), _sequence(len(vectors)), strict=True):
+    names = [name_of(gate) for gate in vectors]
+    for gate, (learned, mean), color in zip(names, vectors.values(), _sequence(len(vectors)), strict=True):
         learned, mean = _vectors(**{f"learned of {gate}": learned, f"stripe of {gate}": mean})
         ax.plot(mean, learned, color=color, linestyle="", marker=".", markersize=4, alpha=0.8)
     limits = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
     _dress(ax, "observed stripe", "learned vector", title)
     if len(vectors) > 1:
-        _name_gates(ax, list(vectors))
+        _name_gates(ax, names)
     ax.plot(limits, limits, color="0.5", linewidth=0.8, zorder=1)
     ax.set(xlim=limits, ylim=limits, aspect="equal")
     return ax

@@ -9,11 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed, nn
 
-from stripe.gates import Gate, read_gates
-from stripe.store import CONTENTS, KINDS, EpochWriter, GateColumn, RunWriter
+from stripe.devices import device_of
+from stripe.gate import Gate
+from stripe.gates import read_gates
+from stripe.messages import Progress
+from stripe.store import CONTENTS, KINDS, EpochWriter, RunWriter
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, sample ids
-Progress = Callable[[Batches], Batches]
 Identify = Callable[[Any, int], tuple[Any, Any | None]]  # a batch and how many samples came before: ids, labels
 
 
@@ -56,7 +58,7 @@ class Recorder:
 
         Args:
             model: the network.
-            gates: from `find_gates(model, images)`.
+            gates: from `find_gates(model, images)`, or `run.gates` of a run of this network.
             path: directory of the run.
             squeeze: store what each gate scales, averaged over space, as well.
             dtype: "float32" or "float16".
@@ -81,7 +83,7 @@ class Recorder:
             path,
             model=description or {"class": type(model).__qualname__},
             data=data or {},
-            gates=[GateColumn(g.name, g.channels, g.layout, g.form, g.source, g.site) for g in gates],
+            gates=gates,
             squeeze=squeeze,
             dtype=dtype,
             contents=contents,
@@ -160,7 +162,7 @@ class Recorder:
         Raises what `commit` raises. The training flags are restored.
         """
         training = [(module, module.training) for module in self.model.modules()]
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         try:
             self.model.eval()
             self._begin(epoch)
@@ -224,7 +226,31 @@ def identify(batch: Sequence[Any], seen: int) -> tuple[Any, Any]:
     return ids[0] if ids else range(seen, seen + len(labels)), labels
 
 
-class RecorderCallback:
+class _OtherHooks:
+    """Whatever else a Lightning trainer calls a callback by; a base class of Lightning's would need it imported."""
+
+    state_key = "stripe.RecorderCallback"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {}: nothing of this is kept in a checkpoint."""
+        return {}
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    setup = teardown = load_state_dict = on_save_checkpoint = on_load_checkpoint = _nothing
+    on_fit_start = on_fit_end = on_sanity_check_start = on_sanity_check_end = _nothing
+    on_train_start = on_train_epoch_start = on_train_batch_start = _nothing
+    on_train_batch_end = on_train_epoch_end = on_train_end = _nothing
+    on_validation_start = on_validation_batch_start = on_validation_end = _nothing
+    on_test_start = on_test_epoch_start = on_test_batch_start = _nothing
+    on_test_batch_end = on_test_epoch_end = on_test_end = _nothing
+    on_predict_start = on_predict_epoch_start = on_predict_batch_start = _nothing
+    on_predict_batch_end = on_predict_epoch_end = on_predict_end = _nothing
+    on_before_backward = on_after_backward = on_before_zero_grad = on_before_optimizer_step = _nothing
+
+
+class RecorderCallback(_OtherHooks):
     """Records attention while a network trains: a callback of `stripe.training.fit`, and of a Lightning trainer.
 
     `fit` hands over the network after every epoch, and the probe set in `loader` is recorded. Lightning validates
@@ -300,19 +326,6 @@ class RecorderCallback:
     def _recording(self, model: nn.Module) -> Recorder:
         return Recorder(model, self._gates, self._path, **self._options)
 
-    # ---- the rest of what a Lightning trainer asks of a callback ----
-    state_key = "stripe.RecorderCallback"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return {}: nothing of this is kept in a checkpoint."""
-        return {}
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Answer every other hook of a Lightning trainer; a base class would need Lightning imported."""
-        if name in ("setup", "teardown", "load_state_dict") or name.startswith("on_"):
-            return _do_nothing
-        raise AttributeError(f"'{type(self).__name__}' has no attribute '{name}'")
-
 
 def _side_by_side(gates: Sequence[Gate], kinds: Sequence[str]) -> tuple[dict[tuple[str, str], slice], int]:
     """Return the columns of each kind and gate in a matrix of all, and its width."""
@@ -340,7 +353,3 @@ def _barrier() -> None:
             "another process of this job is gone: what is finished is kept, start the job again to go on "
             f"({' '.join(str(error).split())[:120]})"
         ) from error
-
-
-def _do_nothing(*_: Any, **__: Any) -> None:
-    pass

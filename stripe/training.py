@@ -2,23 +2,20 @@
 
 Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint
 holds weights, optimizer state and metrics and nothing else has to be saved. Device and several processes are
-Accelerate's business. Imports of stripe `checkpoints` alone.
+Accelerate's business. Of stripe it imports `checkpoints` and the ground floor alone.
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
 import fnmatch
 import functools
 import json
 import math
-import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -30,91 +27,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stripe.capture import CapturedStep
-from stripe.checkpoints import read_tensors
+from stripe.checkpoints import read_tensors, write_tensors
+from stripe.devices import device_of
+from stripe.files import write_csv
+from stripe.messages import one_line
+from stripe.recipe import PRECISIONS, Recipe
 
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 RESUMABLE = {"epoch", "state_dict", "optimizer", "scaler", "metrics"}  # what a checkpoint to resume must hold
-
-
-# ---- recipe ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are the reference recipe for CIFAR.
-
-    Attributes:
-        epochs: passes over the training set.
-        lr: highest learning rate.
-        momentum: of SGD.
-        weight_decay: of SGD, on every parameter but those in `no_decay`.
-        nesterov: use Nesterov's momentum.
-        scheduler: "step", "cosine" or "onecycle".
-        milestones: epochs after which "step" multiplies the rate by gamma.
-        gamma: see `milestones`.
-        no_decay: patterns of parameter names without weight decay, such as "*.psi".
-        amp: "no", "bf16" or "fp16" mixed precision.
-        channels_last: memory layout of the network, usually the faster one.
-        compile: run training steps through torch.compile, which takes minutes to start and pays over many steps.
-            On one GPU, but in fp16, steps are captured as a CUDA graph with or without it.
-        seed: of every random number drawn while training.
-    """
-
-    epochs: int = 164
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = False
-    scheduler: str = "step"
-    milestones: tuple[int, ...] = (81, 122)
-    gamma: float = 0.1
-    no_decay: tuple[str, ...] = ()
-    amp: str = "no"
-    channels_last: bool = True
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values that no training can use."""
-        for name, choices in (("scheduler", _SCHEDULES), ("amp", _PRECISIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} '{getattr(self, name)}': expected one of {', '.join(choices)}")
-        if self.epochs < 1 or not self.lr > 0 or self.seed < 0:
-            raise ValueError(
-                f"epochs {self.epochs}, lr {self.lr}, seed {self.seed}: expected at least 1, above 0, at least 0"
-            )
-
-    def learning_rate(self, elapsed: float) -> float:
-        """Return the rate after `elapsed` epochs of training, 0 <= elapsed < epochs."""
-        return _SCHEDULES[self.scheduler](self, elapsed)
-
-
-def _step(recipe: Recipe, elapsed: float) -> float:
-    return recipe.lr * recipe.gamma ** bisect_right(sorted(recipe.milestones), elapsed)
-
-
-def _cosine(recipe: Recipe, elapsed: float) -> float:
-    return recipe.lr * (1 + math.cos(math.pi * elapsed / recipe.epochs)) / 2
-
-
-def _onecycle(recipe: Recipe, elapsed: float) -> float:
-    """Rise from lr/25 over the first 30 % of training, then fall to lr/250,000 (Smith and Topin 2019)."""
-    peak = 0.3 * recipe.epochs
-    rising = elapsed < peak
-    low = recipe.lr / (25 if rising else 250_000)
-    share = elapsed / peak if rising else (recipe.epochs - elapsed) / (recipe.epochs - peak)
-    return low + (recipe.lr - low) * (1 - math.cos(math.pi * share)) / 2
-
-
-_SCHEDULES: dict[str, Callable[[Recipe, float], float]] = {
-    "step": _step,
-    "cosine": _cosine,
-    "onecycle": _onecycle,
-}
-_PRECISIONS: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ---- what the loop works with ------------------------------------------------------------------------------
@@ -217,7 +139,7 @@ def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Ev
 
     Every module's training flag is put back. Raises ValueError when there is no sample.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     scores = []
@@ -321,31 +243,19 @@ def fit(
     return pd.DataFrame(history)
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc, where there is one, hand freed blocks out again instead of returning them to the system.
-
-    A step frees and asks for the same feature maps as the one before; their pages would be zeroed and mapped anew.
-    """
-    mallopt = getattr(ctypes.pythonapi, "mallopt", None)
-    if mallopt:
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-            mallopt(option, value)
-
-
 class _Trainer:
     """A model with all that an epoch of training changes."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
-        if processes().device.type == "cpu":
-            _keep_freed_memory()
         self.accelerator = Accelerator(mixed_precision="no")  # it could be set only once in a process
         self.model.to(self.accelerator.device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        device, precision = self.accelerator.device.type, _PRECISIONS[recipe.amp]
-        self.autocast = functools.partial(torch.autocast, device, precision, enabled=precision is not None)
+        device, precision = self.accelerator.device.type, PRECISIONS[recipe.amp]
+        dtype = getattr(torch, precision) if precision else None
+        self.autocast = functools.partial(torch.autocast, device, dtype, enabled=dtype is not None)
         objective = _Objective(model, self.autocast)
         if recipe.compile and device != "cuda":
             # in place and around the model, which stays as it is; a graph for each size of batch, so that no graph
@@ -414,9 +324,8 @@ class _Trainer:
             self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # the file lies under these tensors
             self.scaler.load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            problem = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"checkpoint '{path}' does not fit this network and recipe ({problem}): "
+                f"checkpoint '{path}' does not fit this network and recipe ({one_line(error)}): "
                 "resume with the options it was trained with"
             ) from error
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
@@ -510,26 +419,12 @@ def _save(
         "description": description,
     }
     if accuracies[-1] == best and best not in accuracies[:-1]:
-        _write(checkpoints / "best.pt", functools.partial(torch.save, network))
+        write_tensors(checkpoints / "best.pt", network)
     if save_every and epoch % save_every == 0:
-        _write(checkpoints / f"epoch={epoch:04d}.pt", functools.partial(torch.save, network))
+        write_tensors(checkpoints / f"epoch={epoch:04d}.pt", network)
     _write_metrics(directory, history)
-    _write(checkpoints / "last.pt", functools.partial(torch.save, network | state | {"metrics": history}))
+    write_tensors(checkpoints / "last.pt", network | state | {"metrics": history})
 
 
 def _write_metrics(directory: Path, history: list[dict[str, float]]) -> None:
-    table = pd.DataFrame(history).to_csv(index=False).encode()
-    _write(directory / METRICS, lambda file: file.write(table))
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name, then rename it: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_csv(directory / METRICS, pd.DataFrame(history))

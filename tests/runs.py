@@ -13,12 +13,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from stripe.store import GateColumn, RunWriter
+from stripe.gate import Gate
+from stripe.store import RunWriter
 
-GATES = (GateColumn("layer1.0.se", 4), GateColumn("layer2.0.se", 3))
+GATES = (Gate("layer1.0.se", 4), Gate("layer2.0.se", 3))
 
 
-def vectors(samples: int, gates: tuple[GateColumn, ...] = GATES, seed: int = 0) -> dict[str, np.ndarray]:
+def vectors(samples: int, gates: tuple[Gate, ...] = GATES, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {gate.name: rng.random((samples, gate.channels), dtype=np.float32) for gate in gates}
 

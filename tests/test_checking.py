@@ -28,8 +28,10 @@ from tests.runs import (
     writer,
 )
 
+TAP = {"path": "layer1.0.se", "call": 0, "side": "input", "position": 0}
+PRODUCT = {"call": 0, "op": "mul", "operand": 0, "ordinal": 0, "copied": False}
 HOSTILE_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "newer schema": (lambda m: m.update(schema=2, extra=1), "upgrade stripe"),
+    "newer schema": (lambda m: m.update(schema=3, extra=1), "upgrade stripe"),
     "schema is true": (lambda m: m.update(schema=True), "schema"),
     "no gates": (lambda m: m.pop("gates"), "lacks 'gates'"),
     "no dtype": (lambda m: m.pop("dtype"), "dtype"),
@@ -46,6 +48,23 @@ HOSTILE_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "gate with a key of two lines": (lambda m: m["gates"][0].update({"a\nb": 1}), "a b"),
     "gate without a name": (lambda m: m["gates"][0].update(name=""), "characters"),
     "absurd channels": (lambda m: m["gates"][0].update(channels=10**18), "channels"),
+    "gate with a path of control characters": (lambda m: m["gates"][0].update(site="\x1b[2J"), "printable"),
+    "gate before a number": (lambda m: m["gates"][0].update(before=0), "printable"),
+    "gate before a text": (lambda m: m["gates"][0].update(after="fc"), "expected a list"),
+    "gate of an unknown form": (lambda m: m["gates"][0].update(form="cubic"), "multiplicative, additive"),
+    "layout without channels": (lambda m: m["gates"][0].update(layout="NHW"), "layout"),
+    "layout with two channels": (lambda m: m["gates"][0].update(layout="NCHC"), "layout"),
+    "layout of many dimensions": (lambda m: m["gates"][0].update(layout="NC" + "S" * 99), "layout"),
+    "gate that is exclusive by word": (lambda m: m["gates"][0].update(exclusive="no"), "true or false"),
+    "gate that is exclusive to no module": (lambda m: m["gates"][0].update(exclusive=True), "no module's output"),
+    "gate pooled nowhere": (lambda m: m["gates"][0].update(pooled=True), "no tensor"),
+    "gate without its flags": (lambda m: m["gates"][0].pop("squeeze"), "squeeze"),
+    "tap of a tap": (lambda m: m["gates"][0].update(attention=TAP | {"path": TAP}), "printable"),
+    "tap with an unknown side": (lambda m: m["gates"][0].update(attention=TAP | {"side": "top"}), "input, output"),
+    "tap at a negative position": (lambda m: m["gates"][0].update(squeeze=TAP | {"position": -1}), "position"),
+    "tap with another field": (lambda m: m["gates"][0].update(squeeze=TAP | {"run": "rm"}), "run"),
+    "third operand": (lambda m: m["gates"][0].update(product=PRODUCT | {"operand": 2}), "operand"),
+    "product in call true": (lambda m: m["gates"][0].update(product=PRODUCT | {"call": True}), "call"),
     "channels true": (lambda m: m["gates"][0].update(channels=True), "channels"),
     "epoch named twice": (lambda m: m["epochs"].append(m["epochs"][0]), "epochs"),
     "negative epoch": (lambda m: m["epochs"][0].update(epoch=-1), "epoch"),
@@ -257,7 +276,7 @@ def test_a_run_that_cannot_be_repaired_is_left_as_it_is(tmp_path, capsys):
     cut(record(tmp_path / "cut", 1) / parts(tmp_path / "cut")[0])
     (tmp_path / "cut/run.json").write_text("{")
     record(tmp_path / "newer", 1)
-    edit(tmp_path / "newer", lambda manifest: manifest.update(schema=2))
+    edit(tmp_path / "newer", lambda manifest: manifest.update(schema=3))
     (tmp_path / "empty").mkdir()
     before = listing(tmp_path)
     for name, words in (

@@ -18,12 +18,13 @@ import pytest
 
 from stripe.cli import main
 from stripe.cluster import connect, moments_on, summarize_on
+from stripe.gate import Gate
 from stripe.stats import summarize
-from stripe.store import GateColumn, RunWriter, open_run
+from stripe.store import RunWriter, open_run
 
 distributed = pytest.importorskip("distributed")
 
-GATES = [GateColumn("a", 6), GateColumn("b", 3), GateColumn("c", 9)]
+GATES = [Gate("a", 6), Gate("b", 3), Gate("c", 9)]
 
 
 def record(path, *, epochs=(0, 2), samples=60, ranks=1, contents="samples"):

@@ -12,7 +12,8 @@ from stripe import asr
 from stripe.capture import CapturedStep
 from stripe.data import Loader, load_images
 from stripe.models import create_model
-from stripe.training import Recipe, fit
+from stripe.recipe import Recipe
+from stripe.training import fit
 
 pytestmark = [
     pytest.mark.cuda,

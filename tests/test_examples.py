@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import stripe
-from stripe.store import GateColumn, RunWriter
+from stripe.gate import Gate
+from stripe.store import RunWriter
 
 ROOT = Path(__file__).parents[1]
 NAME = "cifar10-se-resnet20"
-GATES = [GateColumn("a.se", 8), GateColumn("b.se", 16), GateColumn("c.se", 4)]
+GATES = [Gate("a.se", 8), Gate("b.se", 16), Gate("c.se", 4)]
 EPOCHS, SAMPLES = (1, 2, 5), 60
 
 

@@ -10,7 +10,8 @@ import pytest
 import stripe
 from stripe.cli import main
 from stripe.cli.figures import EXAMPLE_RUN, draw, file_name
-from stripe.store import GateColumn, RunWriter
+from stripe.gate import Gate
+from stripe.store import RunWriter
 
 LEARNED = 0.5
 VARIANTS = [
@@ -29,7 +30,7 @@ LATENCY = [
 @pytest.fixture
 def example(tmp_path):
     """A small run of three gates and three epochs."""
-    rng, gates = np.random.default_rng(0), [GateColumn(f"layer{n}.se", 4 * n) for n in (1, 2, 3)]
+    rng, gates = np.random.default_rng(0), [Gate(f"layer{n}.se", 4 * n) for n in (1, 2, 3)]
     with RunWriter(tmp_path / "small", model={}, data={}, gates=gates) as writer:
         for epoch in (1, 2, 4):
             with writer.epoch(epoch) as rows:

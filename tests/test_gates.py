@@ -1,6 +1,7 @@
 """Gates of real and handwritten networks: found by what is computed, read and replaced without trace."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -14,9 +15,13 @@ from torch.nn import functional as F
 from torch.nn.modules import module as every_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from stripe.gates import explain_gates, find_gates, read_gates, replace_gates
+from stripe.folding import fold
+from stripe.gate import Gate, Product, Tap
+from stripe.gates import explain_gates, find_gates, isolate, read_gates, replace_gates
 from stripe.gates.trace import trace
 from stripe.models import create_model
+from stripe.recorder import Recorder
+from stripe.store import open_run
 from tests.conftest import randomize, relative_error
 
 # name, gates, form, layout, the module in a gate's site whose output is the gate; torchvision's begin with "tv:"
@@ -101,6 +106,41 @@ def test_known_networks_have_their_gates_and_the_values_reproduce_them(name, cou
         values = collect(model, images, gates)["attention"]
         assert all(torch.equal(*pair) for pair in zip(values.values(), by_hand, strict=True))
         assert not torch.equal(values[gates[0].name], by_hand[0].flip(0))
+    attentions, reasons = isolate(model, gates, images)
+    assert list(attentions) == [gate.name for gate in gates if leaf]
+    assert set(reasons.values()) == (set() if leaf else {"no module returns its attention"})
+    for gate in gates if leaf else ():
+        psi = torch.rand(gate.channels)
+        with torch.no_grad():
+            torch.testing.assert_close(attentions[gate.name](psi), attention_by_hand(model, name, gate, psi))
+            assert not torch.allclose(attentions[gate.name](psi), attentions[gate.name](psi.flip(0)), rtol=1e-6)
+
+
+def attention_by_hand(model, name, gate, psi):
+    """What the gate's own layers, called by hand, make of a squeeze."""
+    site, column = model.get_submodule(gate.site), psi[None, :, None, None]
+    if name.startswith("tv:"):
+        result = site.scale_activation(site.fc2(site.activation(site.fc1(column))))
+    elif name == "eca_resnext26ts":
+        result = site.gate(site.conv(psi[None, None]))
+    elif name == "resnest14d":
+        pooled = psi.view(2, -1).sum(0)[None, :, None, None]
+        result = site.rsoftmax(site.fc2(site.act1(site.bn1(site.fc1(pooled)))))
+    elif name == "skresnet18":
+        pooled = psi.view(2, -1).sum(0)[None, :, None, None]
+        attn = site.attn
+        result = attn.fc_select(attn.act(attn.bn(attn.fc_reduce(pooled)))).view(2, -1).softmax(0)
+    elif name == "gcresnet33ts":
+        result = site.mlp_add(column)
+    elif name == "ese_vovnet19b_slim_dw":
+        result = site.gate(site.fc(column))
+    elif name == "legacy_seresnet18":
+        result = site.sigmoid(site.fc2(site.relu(site.fc1(column))))
+    elif name in ("lcnet_050", "ghostnet_050"):
+        result = site.gate(site.conv_expand(site.act1(site.conv_reduce(column))))
+    else:
+        result = site.gate(site.fc2(site.act(site.bn(site.fc1(column)))))
+    return result.flatten()
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -267,6 +307,92 @@ def test_the_squeeze_is_the_scaled_map_averaged_over_space(kind, images):
 
 def windowed(x):
     return x * x.mean((2, 3), True).sigmoid()
+
+
+def test_gates_are_the_same_after_a_run_was_written_and_opened(tmp_path, images):
+    """Every form of gate goes through run.json, and a network of the same weights takes it from there."""
+    for kind, (function, *_) in GATED.items():
+        model = randomize(Net(function)).eval()
+        gates = find_gates(model, images)
+        with Recorder(model, gates, tmp_path / kind, squeeze=True) as recorder:
+            recorder.record([(images, torch.zeros(3).long(), torch.arange(3))])
+        run = open_run(tmp_path / kind)
+        assert run.gates == gates
+        again = copy.deepcopy(model)
+        assert_reproduces(again, images, run.gates)
+        with Recorder(again, run.gates, tmp_path / kind, squeeze=True) as recorder:
+            recorder.record([(images, torch.zeros(3).long(), torch.arange(3))], epoch=1)
+        for read in (run.attention, run.squeeze):
+            again_read = getattr(open_run(tmp_path / kind), read.__name__)
+            assert torch.equal(torch.tensor(read(gates[0], 0)), torch.tensor(again_read(gates[0], 1)))
+
+
+def test_a_gate_that_says_too_little_is_refused_in_words(images):
+    model = randomize(Net(GATED["module"][0])).eval()
+    gates = [Gate("model", 8, attention=Tap("sigmoid", 0, "output", 0))]
+    said = "'model' does not say where .*: take the gate of this name from find_gates"
+    with pytest.raises(ValueError, match=said), read_gates(model, gates, print):
+        model(images)
+    with pytest.raises(ValueError, match=said), replace_gates(model, gates, {"model": torch.ones(8)}):
+        model(images)
+
+
+@pytest.mark.parametrize("changes", [
+    {"attention": Tap("first", 0, "output", 0)}, {"attention": Tap("sigmoid", 0, "output", 7)},
+    {"attention": Tap("no.such", 0, "output", 0)}, {"attention": Tap("sigmoid", 3, "output", 0)},
+    {"attention": None, "product": Product(0, "mul", 0, 9, copied=False)}, {"layout": "NLC", "attention": None},
+    {"squeeze": Tap("sigmoid", 0, "output", 0), "pooled": False}, {"channels": 5},
+    {"site": "no.such", "attention": None},
+])  # fmt: skip
+def test_a_gate_of_another_network_is_refused_and_never_read_wrong(changes, images):
+    model = randomize(Net(GATED["module"][0])).eval()
+    (gate,) = find_gates(model, images)
+    with pytest.raises((ValueError, RuntimeError), match="find_gates"):
+        collect(model, images, [dataclasses.replace(gate, **changes)], squeeze=True)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [
+    ("functional", "no module returns its attention"), ("NHWC", "no module takes or returns what it scales"),
+    ("of another map", "its attention is not computed from what it scales"),
+])  # fmt: skip
+def test_attention_that_cannot_be_isolated_says_why(kind, reason, images):
+    model = randomize(Net(GATED[kind][0])).eval()
+    assert isolate(model, find_gates(model, images), images) == ({}, {"model": reason})
+
+
+def test_what_is_computed_from_more_than_the_squeeze_is_not_isolated_where_it_shows(images):
+    """The average is taken, and the largest value beside it, which no squeeze holds."""
+    model = randomize(Net(lambda n, x: x * column(n.sigmoid(n.logits(x) + n.fc2(n.fc1(x.amax((2, 3)))))))).eval()
+    gates = find_gates(model, images)
+    assert gates[0].pooled
+    assert isolate(model, gates, images)[1] == {"model": "its attention is not computed from the squeeze alone"}
+
+
+def test_isolated_attention_leaves_the_network_as_it_was_and_is_differentiable(images):
+    model = Stages().eval()
+    gates = find_gates(model, images)
+    attentions, _ = isolate(model, gates, images)
+    assert list(attentions) == ["block.sigmoid#0", "block.sigmoid#1"]
+    for attention in attentions.values():
+        psi = torch.rand(6, requires_grad=True)
+        expected = model.block.sigmoid(model.block.one(psi))
+        torch.testing.assert_close(attention(psi), expected)
+        gradients = torch.autograd.grad(attention(psi)[2], psi)[0], torch.autograd.grad(expected[2], psi)[0]
+        torch.testing.assert_close(*gradients)
+    assert hooks_left(model) == 0
+
+
+def test_values_may_be_keyed_by_gate(images):
+    model = randomize(Net(GATED["module"][0])).eval()
+    (gate,) = find_gates(model, images)
+    outputs = []
+    for key in (gate, gate.name):
+        with torch.no_grad(), replace_gates(model, [gate], {key: torch.linspace(0.1, 2, 8)}):
+            outputs.append(model(images))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], model(images))
+    folded, _ = fold(model, {gate: torch.linspace(0.1, 2, 8)}, images)
+    assert relative_error(folded(images), outputs[0]) < 1e-5
 
 
 NOT_GATED = {
@@ -439,16 +565,38 @@ def test_exported_networks_which_refuse_eval_are_read(images):
     assert_reproduces(exported, images, gates)
 
 
-def test_compiled_networks_are_unwrapped_and_refused_where_hooks_would_be_lost(images):
+def test_compiled_networks_are_read_as_what_they_wrap(images):
     model = Stages().eval()
     compiled = torch.compile(model, backend="eager")
     gates = find_gates(compiled, images)
     assert gates == find_gates(model, images)
     with torch.no_grad():
         compiled(images)
-    with pytest.raises(RuntimeError, match="uncompiled"):
-        collect(compiled, images, gates)
-    assert len(collect(model, images, gates)["attention"]) == 4
+    assert_reproduces(compiled, images, gates)
+    assert hooks_left(model) == 0
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_networks_with_compiled_parts_have_the_names_of_those_without(called_before, images):
+    model = randomize(create_model("resnet", depth=11, module="senet")).eval()
+    gates = find_gates(model, images)
+    expected = collect(model, images, gates)["attention"]
+    constants = {gate: torch.rand(gate.channels) for gate in gates}
+    folded, _ = fold(model, constants, images)
+    model.layer2 = torch.compile(model.layer2, backend="eager")
+    with torch.no_grad():
+        if called_before:
+            model(images)
+        assert find_gates(model, images) == gates
+        values = collect(model, images, gates)["attention"]
+        assert all(torch.equal(values[name], expected[name]) for name in expected)
+        assert_reproduces(model, images, gates)
+        again, _ = fold(model, constants, images)
+        assert torch.equal(again(images), folded(images))
+    assert again.state_dict().keys() == folded.state_dict().keys()
+    assert hasattr(model.layer2, "_orig_mod"), "the network itself stays compiled"
+    model.layer1.compile(backend="eager")
+    assert_reproduces(model, images, gates)
 
 
 def test_distributed_networks_are_read_and_data_parallel_ones_refused(images, tmp_path):

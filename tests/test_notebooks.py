@@ -13,13 +13,15 @@ import torch
 from nbclient import NotebookClient
 
 import stripe
-from stripe.asr.validation import Fit, Validation, compare
-from stripe.store import GateColumn, RunWriter
+from stripe.asr.protocols import Fit
+from stripe.asr.validation import Validation, compare, rule
+from stripe.gate import Gate, Gates
+from stripe.store import RunWriter
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL = {"EPOCHS, IMAGES = 8, None": "EPOCHS, IMAGES = 1, 64", "steps=100": "steps=2"}
 HOSTILE = "<script>alert('&')</script>"
-GATES = [GateColumn(HOSTILE, 4), GateColumn("layer2.se", 8)]
+GATES = [Gate(HOSTILE, 4), Gate("layer2.se", 8)]
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def validation(run):
     vectors = {gate: values.mean(axis=0, dtype=float) for gate, values in observed.items()}
     fit = Fit(learned=vectors, untrained={gate: vector[::-1] for gate, vector in vectors.items()}, best=vectors)
     accuracies = {"attention": 91.0, HOSTILE: 12.3}
-    return Validation("same", fit.rule, 3, 20, compare(fit, observed), accuracies, vectors, observed)
+    return Validation("same", rule("rmse"), 3, 20, compare(fit, observed), accuracies, vectors, observed)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -88,7 +90,7 @@ def test_a_run_shows_how_it_was_made_and_its_gates(run):
 
 
 def test_a_run_of_many_gates_shows_some_and_a_run_of_moments_says_so(tmp_path):
-    gates = [GateColumn(f"stage{n}", 2) for n in range(30)]
+    gates = [Gate(f"stage{n}", 2) for n in range(30)]
     RunWriter(tmp_path, model={}, data={}, gates=gates, contents="moments").close()
     text = visible(stripe.open_run(tmp_path)._repr_html_())
     assert "stage0" in text
@@ -106,10 +108,16 @@ def test_a_validation_shows_r_beside_its_controls(validation):
     assert "mean_abs_z" not in text
 
 
-def test_gates_print_a_line_each_and_as_a_table():
+def test_a_list_of_gates_shows_itself_as_a_table():
     model = stripe.models.create_model("resnet", depth=11, module="senet").eval()
     gates = stripe.find_gates(model, torch.rand(2, 3, 16, 16))
     assert isinstance(gates, list)
+    head, *rows = repr(gates).splitlines()
+    assert head.split() == ["name", "channels", "form", "site", "source", "before"]
+    assert [row.split()[:2] for row in rows] == [["layer1.0", "64"], ["layer2.0", "128"], ["layer3.0", "256"]]
+    assert "<td>layer2.0.attention_module</td>" in gates._repr_html_()
+    assert (repr(gates[:0]), repr(type(gates)())) == ("[]", "no gates")
+    assert "&lt;b&gt;" in Gates([Gate("<b>", 3)])._repr_html_()
     assert repr(gates[0]) == "Gate('layer1.0': 64 channels, multiplicative, from layer1.0.attention_module)"
     table = stripe.gates.table(gates)
     assert table["name"].tolist() == ["layer1.0", "layer2.0", "layer3.0"]

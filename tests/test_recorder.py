@@ -422,6 +422,13 @@ def test_fit_needs_a_probe_set(tmp_path, network, loader):
     callback = RecorderCallback(None, find_gates(network, next(iter(loader))[0][:3]), tmp_path / "run")
     with pytest.raises(ValueError, match="no probe set"):
         callback.on_epoch_end(network, 1, {})
-    assert callback.on_train_start() is None
     with pytest.raises(AttributeError, match="has no attribute 'record'"):
         callback.record()
+
+
+def test_the_callback_has_the_hooks_of_a_lightning_trainer_and_no_misspelt_one():
+    hooks = {name for name in dir(lightning.Callback) if not name.startswith("_")}
+    ours = {name for name in dir(RecorderCallback) if not name.startswith("_")}
+    assert ours == hooks | {"on_epoch_end"}
+    assert RecorderCallback(None, [], "run").on_train_start(None, None) is None
+    assert not hasattr(RecorderCallback(None, [], "run"), "on_validation_epoch_strat")

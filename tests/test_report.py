@@ -16,9 +16,10 @@ import pytest
 
 from stripe import load_example, report, stats
 from stripe.cli import main
+from stripe.gate import Gate
 from stripe.report.content import MAX_RECORDS, MAX_TEXT, address, document, learned_vectors, plain, spread
 from stripe.report.panels import choose, pack, quantise
-from stripe.store import GateColumn, Run, RunWriter, open_run
+from stripe.store import Run, RunWriter, open_run
 from tests.runs import record, writer
 
 HOSTILE = (
@@ -32,7 +33,7 @@ HARMLESS = ("layer1", "layer2", "layer3", "layer4")
 
 def record_named(path: str | Path, names: tuple[str, ...], **texts: Any) -> Run:
     """Record three epochs of 12 images, squeeze too, with a stripe that settles and one value that is not finite."""
-    gates = [GateColumn(name, 5 + i) for i, name in enumerate(names)]
+    gates = [Gate(name, 5 + i) for i, name in enumerate(names)]
     rng = np.random.default_rng(0)
     with writer(path, gates=gates, squeeze=True, **texts) as run:
         for epoch in (1, 2, 4):
@@ -198,7 +199,7 @@ def test_panels_fit_the_room_and_use_it(run, monkeypatch):
 
 
 def test_the_worst_case_leaves_something_to_see(run, monkeypatch):
-    gates = [GateColumn(f"layer{i}", 64 * 2 ** (i // 18)) for i in range(54)]
+    gates = [Gate(f"layer{i}", 64 * 2 ** (i // 18)) for i in range(54)]
     assert sum(gate.channels for gate in gates) == 8064
     monkeypatch.setattr(run, "gates", gates)
     monkeypatch.setattr(run, "epochs", list(range(1, 21)))
@@ -212,7 +213,7 @@ def test_the_worst_case_leaves_something_to_see(run, monkeypatch):
 def test_images_are_the_same_at_every_epoch_that_holds_them(tmp_path):
     path, values = tmp_path / "run", np.arange(36, dtype=np.float32).reshape(12, 3)
     ids = {1: np.arange(12)[::-1], 2: np.arange(12) + 100, 3: np.arange(12)}
-    with RunWriter(path, model={}, data={}, gates=[GateColumn("gate", 3)]) as run:
+    with RunWriter(path, model={}, data={}, gates=[Gate("gate", 3)]) as run:
         for epoch, samples in ids.items():
             with run.epoch(epoch) as rows:
                 rows.append(samples, None, {"gate": values[samples % 100]})
@@ -223,7 +224,7 @@ def test_images_are_the_same_at_every_epoch_that_holds_them(tmp_path):
 
 
 def test_ids_beyond_a_double_stay_exact(tmp_path):
-    with writer(tmp_path / "run", gates=[GateColumn("gate", 2)]) as run, run.epoch(0) as rows:
+    with writer(tmp_path / "run", gates=[Gate("gate", 2)]) as run, run.epoch(0) as rows:
         rows.append(np.array([2**60 + 1, 5]), None, {"gate": np.ones((2, 2))})
     heat = content_of(report.render(open_run(tmp_path / "run")))["heatmaps"]
     assert heat["images"][0]["samples"] == [str(2**60 + 1), 5]

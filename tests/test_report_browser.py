@@ -15,15 +15,17 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from stripe import plots, report, stats
-from stripe.asr.validation import Fit, Validation, compare
-from stripe.store import GateColumn, Run, open_run
+from stripe.asr.protocols import Fit
+from stripe.asr.validation import Validation, compare, rule
+from stripe.gate import Gate
+from stripe.store import Run, open_run
 from tests.runs import writer
 from tests.test_report import HOSTILE, record_named
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
 
-GATES = tuple(GateColumn(f"layer{i}.0.se", 16 * i) for i in (1, 2, 3))
+GATES = tuple(Gate(f"layer{i}.0.se", 16 * i) for i in (1, 2, 3))
 SAMPLES, EPOCHS = 40, (1, 2, 5)
 PATIENCE = 120_000  # milliseconds that a busy machine may take for a step of the browser
 
@@ -59,7 +61,7 @@ def validation(run: Run) -> Validation:
     stripes = {name: values.mean(0) for name, values in observed.items()}
     learned = {n: s + rng.normal(0, 0.01, s.size) if n == GATES[0].name else s[::-1] for n, s in stripes.items()}
     fit = Fit(learned, {n: np.full_like(s, 0.5) + 1e-3 * s for n, s in stripes.items()}, stripes)
-    return Validation("same", fit.rule, 5, 100, compare(fit, observed), {"attention": 91.25}, learned, observed)
+    return Validation("same", rule("rmse"), 5, 100, compare(fit, observed), {"attention": 91.25}, learned, observed)
 
 
 FOLD = {
@@ -385,7 +387,7 @@ def test_every_control_is_reached_by_tab_and_shows_it(watched):
 @pytest.mark.slow
 def test_the_largest_run_is_a_page_under_10_mb(browser, tmp_path):
     """54 gates, 8,064 channels, 20 epochs, 500 images, attention and squeeze: prints size and memory."""
-    gates = [GateColumn(f"layer{1 + i // 18}.{i % 18}.se", 64 * 2 ** (i // 18)) for i in range(54)]
+    gates = [Gate(f"layer{1 + i // 18}.{i % 18}.se", 64 * 2 ** (i // 18)) for i in range(54)]
     rng = np.random.default_rng(0)
     stripes = {gate.name: rng.normal(size=gate.channels) for gate in gates}
     with writer(tmp_path / "run", gates=gates, squeeze=True) as run:

@@ -18,11 +18,12 @@ import pytest
 from pyarrow import fs
 
 from stripe.cli import main
-from stripe.store import GateColumn, check_run, open_run, repair_run
+from stripe.gate import Gate
+from stripe.store import check_run, open_run, repair_run
 from tests.runs import record, refused, vectors, writer
 
 CUTS = "a connection to a real S3 server cut while writing or reading"
-WIDE = (GateColumn("wide", 4096),)
+WIDE = (Gate("wide", 4096),)
 
 
 def free_port() -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -18,12 +20,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stripe.store import VALUE_TYPES, GateColumn, open_run
+from stripe.examples import load_example
+from stripe.gate import Gate, Product, Tap
+from stripe.stats import summarize
+from stripe.store import VALUE_TYPES, Manifest, check_run, open_run, repair_run
 from tests.runs import (
     GATES,
     IDS,
     REFUSED_BATCHES,
     bits,
+    edit,
     listing,
     parts,
     record,
@@ -34,10 +40,13 @@ from tests.runs import (
     writer,
 )
 
+WHOLE_GATE = Gate(
+    "a", 2, "radix", "NRCHW", "block.a", "conv1", ("conv2", "conv3"), Product(1, "mul", 1, 3, copied=False),
+    Tap("a.gate", 1, "output", 0), Tap("a", 0, "input", 2), pooled=True, exclusive=True,
+)  # fmt: skip
+
 names = st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF, categories=["L", "N", "P", "S"]), min_size=1)
-gate_lists = st.lists(
-    st.builds(GateColumn, names, st.integers(1, 5)), min_size=1, max_size=4, unique_by=lambda g: g.name
-)
+gate_lists = st.lists(st.builds(Gate, names, st.integers(1, 5)), min_size=1, max_size=4, unique_by=lambda g: g.name)
 
 
 @settings(deadline=None, max_examples=25)
@@ -128,7 +137,7 @@ def test_reading_batches_holds_one_row_group(tmp_path, monkeypatch):
 
 
 def test_gate_names_that_begin_alike_are_kept_apart(tmp_path):
-    gates = (GateColumn("layer1", 2), GateColumn("layer1.0", 3), GateColumn("layer1.0#1", 2))
+    gates = (Gate("layer1", 2), Gate("layer1.0", 3), Gate("layer1.0#1", 2))
     values = vectors(5, gates)
     with writer(tmp_path, gates=gates) as run, run.epoch(0) as epoch:
         epoch.append(range(5), None, values)
@@ -188,11 +197,12 @@ def test_values_are_stored_as_designed(tmp_path):
 
 
 def test_manifest_and_description(tmp_path):
-    gates = (GateColumn("a", 2, layout="NHWC", form="radix", source="a.gate", site="a"), GateColumn("b", 1))
+    gates = (WHOLE_GATE, Gate("b", 1))
     with writer(tmp_path, gates=gates, model={"depth": 20}, seeds={"train": 1}):
         pass
     run = open_run(str(tmp_path))
     assert run.gates == list(gates)
+    assert run.gates[0].source == "a.gate"
     assert run.model == {"depth": 20}
     assert run.data == {"uri": "digits"}
     assert run.manifest.seeds == {"train": 1}
@@ -206,15 +216,80 @@ def test_manifest_and_description(tmp_path):
     assert "9, ... (12 in all)" in repr(open_run(tmp_path / "squeeze"))
 
 
+def test_a_gate_stands_wherever_its_name_is_expected(tmp_path):
+    run = open_run(record(tmp_path, 1, squeeze=True))
+    first, second = run.gates
+    for read in (run.attention, run.squeeze):
+        np.testing.assert_array_equal(read(second, 1), read(second.name, 1))
+        assert read(first, 1).shape != read(second, 1).shape
+    assert run.to_pandas(first, 1).equals(run.to_pandas(first.name, 1))
+    assert next(run.batches(1, [second])).keys() == {second.name}
+    assert run.moments([1], [second]).keys() == {(1, second.name)}
+    assert set(summarize(run, gates=[second])["gate"]) == {second.name}
+    with refused(ValueError, "no gate 'other'", "layer1.0.se, layer2.0.se"):
+        run.attention(Gate("other", 4), 1)
+
+
+# ---- older runs ----
+def as_version_1(manifest):
+    """Write a manifest as the first version of the schema did."""
+    manifest["schema"] = 1
+    for gate in manifest["gates"]:
+        source, site = f"{gate['name']}.gate", gate["name"]
+        plain = {field: gate[field] for field in ("name", "channels", "layout", "form")}
+        gate.clear()
+        gate.update(plain | {"source": source, "site": site})
+
+
+def test_a_run_of_the_first_version_opens_and_gives_the_same_table(tmp_path):
+    path = record(tmp_path, 1, 2)
+    now = summarize(open_run(path))
+    edit(path, as_version_1)
+    old = open_run(path)
+    pd.testing.assert_frame_equal(summarize(old), now)
+    assert old.gates[0] == Gate("layer1.0.se", 4, site="layer1.0.se", attention=Tap("layer1.0.se.gate", 0, "output", 0))
+    assert [gate.source for gate in old.gates] == ["layer1.0.se.gate", "layer2.0.se.gate"]
+    assert check_run(path).whole
+
+
+def test_a_run_of_the_first_version_can_be_continued(tmp_path):
+    path = record(tmp_path, 1)
+    edit(path, as_version_1)
+    old = open_run(path).gates
+    record(path, 2)
+    run = open_run(path)
+    assert (run.epochs, run.gates, run.manifest.schema) == ([1, 2], old, 2)
+
+
+def test_a_manifest_is_rebuilt_from_the_parts_of_the_example_that_ships(tmp_path):
+    """Its parts carry the manifest in the words of the version that wrote them."""
+    whole = load_example("cifar10-se-resnet20")
+    path = shutil.copytree(whole.path, tmp_path / "run")
+    (path / "run.json").unlink()
+    assert repair_run(path).whole
+    assert (open_run(path).gates, open_run(path).epochs) == (whole.gates, whole.epochs)
+
+
+def test_the_manifest_of_the_first_example_still_reads():
+    """The text is what the package shipped when its runs were of version 1."""
+    gates = Manifest.from_json((Path(__file__).parent / "run_of_version_1.json").read_bytes()).gates
+    assert [(gate.name, gate.channels, gate.source, gate.site) for gate in gates] == [
+        ("layer1.0", 64, "layer1.0.attention_module", "layer1.0"),
+        ("layer2.0", 128, "layer2.0.attention_module", "layer2.0"),
+        ("layer3.1", 256, "layer3.1.attention_module", "layer3.1"),
+    ]
+    assert all(gate.product is None for gate in gates)
+
+
 def test_versions_skip_what_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr("stripe.store.writing.DISTRIBUTIONS", ("numpy", "no-such-distribution"))
     assert open_run(record(tmp_path, 1)).manifest.versions.keys() == {"python", "numpy"}
 
 
-def test_importing_store_loads_nothing_of_stripe_and_no_torch():
+def test_importing_store_loads_only_what_a_gate_is_and_no_torch():
     code = "import sys, stripe.store; print([m for m in sys.modules if m == 'torch' or m.startswith('stripe.')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {room.split(".")[1] for room in ast.literal_eval(found.stdout)} == {"store"}
+    assert {room.split(".")[1] for room in ast.literal_eval(found.stdout)} == {"gate", "store"}
 
 
 def test_any_file_system_that_arrow_reaches(tmp_path):
@@ -291,7 +366,7 @@ DIFFERENT_RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dtype": ({"dtype": "float16"}, ("dtype float32", "float16")),
     "squeeze": ({"squeeze": True}, ("squeeze False", "True")),
     "data": ({"data": {"uri": "cifar10"}}, ("digits", "cifar10")),
-    "channels": ({"gates": (GATES[0], GateColumn("layer2.0.se", 8))}, ("layer2.0.se (3)", "layer2.0.se (8)")),
+    "channels": ({"gates": (GATES[0], Gate("layer2.0.se", 8))}, ("layer2.0.se (3)", "layer2.0.se (8)")),
     "gates": ({"gates": GATES[:1]}, ("lacks: layer2.0.se (3)", "lacks: none")),
 }
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from stripe.cli import main
 from stripe.data import ImageSet, Loader, load_images
-from stripe.training import Evaluation, Recipe, TensorBoard, evaluate, fit
+from stripe.recipe import Recipe
+from stripe.training import Evaluation, TensorBoard, evaluate, fit
 
 SHORT = Recipe(epochs=4, lr=0.05, milestones=(1, 3), seed=7)
 CONSTANTS = {"mean": (0.3,) * 3, "std": (0.3,) * 3}
@@ -70,47 +71,6 @@ def content(directory: Path) -> dict[Path, bytes]:
 
 def interrupt() -> None:
     signal.default_int_handler(signal.SIGINT, None)  # what Ctrl-C runs, also where a shell has it ignored
-
-
-# ---- recipe ------------------------------------------------------------------------------------------------
-
-
-def test_default_recipe_is_the_reference():
-    rates = [Recipe().learning_rate(elapsed) for elapsed in (0, 80.99, 81, 121.99, 122, 163.99)]
-    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    assert (Recipe().epochs, Recipe().momentum, Recipe().weight_decay) == (164, 0.9, 1e-4)
-
-
-def test_cosine_equals_torch():
-    recipe = Recipe(epochs=10, lr=0.3, scheduler="cosine")
-    optimizer = torch.optim.SGD(network().parameters(), lr=0.3)
-    torch_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
-    for step in range(40):
-        assert recipe.learning_rate(step / 4) == pytest.approx(torch_schedule.get_last_lr()[0], rel=1e-9)
-        optimizer.step()
-        torch_schedule.step()
-
-
-def test_onecycle_rises_and_falls():
-    recipe = Recipe(epochs=10, lr=0.5, scheduler="onecycle")
-    rates = [recipe.learning_rate(elapsed) for elapsed in (0, 1.5, 3, 6.5, 10 - 1e-9)]
-    np.testing.assert_allclose(rates, [0.02, 0.26, 0.5, 0.250001, 0.5 / 250_000], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scheduler": "linear"}, "scheduler 'linear': expected one of step, cosine, onecycle"),
-        ({"amp": "int8"}, "amp 'int8': expected one of no, bf16, fp16"),
-        ({"epochs": 0}, "epochs 0, .* expected at least 1"),
-        ({"lr": 0.0}, r"lr 0\.0"),
-        ({"lr": math.nan}, "lr nan"),
-        ({"seed": -1}, "seed -1"),
-    ],
-)
-def test_recipe_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe(**options)
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------
@@ -488,7 +448,8 @@ import sys
 import torch
 from torch import nn
 from stripe.data import Loader, load_images
-from stripe.training import Recipe, fit, processes
+from stripe.recipe import Recipe
+from stripe.training import fit, processes
 
 team = processes()
 share = {"rank": team.process_index, "world_size": team.num_processes}

@@ -1,17 +1,22 @@
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from torch import nn
 
 from stripe import stats
 from stripe.asr import insert
-from stripe.asr.validation import MATCH_P, MATCH_R, Fit, compare, validate, with_constants
+from stripe.asr.protocols import Fit
+from stripe.asr.validation import MATCH_P, MATCH_R, compare, validate
 from stripe.cli import main
+from stripe.cli.validate import draw
 from stripe.data import Loader, load_images
-from stripe.gates import find_gates
+from stripe.gates import find_gates, replace_gates
 from stripe.models import create_model
 from stripe.recorder import Recorder
 from stripe.store import open_run
@@ -38,37 +43,16 @@ def both(tmp_path_factory):
     return recorded(tmp_path_factory.mktemp("validation") / "both", asr=True, both=True)
 
 
-def test_constants_replace_each_gate_for_every_image(case):
-    model, run, loader = case
-    images = next(iter(loader))[0]
-    vectors = {gate.name: run.attention(gate.name, 5).mean(0, dtype=np.float64) for gate in run.gates}
-    constant = with_constants(model, run.gates, vectors)
-
-    def by_hand(images):
-        handles = [
-            model.get_submodule(gate.source).register_forward_hook(
-                lambda m, i, o, v=vectors[gate.name]: torch.from_numpy(v).float().view(1, -1, 1, 1).expand_as(o)
-            )
-            for gate in run.gates
-        ]
-        output = model(images)
-        for handle in handles:
-            handle.remove()
-        return output
-
-    torch.testing.assert_close(constant(images), by_hand(images))
-    assert not torch.allclose(constant(images), model(images), rtol=1e-3)
-
-
 def test_training_psi_moves_only_psi_and_lowers_the_loss(case):
     model, run, loader = case
     before = {key: value.clone() for key, value in model.state_dict().items()}
     untrained, trained = (validate(model, run, loader, steps=steps) for steps in (0, 30))
 
     def loss(validation):
-        network = with_constants(model, run.gates, validation.learned).eval()
         images, labels, _ = next(iter(loader))
-        return torch.nn.functional.cross_entropy(network(images), labels).item()
+        values = {gate: torch.from_numpy(vector) for gate, vector in validation.learned.items()}
+        with torch.no_grad(), replace_gates(model, run.gates, values):
+            return torch.nn.functional.cross_entropy(model(images), labels).item()
 
     assert loss(trained) < loss(untrained)
     assert (untrained.table["r"] == untrained.table["r_untrained"]).all()
@@ -123,7 +107,7 @@ def test_wrong_requests_are_refused(case):
     deeper = create_model("resnet", depth=20, module="senet", asr=True)
     with pytest.raises(ValueError, match="must be built as the one that the run recorded"):
         validate(model, run, loader, protocol="separate", asr_model=deeper)
-    with pytest.raises(ValueError, match="the network has no gate 'layer1.0'"):
+    with pytest.raises(ValueError, match=r"this network has no gates layer1\.0"):
         validate(create_model("resnet", depth=11), run, loader, steps=1)
     with pytest.raises(ValueError, match="epoch 9"):
         validate(model, run, loader, epoch=9)
@@ -275,3 +259,175 @@ def test_the_command_takes_the_second_network_and_prints_the_rule(case, asr_case
     assert content["gates"][0]["p_wasserstein"] > 0
     assert main(words) == 2
     assert "'separate' takes one" in capsys.readouterr().err
+
+
+# ---- gates of every form and place -----------------------------------------------------------------------
+
+
+class Radix(nn.Module):
+    """Weighs a map and its mirror image by a softmax over the two, whose logits hardly depend on the image."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc, self.softmax, self.same = nn.Linear(channels, 2 * channels), nn.Softmax(1), nn.Identity()
+
+    def forward(self, x):
+        maps = self.same(torch.stack([x, x.flip(3)], 1))
+        weights = self.softmax(self.fc(maps.sum(1).mean((2, 3))).unflatten(1, (2, -1)))
+        return (maps * weights[..., None, None]).sum(1)
+
+
+class Context(nn.Module):
+    """Adds a vector that hardly depends on the image."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        return x + self.fc(x.mean((2, 3)))[..., None, None]
+
+
+class Squeeze(nn.Module):
+    """Scales, twice: by a module's output, and by the same once more, computed without a module."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc, self.again, self.gate = nn.Linear(channels, channels), nn.Linear(channels, channels), nn.Sigmoid()
+
+    def forward(self, x):
+        x = x * self.gate(self.fc(x.mean((2, 3))))[..., None, None]
+        return x * torch.sigmoid(self.again(x.mean((2, 3))))[..., None, None]
+
+
+class Shared(nn.Module):
+    """Applies one attention module twice."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.se = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1), nn.Sigmoid())
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        x = x * self.se(x)
+        x = self.conv(x).relu()
+        return x * self.se(x)
+
+
+def network_of(*blocks, channels=8):
+    """A classifier of digits whose attention comes from its biases, all but a little."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), *(block(channels) for block in blocks))
+    model = nn.Sequential(*model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("fc.", "again.", "fc2.")):
+            nn.init.normal_(parameter, std=1e-4 if name.endswith("weight") else 1)
+    return model.eval()
+
+
+def recorded_on_digits(model, path, size=16):
+    loader = Loader(load_images("digits", "test", samples=40, size=size), 20)
+    with Recorder(model, find_gates(model, next(iter(loader))[0][:2]), path) as recorder:
+        recorder.record(loader)
+    return open_run(path), loader
+
+
+def test_gates_of_every_form_learn_the_vector_that_their_biases_hold(tmp_path):
+    model = network_of(Radix, Context, Squeeze)
+    run, loader = recorded_on_digits(model, tmp_path)
+    assert [gate.form for gate in run.gates] == ["radix", "additive", "multiplicative", "multiplicative"]
+    found = validate(model, run, loader, steps=3)
+    *learned, functional = [gate.name for gate in run.gates]
+    truth = {
+        learned[0]: model[2].fc.bias.view(2, -1).softmax(0).flatten(),
+        learned[1]: model[3].fc.bias,
+        learned[2]: model[4].fc.bias.sigmoid(),
+    }
+    assert list(found.learned) == learned
+    for name, vector in truth.items():
+        vector = vector.detach().numpy()
+        np.testing.assert_allclose(found.learned[name], vector, atol=5e-3)
+        assert not np.allclose(found.learned[name], np.roll(vector, 1), atol=5e-2)
+    table = found.table.set_index("gate")
+    assert table.loc[functional, ["verdict", "left_out"]].tolist() == ["left out", "no module returns its attention"]
+    assert table.loc[learned, "left_out"].eq("").all()
+    assert table.loc[functional].isna()["r":"p"].all()
+    assert found.accuracies.keys() == {"attention", "learned", "stripe", "removed"}
+    hits = []
+    for images, labels, _ in loader:
+        maps = model[:2](images)
+        hits.append(model[5:]((maps + maps.flip(3)) / 2).argmax(1) == labels)
+    assert found.accuracies["removed"] == pytest.approx(100 * torch.cat(hits).float().mean().item())
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert content["gates"][3]["left_out"] == "no module returns its attention"
+    assert functional not in content["learned"]
+    assert [name for name, _ in draw(found)] == [*(f"learned-{name}" for name in learned), "learned-scatter"]
+
+
+def test_a_gate_left_out_keeps_its_attention_and_no_verdict(tmp_path):
+    model = network_of(Context, Squeeze)
+    run, loader = recorded_on_digits(model, tmp_path)
+    found = validate(model, run, loader, steps=1)
+    table = found.table
+    assert table["verdict"].eq("left out").tolist() == [False, False, True]
+    table["verdict"] = table["verdict"].where(table["verdict"] == "left out", "match")
+    assert found.matched
+    found.table["verdict"] = "left out"
+    assert not found.matched
+
+
+def test_attention_that_is_used_elsewhere_too_is_left_out_of_training_but_has_its_controls(tmp_path):
+    class Leaking(Squeeze):
+        def forward(self, x):
+            weights = self.gate(self.fc(x.mean((2, 3))))[..., None, None]
+            return x * weights + weights.mean()
+
+    model = network_of(Context, Leaking)
+    run, loader = recorded_on_digits(model, tmp_path)
+    row = validate(model, run, loader, steps=1).table.set_index("gate").loc[run.gates[1].name]
+    assert row["left_out"].startswith("no gradient reaches it")
+    assert np.isfinite(row[["r_untrained", "rmse_untrained", "r_best", "rmse_best"]].astype(float)).all()
+    assert np.isnan(row["r"])
+
+
+def test_a_module_called_twice_learns_a_vector_for_each_call(tmp_path):
+    """Its vectors start equal, so one that was never trained, or the other's, shows."""
+    model = network_of(Shared, channels=16)
+    run, loader = recorded_on_digits(model, tmp_path)
+    first, second = run.gates
+    assert first.source == second.source
+    untrained, trained = (validate(model, run, loader, steps=steps).learned for steps in (0, 25))
+    np.testing.assert_array_equal(untrained[first.name], untrained[second.name])
+    assert not any(np.allclose(trained[gate.name], untrained[gate.name], atol=1e-3) for gate in run.gates)
+    assert not np.allclose(trained[first.name], trained[second.name], atol=1e-3)
+
+    def loss(vectors):
+        images, labels, _ = next(iter(loader))
+        scales = [torch.tensor(vectors[gate.name]).float().view(1, -1, 1, 1) for gate in run.gates]
+        maps = model[2].conv(model[:2](images) * scales[0]).relu() * scales[1]
+        return torch.nn.functional.cross_entropy(model[3:](maps), labels).item()
+
+    swapped = {first.name: trained[second.name], second.name: trained[first.name]}
+    assert loss(trained) < min(loss(swapped), loss(untrained))
+
+
+def test_gates_of_an_older_run_are_found_again_by_name(case):
+    model, run, loader = case
+    older = copy.copy(run)
+    older.gates = [replace(gate, product=None, squeeze=None, exclusive=False) for gate in run.gates]
+    pd.testing.assert_frame_equal(
+        validate(model, older, loader, steps=1).table, validate(model, run, loader, steps=1).table
+    )
+    older.gates[0] = replace(older.gates[0], name="layer9.0")
+    older.attention = lambda gate, epoch: run.attention(run.gates[0], epoch)
+    with pytest.raises(ValueError, match=r"no gates layer9\.0: take the network that the run recorded"):
+        validate(model, older, loader, steps=1)
+
+
+def test_a_network_with_compiled_parts_gives_the_same_table(case):
+    model, run, loader = case
+    compiled = copy.deepcopy(model)
+    compiled.layer2 = torch.compile(compiled.layer2, backend="eager")
+    pd.testing.assert_frame_equal(
+        validate(compiled, run, loader, steps=1).table, validate(model, run, loader, steps=1).table
+    )

@@ -22,12 +22,12 @@ def add_network(parser: argparse.ArgumentParser, *, rounds: int, batch: int) -> 
     parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds over all cases")
 
 
-def build(form: str, depth: int, module: str) -> nn.Module:
+def build(form: str, depth: int, module: str, classes: int = 10) -> nn.Module:
     """Build the "plain", "SE", "ASR" or "ASR + SE" form of one network on the device, in eval mode."""
     forms = {"plain": {}, "SE": {"module": module}, "ASR": {"module": module, "asr": True}}
     forms["ASR + SE"] = {"module": module, "asr": True, "both": True}
     torch.manual_seed(0)
-    return create_model("resnet", depth=depth, **forms[form]).to(DEVICE).eval()
+    return create_model("resnet", depth=depth, num_classes=classes, **forms[form]).to(DEVICE).eval()
 
 
 def pixels(samples: int) -> Tensor:

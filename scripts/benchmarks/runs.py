@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stripe.store import GateColumn, RunWriter
+from stripe.gate import Gate
+from stripe.store import RunWriter
 
 WIDTHS = (64, 128, 256)  # of a bottleneck ResNet's three stages
 AT_ONCE = 500  # samples appended together
@@ -22,7 +23,7 @@ def gate_channels(gates: int) -> list[int]:
 
 def write_run(path: Path, epochs: int, samples: int, channels: list[int]) -> list[str]:
     """Write a run of stripes and noise; return its files, epoch by epoch."""
-    gates = [GateColumn(f"gate{number}", width) for number, width in enumerate(channels)]
+    gates = [Gate(f"gate{number}", width) for number, width in enumerate(channels)]
     with RunWriter(path, model={}, data={}, gates=gates) as writer:
         for epoch in range(epochs):
             with writer.epoch(epoch) as rows:

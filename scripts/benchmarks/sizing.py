@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import stripe
 from benchmarks.networks import DEVICE, build
 from benchmarks.timing import Result, Row
+from stripe.gate import Gate
 from stripe.models import read_checkpoint
 from stripe.stats import summarize
-from stripe.store import GateColumn, RunWriter
+from stripe.store import RunWriter
 
 Build = Callable[[], nn.Module]
 Found = tuple[str, float, float | None]
@@ -94,7 +95,7 @@ def _processor_time(work: Callable[[], object]) -> float:
 def _write(path: Path, contents: str, gates: list[stripe.Gate], samples: int) -> float:
     """Write a run; return the processor time without that of making the values."""
     rng = np.random.default_rng(0)
-    columns = [GateColumn(gate.name, gate.channels) for gate in gates]
+    columns = [Gate(gate.name, gate.channels) for gate in gates]
     stripes = {gate.name: rng.beta(4, 4, gate.channels) for gate in gates}
     batches = [_batch(rng, stripes) for _ in range(DISTINCT)]
     labels = rng.integers(0, CLASSES, BATCH)

@@ -16,7 +16,8 @@ from benchmarks.reference import as_written, loader_as_written, train_as_written
 from benchmarks.timing import Prepare, Result, Timing, measure, report
 from stripe import keep_memory
 from stripe.data import Loader, load_images
-from stripe.training import Recipe, fit, processes
+from stripe.recipe import Recipe
+from stripe.training import fit, processes
 
 FORMS = ("SE", "ASR")
 
@@ -83,8 +84,8 @@ class Timed:
 
 
 def _prepare(recipe: str, form: str, arguments: argparse.Namespace) -> Prepare:
-    network = build(form, arguments.depth, arguments.module)
     images = load_images(arguments.dataset, "train", samples=_samples(arguments))
+    network = build(form, arguments.depth, arguments.module, len(images.classes))
     if recipe == "stripe":
         if DEVICE == "cpu":
             keep_memory()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from stripe import asr
 from stripe.data import load_images
 from stripe.models import create_model
-from stripe.training import Recipe
+from stripe.recipe import Recipe
 from studies.table import Row, Table, add_data
 from studies.training import Images, train
 

@@ -18,9 +18,10 @@ import stripe
 from stripe.data import ImageSet, Loader, load_images
 from stripe.models import create_model
 from stripe.models.resnet import Block
+from stripe.recipe import Recipe
 from stripe.recorder import RecorderCallback
 from stripe.stats import summarize
-from stripe.training import Recipe, processes
+from stripe.training import processes
 from studies import comparison
 from studies.table import Row, Table, add_data, claimed
 from studies.training import Images, OutOfTime, train

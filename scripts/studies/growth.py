@@ -23,11 +23,11 @@ import stripe
 from stripe import plots
 from stripe.data import ImageSet, Loader, load_images
 from stripe.models import read_checkpoint
+from stripe.recipe import SETTLED_DRIFT
 from stripe.stats import drift, settled_epoch, summarize
 from stripe.training import evaluate
 from studies.table import add_data, read, write
 
-TOLERANCE = 0.01  # of drift: attention lies between 0 and 1
 BLUR = 1.5  # sigma in pixels
 LEAST_CHANGE = 0.01  # of strength, below which nothing rises or falls
 NOISE = 0.1  # sd, for pixels in 0..1
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 # ---- over epochs -----------------------------------------------------------------------------------------
 
 
-def trends(epochs: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
+def trends(epochs: pd.DataFrame, tolerance: float = SETTLED_DRIFT) -> pd.DataFrame:
     """Return a row per gate: strength at the first and last epoch, Spearman's rho with the epoch, where it settles.
 
     A gate rises or falls where rho and the change agree, the intervals of first and last epoch are apart, and the

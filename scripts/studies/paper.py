@@ -23,9 +23,11 @@ from torch import nn
 
 import stripe
 from stripe.data import ImageSet, Loader, load_images
+from stripe.files import write_json
 from stripe.models import create_model
+from stripe.recipe import Recipe
 from stripe.stats import summarize
-from stripe.training import Recipe, processes
+from stripe.training import processes
 from studies.forms import FORMS
 from studies.table import Row, Table, add_data, claimed, write
 from studies.training import Images, OutOfTime, train
@@ -185,9 +187,7 @@ class Observer:
         tested = {"test_loss": loss / samples, "test_accuracy": 100 * correct / samples}
         self.epochs = [row for row in self.epochs if row["epoch"] < epoch]
         self.epochs.append(dict(metrics) | tested | {"observing_seconds": time.perf_counter() - start})
-        partial = self._notes.with_suffix(".partial")
-        partial.write_text(json.dumps(self.epochs))
-        partial.replace(self._notes)
+        write_json(self._notes, self.epochs)
 
     def _recorder(self, model: nn.Module, path: Path, options: Mapping[str, Any]) -> Any:
         return stripe.Recorder(model, self._gates, path, **options) if self._gates else nullcontext()
@@ -200,4 +200,4 @@ class Observer:
         if rows:
             write(pd.DataFrame(rows), out / f"{name}-epochs.csv")
         if rows and self._gates:
-            write(summarize(stripe.open_run(self.directory / "all"), bootstrap=0), out / f"{name}-stripes.csv")
+            write(summarize(stripe.open_run(self.directory / "all")), out / f"{name}-stripes.csv")

@@ -19,7 +19,8 @@ from torch import nn
 
 from stripe.data import ImageSet, Loader, load_images
 from stripe.models import create_model
-from stripe.training import Recipe, evaluate, fit
+from stripe.recipe import Recipe
+from stripe.training import evaluate, fit
 from studies import comparison
 from studies.table import Row, Table, add_data, claimed
 

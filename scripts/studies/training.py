@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from stripe import asr
 from stripe.data import ImageSet, Loader
-from stripe.training import Callback, Recipe, evaluate, fit, processes
+from stripe.files import write_json
+from stripe.recipe import Recipe
+from stripe.training import Callback, evaluate, fit, processes
 from studies.energy import joules
 from studies.table import Row
 
@@ -60,9 +62,7 @@ class TimedLoader(Loader):
             "cpu": time.process_time() - cpu,
             "joules": joules() - energy,
         }
-        partial = self._notes.with_suffix(".partial")
-        partial.write_text(json.dumps(self.seconds))
-        partial.replace(self._notes)
+        write_json(self._notes, self.seconds)
 
     def total(self, clock: str) -> float:
         """Return the sum over all epochs of seconds on the "wall" clock, of "cpu" seconds, or of "joules"."""

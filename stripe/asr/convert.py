@@ -11,8 +11,9 @@ from torch.fx import Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 
-from stripe.asr.layers import PSI_INIT, asr_layers, channels_of, wrap
+from stripe.asr.layers import asr_layers, channels_of, wrap
 from stripe.attention import create_attention
+from stripe.recipe import PSI_INIT
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -14,7 +14,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-PSI_INIT = 0.1
+from stripe.recipe import PSI_INIT
+
 DRAWS = 100
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """Largest relative difference allowed between a layer in training form and deployed, by data type."""

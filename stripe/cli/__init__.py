@@ -1,16 +1,15 @@
 """Every command once. A module here parses one command's words and calls the rooms; libraries load after parsing.
 
-Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+What errors become is written in `process`.
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from functools import partial
+from typing import Protocol
 
 from stripe.cli import check, collect, demo, figures, fold, report, stats, train, validate
-from stripe.memory import keep_memory
+from stripe.cli.process import add_traceback, dispatch, dispatch_process
 
 
 class Command(Protocol):
@@ -37,7 +36,6 @@ COMMANDS: dict[str, Command] = {
     "report": report,
     "demo": demo,
 }
-BAD_INPUT = (ArithmeticError, ModuleNotFoundError, OSError, RuntimeError, ValueError, TypeError)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "stripe") -> int:
@@ -50,15 +48,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "stripe") -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         _configure(commands.add_parser(name, help=command.SUMMARY), command)
-    arguments = parser.parse_args(argv)
-    return _run_process(arguments) if argv is None else _run(arguments)
+    start = dispatch_process if argv is None else dispatch
+    return start(partial(parser.parse_args, argv), _run)
 
 
 def script(command: str) -> int:
     """Run one command as a script of its own: `python scripts/train.py ...`."""
     parser = argparse.ArgumentParser()
     _configure(parser, COMMANDS[command])
-    return _run_process(parser.parse_args())
+    return dispatch_process(parser.parse_args, _run)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -74,30 +72,9 @@ def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.formatter_class = _Help
     parser.set_defaults(run=command.run)
     command.add_arguments(parser)
+    add_traceback(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    try:
-        return cast(int, arguments.run(arguments))
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is valid and kept", file=sys.stderr)
-        return 130
-    except BAD_INPUT as error:
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2
-
-
-def _run_process(arguments: argparse.Namespace) -> int:
-    """Run a command as all that this process does; one process of several ends here, with the exit code.
-
-    Threads of gloo, which a group's end does not join, now and then need Python while it shuts down: the process
-    aborts, and the job, whose work is done, counts as failed.
-    """
-    keep_memory()
-    code = _run(arguments)
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    code: int = arguments.run(arguments)
     return code

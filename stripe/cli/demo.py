@@ -41,9 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     from stripe.data import Loader, load_images
     from stripe.gates import find_gates
     from stripe.models import create_model
+    from stripe.recipe import Recipe
     from stripe.recorder import RecorderCallback
     from stripe.store import open_run
-    from stripe.training import Recipe, evaluate, fit
+    from stripe.training import evaluate, fit
 
     started = time.perf_counter()
     asr_out = arguments.out.with_name(f"{arguments.out.name}-asr")

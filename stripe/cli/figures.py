@@ -124,7 +124,7 @@ def _draw_validation(run: "Run", text: str) -> Iterator[tuple[str, "Figure"]]:
     """Draw what was learned for gates of the run at the epoch of the validation, where the run holds these."""
     found = json.loads(text)
     r = {row["gate"]: math.nan if row["r"] is None else row["r"] for row in found["gates"]}
-    gates = [gate.name for gate in run.gates if gate.name in r]
+    gates = [gate.name for gate in run.gates if gate.name in found["learned"]]
     if gates and found["epoch"] in run.epochs:
         moments = {gate: stripe for (_, gate), stripe in run.moments([found["epoch"]], gates).items()}
         yield from draw_learned(found["learned"], moments, r)

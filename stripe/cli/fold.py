@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
+from stripe.files import write_csv
+from stripe.recipe import DISTILL_LR, TRAIN_BATCH, Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,10 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recovery.add_argument(
         "--distill-steps", type=int, default=0, metavar="N", help="then distil to the original; 0: do not"
     )
-    recovery.add_argument("--distill-lr", type=float, default=0.02, help="highest learning rate of the distillation")
-    recovery.add_argument("--train-batch", type=options.positive, default=128, metavar="N", help="images per step")
-    recovery.add_argument("--weight-decay", type=float, default=1e-4, help="of the distillation")
-    recovery.add_argument("--amp", default="no", help="precision of the distillation: no or bf16")
+    recovery.add_argument(
+        "--distill-lr", type=float, default=DISTILL_LR, help="highest learning rate of the distillation"
+    )
+    recovery.add_argument(
+        "--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="images per step"
+    )
+    recovery.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="of the distillation")
+    recovery.add_argument("--amp", default=Recipe.amp, help="precision of the distillation: no or bf16")
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, figure and networks go")
     files.add_argument("--onnx", action="store_true", help="write ONNX too, checked against onnxruntime")
@@ -320,8 +326,7 @@ def _gates(chosen: Variant, uses: dict[str, GateUse], damage: dict[str, float], 
 
 def _save(arguments: argparse.Namespace, checkpoint: Checkpoint, folded: nn.Module, traced: Tensor) -> list[Path]:
     """Write the chosen network: weights, program and, where it is this project's plain ResNet, a checkpoint."""
-    import torch
-
+    from stripe.checkpoints import write_tensors
     from stripe.folding import save_program, save_weights
     from stripe.models import ResNet
 
@@ -330,7 +335,7 @@ def _save(arguments: argparse.Namespace, checkpoint: Checkpoint, folded: nn.Modu
     if isinstance(folded, ResNet) and folded.config["module"] is None:
         description = checkpoint.description | {"model": {"arch": "resnet", **folded.config}}
         content = {"epoch": checkpoint.epoch, "state_dict": folded.state_dict(), "description": description}
-        torch.save(content, out / "folded.pt")
+        write_tensors(out / "folded.pt", content)
         files.append(out / "folded.pt")
     return files
 
@@ -356,7 +361,7 @@ def _report(arguments: argparse.Namespace, measure: str, tables: dict[str, pd.Da
     out = arguments.out
     for name, table in tables.items():
         print(f"\n{name}\n{table.to_string(index=False, float_format='{:.4g}'.format)}")
-        table.to_csv(out / f"{name}.csv", index=False)
+        write_csv(out / f"{name}.csv", table)
     plain = {name: options.plain(table) for name, table in tables.items()}
     content = {"measure": measure, "rows": plain.pop("gates"), **plain}
     for path in (out / "fold.json", arguments.json):

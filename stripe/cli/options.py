@@ -1,11 +1,14 @@
 """Arguments that several commands take, each described once."""
 
 import argparse
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+from stripe import files
+from stripe.messages import Progress
+from stripe.recipe import BATCH, WORKERS
 
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 T = TypeVar("T")
@@ -28,8 +31,10 @@ def add_data(parser: Parser, split: str | None = None) -> None:
 
 def add_loading(parser: Parser) -> None:
     """Add --batch and --workers."""
-    parser.add_argument("--batch", type=positive, default=100, metavar="N", help="images per batch")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="processes that decode images from disk")
+    parser.add_argument("--batch", type=positive, default=BATCH, metavar="N", help="images per batch")
+    parser.add_argument(
+        "--workers", type=int, default=WORKERS, metavar="N", help="processes that decode images from disk"
+    )
 
 
 def add_json(parser: Parser) -> None:
@@ -48,8 +53,7 @@ def positive(text: str) -> int:
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write `content` to `path`, if there is one; NaN becomes null."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        files.write_json(path, content)
 
 
 def constants(description: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def constants(description: dict[str, Any]) -> dict[str, Any]:
     return {key: data[key] for key in ("size", "mean", "std") if key in data}
 
 
-def progress(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+def progress(description: str) -> Progress:
     """Return a wrapper that shows a progress bar on stderr."""
     from tqdm import tqdm
 

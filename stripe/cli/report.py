@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
+from stripe.recipe import SETTLED_DRIFT
 
 if TYPE_CHECKING:
     from stripe.store import Run
@@ -23,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=Path, metavar="FILE", help=f"{name}.json of {made_by} (default: the run's own, if any)"
         )
     parser.add_argument(
-        "--tolerance", type=float, default=0.01, metavar="D", help="a gate has settled once its drift stays below"
+        "--tolerance",
+        type=float,
+        default=SETTLED_DRIFT,
+        metavar="D",
+        help="a gate has settled once its drift stays below",
     )
 
 

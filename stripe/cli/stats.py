@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from stripe.cli import options
+from stripe.files import write_csv
 
 SUMMARY = "measure a run: stripe strength with interval, CV, std, drift, label share and flags per epoch and gate"
 EXAMPLE = "runs/probe --csv strength.csv"
@@ -37,6 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
             table = summarize_on(client, recorded, rank=arguments.rank)
     print(table.to_string(index=False, float_format="{:.4g}".format))
     if arguments.csv is not None:
-        table.to_csv(arguments.csv, index=False)
+        write_csv(arguments.csv, table)
     options.write_json(arguments.json, {"rows": options.plain(table)})
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stripe.cli import options
+from stripe.recipe import BATCH, PRECISIONS, PSI_INIT, SCHEDULES, TRAIN_BATCH, WORKERS, Recipe
 
 SUMMARY = "train a network, plain, with attention or with ASR, and record its attention after every epoch"
 EXAMPLE = "--depth 20 --module senet --dataset hf:../shared/data/cifar10 --epochs 30 --record 1000 -c runs/se"
@@ -30,22 +31,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_data(data)
     data.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
     data.add_argument("--val-samples", type=int, metavar="N", help="of them held out for validation (default: 1/10)")
-    data.add_argument("--train-batch", type=options.positive, default=128, metavar="N", help="training batch")
-    data.add_argument("--test-batch", type=options.positive, default=100, metavar="N", help="evaluation batch")
-    data.add_argument("--workers", type=int, default=4, metavar="N", help="processes that decode images from disk")
+    data.add_argument("--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="training batch")
+    data.add_argument("--test-batch", type=options.positive, default=BATCH, metavar="N", help="evaluation batch")
+    data.add_argument(
+        "--workers", type=int, default=WORKERS, metavar="N", help="processes that decode images from disk"
+    )
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=options.positive, default=164, metavar="N", help="epochs in all")
-    recipe.add_argument("--scheduler", default="step", help="step, cosine or onecycle")
-    recipe.add_argument("--schedule", type=int, nargs="*", default=[81, 122], metavar="E", help="epochs of the steps")
-    recipe.add_argument("--gamma", type=float, default=0.1, help="factor of each step")
-    recipe.add_argument("--lr", type=float, default=0.1, help="learning rate (the highest, for cosine and onecycle)")
-    recipe.add_argument("--momentum", type=float, default=0.9, help="SGD's momentum")
-    recipe.add_argument("--weight-decay", type=float, default=1e-4, help="of all weights")
+    recipe.add_argument("--epochs", type=options.positive, default=Recipe.epochs, metavar="N", help="epochs in all")
+    recipe.add_argument("--scheduler", default=Recipe.scheduler, help=", ".join(SCHEDULES))
+    recipe.add_argument(
+        "--schedule", type=int, nargs="*", default=list(Recipe.milestones), metavar="E", help="epochs of the steps"
+    )
+    recipe.add_argument("--gamma", type=float, default=Recipe.gamma, help="factor of each step")
+    recipe.add_argument(
+        "--lr", type=float, default=Recipe.lr, help="learning rate (the highest, for cosine and onecycle)"
+    )
+    recipe.add_argument("--momentum", type=float, default=Recipe.momentum, help="SGD's momentum")
+    recipe.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="weight decay of all weights")
     recipe.add_argument("--psi-no-decay", action="store_true", help="no weight decay on ASR's learned vectors")
-    recipe.add_argument("--psi-init", type=_psi, default=0.1, metavar="X", help="psi starts at this number, or normal")
-    recipe.add_argument("--amp", default="no", help="mixed precision: no, bf16 or fp16")
+    recipe.add_argument(
+        "--psi-init", type=_psi, default=PSI_INIT, metavar="X", help="psi starts at this number, or normal"
+    )
+    recipe.add_argument("--amp", default=Recipe.amp, help=f"mixed precision: {', '.join(PRECISIONS)}")
     recipe.add_argument("--compile", action="store_true", help="torch.compile the training: slow start, faster epochs")
-    recipe.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="of weights, order, crops, split")
+    recipe.add_argument(
+        "--manualSeed", type=int, default=Recipe.seed, metavar="SEED", help="of weights, order, crops, split"
+    )
     recipe.add_argument("--gpu-id", metavar="ID", help="CUDA device to use, as CUDA_VISIBLE_DEVICES takes it")
     files = parser.add_argument_group("files")
     files.add_argument("-c", "--checkpoint", type=Path, metavar="DIR", help="the run (default: checkpoints/NAME)")
@@ -74,7 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from stripe.data import Loader, load_images
     from stripe.models import create_model
-    from stripe.training import Recipe, TensorBoard, evaluate, fit, processes
+    from stripe.training import TensorBoard, evaluate, fit, processes
 
     process = processes()
     share: dict[str, Any] = {
@@ -170,10 +181,10 @@ def _network(arguments: argparse.Namespace, classes: int) -> dict[str, Any]:
 def _directory(arguments: argparse.Namespace) -> Path:
     """Return the run's directory."""
     data = re.split("[/:]", arguments.dataset.rstrip("/"))[-1]
-    parts = [data, f"{arguments.arch.replace(':', '-')}{arguments.depth if arguments.arch == 'resnet' else ''}"]
-    parts += [arguments.module.replace(":", "-")] * (arguments.module != "none")
-    parts += ["asr"] * arguments.use_asr + ["both"] * arguments.use_both
-    directory: Path = arguments.checkpoint or Path("checkpoints", "-".join(parts))
+    network = f"resnet{arguments.depth}" if arguments.arch == "resnet" else arguments.arch.replace(":", "-")
+    module = "" if arguments.module == "none" else arguments.module.replace(":", "-")
+    parts = [data, network, module, "asr" if arguments.use_asr else "", "both" if arguments.use_both else ""]
+    directory: Path = arguments.checkpoint or Path("checkpoints", "-".join(filter(None, parts)))
     if arguments.use_timestamp:
         directory = directory.with_name(f"{directory.name}-{datetime.now():%Y%m%dT%H%M%S}")
     return directory

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stripe.cli import options
+from stripe.files import write_csv
+from stripe.recipe import PSI_STEPS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         type=options.positive,
-        default=200,
+        default=PSI_STEPS,
         metavar="N",
         help="training steps of psi (separate: batches that channels are matched on)",
     )
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     print_validation(validation)
     print(validation.rule)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    validation.table.to_csv(arguments.out / "validation.csv", index=False)
+    write_csv(arguments.out / "validation.csv", validation.table)
     options.write_json(arguments.out / "validation.json", validation.to_dict())
     options.write_json(arguments.json, validation.to_dict())
     for name, figure in draw(validation):
@@ -102,7 +104,7 @@ def draw(validation: "Validation") -> Iterator[tuple[str, "Figure"]]:
     from stripe.cli.figures import draw_learned
     from stripe.stats import Moments
 
-    stripes = {gate: Moments.of(values) for gate, values in validation.observed.items()}
+    stripes = {gate: Moments.of(validation.observed[gate]) for gate in validation.learned}
     r = dict(zip(validation.table["gate"], validation.table["r"], strict=True))
     yield from draw_learned(validation.learned, stripes, r)
     plt.close("all")

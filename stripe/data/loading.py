@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stripe.data.decoding import Images, decode_ahead
 from stripe.data.images import ImageSet, seeded_generator
+from stripe.recipe import WORKERS
 
 PADDING = 4  # black pixels around an image before its random crop
 
@@ -45,7 +46,7 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 4,
+        workers: int = WORKERS,
         device: torch.device | str = "cpu",
     ) -> None:
         """Prepare batches of `batch_size` for process `rank` of `world_size`.
@@ -114,7 +115,7 @@ class Loader:
     def _place(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to the device, from pinned memory so that nothing waits for the copy."""
         if tensor.device.type == "cpu" and self.device.type == "cuda":
-            tensor = tensor.pin_memory(self.device)
+            tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
 

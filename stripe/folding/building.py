@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from stripe.folding.merging import TOLERANCE, ChannelScale, Merge
 from stripe.folding.tensors import named_tensors, outputs_of, relative_error, tensors_in
-from stripe.gates.gate import Gate
+from stripe.gate import Gate
 from stripe.gates.reading import replace_gates
 from stripe.gates.trace import Images
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stripe.devices import device_of
 from stripe.gates import Gate, read_gates
+from stripe.messages import Progress
 from stripe.stats import Moments, RecordedRun
 
 Array = npt.NDArray[np.floating[Any]]
 Constants = Mapping[str, Array]  # by gate, (C,)
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 WEIGHTINGS = ("mean", "energy")
 
@@ -62,7 +63,7 @@ def measure_gates(
         RuntimeError: the loader is empty.
     """
     sums: dict[str, _Sums] = {gate.name: _Sums(gate.form == "additive") for gate in gates}
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     seen: dict[tuple[str, str], Tensor] = {}
 
     def keep(gate: Gate, kind: str, values: Tensor) -> None:

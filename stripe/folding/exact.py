@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map
 from stripe.folding.building import verified
 from stripe.folding.merging import Merge, Network
 from stripe.folding.tensors import doubled, named_tensors, tensors_in
+from stripe.gate import Gate, name_of
 from stripe.gates.finding import find_gates
-from stripe.gates.gate import Gate
-from stripe.gates.hooks import unwrap
+from stripe.gates.hooks import uncompiled
 from stripe.gates.trace import Images, trace
 
 
@@ -42,41 +42,41 @@ class FoldReport:
 
 
 def fold(
-    model: nn.Module, constants: Mapping[str, Tensor | np.ndarray[Any, Any]], images: Images
+    model: nn.Module, constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], images: Images
 ) -> tuple[nn.Module, FoldReport]:
-    """Replace the gates named in `constants` by these vectors (C,) and merge them into the network's weights.
+    """Replace the gates in `constants` by its vectors (C,), and merge these into the network's weights.
 
-    `images` is a small batch as `find_gates` takes it. Returns a new network and the report. A gate without an exact
-    merge becomes a ChannelScale.
+    The keys of `constants` are gates or their names; `images` is a small batch as `find_gates` takes it. Returns a
+    new network and the report. A gate without an exact merge becomes a ChannelScale.
 
     Raises:
         ValueError: train mode, no gates, an unknown gate, a vector that does not fit or is not finite, or a gate
             that cannot be taken out of the module that applies it.
         ArithmeticError: the folded network differs, even with nothing merged.
     """
-    model = unwrap(model)
+    model = uncompiled(model)
     if training := [path or "model" for path, module in model.named_modules() if module.training]:
         raise ValueError(f"{training[0]} is in train mode, where statistics change: call model.eval() before fold")
     usual = tensors_in(images)[0].dtype
     exact, images = copy.deepcopy(model).double(), tree_map(doubled, images)
     gates = find_gates(exact, images)
     vectors = _checked(gates, constants, tensors_in(images)[0])
-    gates = [gate for gate in gates if gate.name in vectors]
+    chosen = [gate for gate in gates if gate.name in vectors]
     with torch.no_grad():
-        folds = Network(exact, trace(exact, images), gates, vectors).plan()
+        folds = Network(exact, trace(exact, images), chosen, vectors).plan()
         folded, folds, error = verified(exact, images, folds, vectors)
     _cast_like(folded, model, usual)
     return folded, FoldReport(_table(folds), error)
 
 
 def _checked(
-    gates: Sequence[Gate], constants: Mapping[str, Tensor | np.ndarray[Any, Any]], like: Tensor
+    gates: Sequence[Gate], constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], like: Tensor
 ) -> dict[str, Tensor]:
     """Return the constants on the device and of the type of `like`."""
     if not gates:
         raise ValueError("the network has no gates to fold: see stripe.gates.explain_gates for what was looked at")
     channels = {gate.name: gate.channels for gate in gates}
-    vectors = {name: torch.as_tensor(vector).detach().to(like) for name, vector in constants.items()}
+    vectors = {name_of(gate): torch.as_tensor(given).detach().to(like) for gate, given in constants.items()}
     for name, vector in vectors.items():
         if name not in channels:
             raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(channels)}")

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stripe.files import replaced
 from stripe.folding.tensors import relative_error
+from stripe.messages import one_line
 
 ONNX_TOLERANCE = 1e-3
 """Largest relative error, in float32, between a network and its ONNX graph under onnxruntime."""
@@ -38,16 +40,20 @@ class OnnxFile:
 
 def save_weights(model: nn.Module, path: Path) -> Path:
     """Write the state dict as safetensors."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_model
 
-    with _whole(path) as partial:
-        save_model(model, str(partial))
+    with replaced(path) as partial:
+        try:
+            save_model(model, str(partial))
+        except SafetensorError as error:  # a failed write too comes as this, without its number
+            raise OSError(one_line(error)) from error
     return path
 
 
 def save_program(model: nn.Module, images: Tensor, path: Path) -> Path:
     """Write the network as a torch.export program of any batch size; `torch.export.load(path).module()` runs it."""
-    with _whole(path) as partial:
+    with replaced(path) as partial:
         torch.export.save(exported(model, images), str(partial))
     return path
 
@@ -64,7 +70,7 @@ def save_onnx(model: nn.Module, images: Tensor, path: Path) -> OnnxFile:
         raise ModuleNotFoundError(f"ONNX needs {', '.join(missing)}: pip install 'stripe-observation[onnx]'")
     import onnx
 
-    with _whole(path) as partial:
+    with replaced(path) as partial:
         with _quiet():
             program = torch.onnx.export(exported(model, images), (images,), dynamo=True, verbose=False)
         assert program is not None
@@ -95,18 +101,6 @@ def onnx_session(path: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Hand out a temporary name, which becomes `path` when nothing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stripe.folding.tensors import named_tensors, relative_error
+from stripe.gate import Gate, product_of
 from stripe.gates.finding import factors_of, is_alike
-from stripe.gates.gate import Gate
 from stripe.gates.trace import ARITHMETIC, MOVES, Op, Trace, Value
 
 TOLERANCE = 1e-10
@@ -326,7 +326,7 @@ class Network:
 
 def _product(graph: Trace, gate: Gate) -> tuple[Op, int, int]:
     """Return a gate's product, with the positions of gate and feature map among its arguments."""
-    product = gate.product
+    product = product_of(gate)
     call = next(c for c in graph.calls if (c.path, c.index) == (gate.site, product.call))
     alike = []
     for op in graph.ops[call.start :]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stripe.folding.constants import Progress
+from stripe.devices import device_of
+from stripe.messages import Progress
+from stripe.recipe import DISTILL_LR, Recipe
 from stripe.training import TrainingBatches
 
 REESTIMATED = 50  # batches whose statistics are averaged
@@ -34,7 +36,7 @@ def reestimate_norms(model: nn.Module, loader: Iterable[Sequence[Tensor]], *, ba
         norm.train()
     with torch.no_grad():
         for images, *_ in itertools.islice(loader, batches):
-            model(images.to(_device(model)))
+            model(images.to(device_of(model)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
@@ -46,9 +48,9 @@ def distill(
     loader: TrainingBatches,
     *,
     steps: int,
-    lr: float = 0.02,
-    weight_decay: float = 1e-4,
-    amp: str = "no",
+    lr: float = DISTILL_LR,
+    weight_decay: float = Recipe.weight_decay,
+    amp: str = Recipe.amp,
     progress: Progress = iter,
 ) -> nn.Module:
     """Return a copy of `student` trained for some steps to give the logits that `teacher` gives; labels are not used.
@@ -66,11 +68,11 @@ def distill(
     student, teacher = copy.deepcopy(student).train(), teacher.eval()
     weights = [weight.requires_grad_() for weight in student.parameters()]
     optimizer = torch.optim.SGD(weights, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True, fused=True)
-    autocast = torch.autocast(_device(student).type, torch.bfloat16, enabled=amp == "bf16")
+    autocast = torch.autocast(device_of(student).type, torch.bfloat16, enabled=amp == "bf16")
     for step, images in zip(progress(range(steps)), _endless(loader), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr * _rate(step / steps)
-        images = images.to(_device(student))
+        images = images.to(device_of(student))
         with autocast:
             with torch.no_grad():
                 wanted = teacher(images)
@@ -96,7 +98,3 @@ def _endless(loader: TrainingBatches) -> Any:
         loader.set_epoch(epoch)
         for images, *_ in loader:
             yield images
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((weight.device for weight in model.parameters()), torch.device("cpu"))

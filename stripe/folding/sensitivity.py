@@ -9,8 +9,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from stripe.folding.constants import Constants, GateUse, Progress
+from stripe.folding.constants import Constants, GateUse
 from stripe.gates import Gate, replace_gates
+from stripe.messages import Progress
 from stripe.stats import stripe_strength
 
 Metric = Callable[[nn.Module], float]

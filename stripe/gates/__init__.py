@@ -4,11 +4,13 @@
 products are gates, by what is computed and never by class names; `reading` takes or replaces their values.
 """
 
-from stripe.gates.finding import NORMALISERS, explain_gates, find_gates
-from stripe.gates.gate import Candidate, Gate, Product, Tap, table
+from stripe.gate import Gate, Gates, Product, Tap, table
+from stripe.gates.finding import NORMALISERS, Candidate, explain_gates, find_gates
+from stripe.gates.isolating import IsolatedAttention, isolate
 from stripe.gates.reading import read_gates, replace_gates
 
 __all__ = [
-    "NORMALISERS", "Candidate", "Gate", "Product", "Tap", "explain_gates", "find_gates", "read_gates", "replace_gates",
-    "table",
+    "NORMALISERS", "Candidate", "Gate", "Gates", "IsolatedAttention", "Product", "Tap", "explain_gates", "find_gates",
+    "isolate", "read_gates",
+    "replace_gates", "table",
 ]  # fmt: skip

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from stripe.gates.gate import Candidate, Form, Gate, Product, Tap
-from stripe.gates.hooks import unwrap
+from stripe.gate import Form, Gate, Gates, Product, Tap, product_of
+from stripe.gates.hooks import uncompiled
 from stripe.gates.trace import ARITHMETIC, FACTORS, MOVES, Images, Op, Port, Trace, Value, trace
 
 T = TypeVar("T")
@@ -31,15 +31,32 @@ _CHANNELS = "RGC"  # letters of a layout: radix, groups, channels
 _SPACE = {1: "L", 2: "HW", 3: "DHW"}  # and of space, by its number of dimensions
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A product that was looked at: the gate it is, or the reason why it is none.
+
+    `shape` is the supposed attention's, `scaled` that of what it scales. A `hidden` candidate may be a gate, but
+    its feature map is a single pixel at this input size.
+    """
+
+    site: str
+    op: str
+    shape: tuple[int, ...]
+    scaled: tuple[int, ...]
+    gate: Gate | None
+    reason: str
+    hidden: bool = False
+
+
 # ---- finding ----
-def find_gates(model: nn.Module, images: Images, *, normalisers: Collection[str] = ()) -> list[Gate]:
-    """Return the gates of `model` in order of execution, [] when there is none.
+def find_gates(model: nn.Module, images: Images, *, normalisers: Collection[str] = ()) -> Gates:
+    """Return the gates of `model` in order of execution: a list, empty when there is none, that prints as a table.
 
     `images` is a batch as the network takes it, or a tuple or mapping of several inputs; best large and not
     square. `normalisers` adds ATen names (such as "softplus") to NORMALISERS. Raises ValueError when the
     input is so small that gates may hide.
     """
-    graph = trace(unwrap(model), images)
+    graph = trace(uncompiled(model), images)
     candidates = _candidates(graph, normalisers)
     if hidden := dict.fromkeys(candidate.site or "model" for candidate in candidates if candidate.hidden):
         size = "x".join(str(2 * n) for n in graph.inputs[0].shape[2:])
@@ -47,12 +64,12 @@ def find_gates(model: nn.Module, images: Images, *, normalisers: Collection[str]
             f"input too small: what is scaled at {', '.join(hidden)} is a single pixel, where a gate cannot be told;"
             f" use images of at least twice the size, {size}"
         )
-    return [candidate.gate for candidate in candidates if candidate.gate]
+    return Gates(candidate.gate for candidate in candidates if candidate.gate)
 
 
 def explain_gates(model: nn.Module, images: Images, *, normalisers: Collection[str] = ()) -> list[Candidate]:
     """Return every product that might scale channels, in order of execution, accepted or with the reason why not."""
-    return _candidates(trace(unwrap(model), images), normalisers)
+    return _candidates(trace(uncompiled(model), images), normalisers)
 
 
 def _candidates(graph: Trace, normalisers: Collection[str]) -> list[Candidate]:
@@ -344,9 +361,9 @@ def _leads_only_to(graph: Trace, value: Value, op: Op) -> bool:
 def _names(graph: Trace, gates: Sequence[Gate]) -> list[str]:
     """Name gates by site, or by source where a site holds several; "#k" is the site's call, "@j" tells the rest."""
     calls = Counter(call.path for call in graph.calls)
-    held = Counter((gate.site, gate.product.call) for gate in gates)
+    held = Counter((gate.site, product_of(gate).call) for gate in gates)
     names = []
     for gate in gates:
-        path = (gate.source if held[gate.site, gate.product.call] > 1 else None) or gate.site or "model"
-        names.append(f"{path}#{gate.product.call}" if calls[gate.site] > 1 else path)
+        path = (gate.source if held[gate.site, product_of(gate).call] > 1 else None) or gate.site or "model"
+        names.append(f"{path}#{product_of(gate).call}" if calls[gate.site] > 1 else path)
     return [f"{name}@{names[:i].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]

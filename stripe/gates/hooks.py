@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -59,7 +62,48 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.DataParallel):
             raise ValueError("a DataParallel network cannot be read: pass its .module, or use DistributedDataParallel")
         wrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        inner = wrapped or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
+        inner = wrapped or _compiled(model)
+        if inner is None:
             return model
         model = inner
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the eager network: `unwrap`, and where modules inside are compiled, a network of what these wrap.
+
+    Its paths have no `_orig_mod`, and its tensors are the original's.
+    """
+    model = unwrap(model)
+    if all(_compiled(module) is None for module in model.modules()):
+        return model
+    made: dict[nn.Module, nn.Module] = {}
+
+    def eager(module: nn.Module) -> nn.Module:
+        module = unwrap(module)
+        if module not in made:
+            made[module] = module
+            children = {name: None if child is None else eager(child) for name, child in module._modules.items()}
+            if any(children[name] is not child for name, child in module._modules.items()):
+                made[module] = copy.copy(module)
+                made[module]._modules = children
+        return made[module]
+
+    return eager(model)
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a network, for one that is compiled what it wraps, by the paths that `uncompiled` has."""
+    modules = {path: module for path, module in model.named_modules() if _compiled(module) is None}
+    return {".".join(part for part in path.split(".") if part != "_orig_mod"): modules[path] for path in modules}
+
+
+def run_eagerly() -> AbstractContextManager[Any]:
+    """Return a context in which what is compiled runs uncompiled, so that hooks and modes see it."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and asking would load the compiler
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+
+
+def _compiled(model: nn.Module) -> nn.Module | None:
+    """Return what torch.compile wraps; None for a module that it did not make."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None

@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stripe.gate import Gate, Kind, Tap, name_of, product_of
 from stripe.gates.finding import factors_of, is_alike
-from stripe.gates.gate import Gate, Kind, Tap
-from stripe.gates.hooks import Hooks, output_items, unwrap
+from stripe.gates.hooks import Hooks, modules_by_path, output_items, run_eagerly, unwrap
+from stripe.gates.layouts import average, first_entries, flat, like_operand, like_output, mean_square, positions
 from stripe.gates.trace import FACTORS, in_parts, op_name
 
 Sink = Callable[[Gate, Kind, Tensor], None]
@@ -27,28 +28,37 @@ Rows = Callable[[Gate, Tensor], Tensor]
 
 @contextmanager
 def read_gates(
-    model: nn.Module, gates: Sequence[Gate], sink: Sink, *, squeeze: bool = False, energy: bool = False
+    model: nn.Module,
+    gates: Sequence[Gate],
+    sink: Sink,
+    *,
+    squeeze: bool = False,
+    energy: bool = False,
+    maps: bool = False,
 ) -> Iterator[None]:
     """While open, hand every gate's values in every forward of `model` to `sink(gate, kind, values)`.
 
     `values` is a detached copy (N, C) on the network's device: the attention and, with `squeeze`, the feature
-    map averaged over space, with `energy`, its square averaged over space. Raises ValueError when a gate's
+    map averaged over space, with `energy`, its square averaged over space, and with `maps` the feature map itself,
+    (N, C, *space). Raises ValueError when a gate's
     channels are not as found, and RuntimeError when a forward did not pass every gate, or none ran.
     """
     jobs = []
     for gate in gates:
-        jobs.append(_reading(gate, "attention", gate.attention, _flat if gate.attention else _vector, sink))
+        jobs.append(_reading(gate, "attention", gate.attention, flat if gate.attention else first_entries, sink))
         if squeeze:
-            jobs.append(_reading(gate, "squeeze", gate.squeeze, _flat if gate.pooled else _average, sink))
+            jobs.append(_reading(gate, "squeeze", gate.squeeze, flat if gate.pooled else average, sink))
         if energy:
-            jobs.append(_reading(gate, "energy", None, _mean_square, sink))
+            jobs.append(_reading(gate, "energy", None, mean_square, sink))
+        if maps:
+            jobs.append(_reading(gate, "map", None if gate.pooled else gate.squeeze, positions, sink))
     with _watching(model, jobs):
         yield
 
 
 @contextmanager
-def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """While open, let `model` use `values[gate.name]`, (C,) or (N, C), instead of what its gates compute.
+def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[Any, Tensor]) -> Iterator[None]:
+    """While open, let `model` use `values`, by gate or name (C,) or (N, C), instead of what its gates compute.
 
     Gates not named stay as they are. Gradients reach `values` where the gate is a module's output that only
     its product uses (`gate.exclusive`). Raises ValueError for an unknown name, a wrong shape or a gradient
@@ -56,7 +66,7 @@ def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[str, 
     """
     known = {gate.name: gate for gate in gates}
     jobs = []
-    for name, given in values.items():
+    for name, given in ((name_of(gate), given) for gate, given in values.items()):
         if name not in known:
             raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(known)}")
         gate = known[name]
@@ -67,19 +77,19 @@ def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[str, 
             raise ValueError(
                 f"no gradient can reach values of gate {name!r}, which is not a module's output: detach them"
             )
-        shaped = _like_output if gate.exclusive else _like_operand
+        shaped = like_output if gate.exclusive else like_operand
         jobs.append(_Job(gate, "attention", gate.attention if gate.exclusive else None, partial(shaped, gate, given)))
     with _watching(model, jobs):
         yield
 
 
-# ---- from a tensor to (N, C), and back ----
 def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) -> _Job:
     """Make the job that hands rows of a tensor to the sink."""
+    least = 2 if rows is flat else 3
 
     def read(tensor: Tensor) -> None:
-        values = rows(gate, tensor.detach())
-        if values.shape[1:] != (gate.channels,):
+        values = rows(gate, tensor.detach()) if tensor.ndim >= least else None
+        if values is None or values.shape[1] != gate.channels:
             raise ValueError(
                 f"{kind} of gate {gate.name!r} came from a tensor of shape {tuple(tensor.shape)}; expected"
                 f" {gate.channels} channels, as found: call find_gates again with images like these"
@@ -87,54 +97,6 @@ def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) ->
         sink(gate, kind, values.clone())
 
     return _Job(gate, kind, tap, read)
-
-
-def _flat(gate: Gate, tensor: Tensor) -> Tensor:
-    """Rows of a module's tensor that holds nothing but them."""
-    return tensor.flatten(1)
-
-
-def _vector(gate: Gate, operand: Tensor) -> Tensor:
-    """Rows of the gate's operand: its first entry along every dimension of space."""
-    return _rows(gate, operand[tuple(slice(None) if d in "NRGC" else 0 for d in gate.layout)])
-
-
-def _average(gate: Gate, scaled: Tensor) -> Tensor:
-    """Rows of a feature map averaged over space; radix and channels may be one dimension already."""
-    if scaled.ndim < len(gate.layout):
-        return scaled.flatten(2).mean(2)
-    return _rows(gate, scaled.mean([d for d, letter in enumerate(gate.layout) if letter not in "NRGC"]))
-
-
-def _mean_square(gate: Gate, scaled: Tensor) -> Tensor:
-    """Rows of a feature map's squares averaged over space."""
-    return _average(gate, scaled.square())
-
-
-def _rows(gate: Gate, picked: Tensor) -> Tensor:
-    """Merge radix (or groups) and channels, in this order, which a layout may hold in the other."""
-    return (picked.transpose(1, 2) if gate.layout.find("R") > gate.layout.find("C") else picked).flatten(1)
-
-
-def _like_output(gate: Gate, values: Tensor, output: Tensor) -> Tensor:
-    """Values in the shape of the module output that they replace."""
-    return _samples(gate, values, output).reshape(output.shape)
-
-
-def _like_operand(gate: Gate, values: Tensor, operand: Tensor) -> Tensor:
-    """Values in the shape of the gate's operand, broadcast over space."""
-    picked = operand[tuple(slice(None) if d in "NRGC" else slice(1) for d in gate.layout)]
-    rows = _samples(gate, values, operand)
-    if gate.layout.find("R") > gate.layout.find("C"):
-        c, r = gate.layout.index("C"), gate.layout.index("R")
-        rows = rows.unflatten(1, (operand.shape[r], operand.shape[c])).transpose(1, 2)
-    return rows.reshape(picked.shape).expand(operand.shape)
-
-
-def _samples(gate: Gate, values: Tensor, like: Tensor) -> Tensor:
-    if values.ndim == 2 and len(values) != len(like):
-        raise ValueError(f"values of gate {gate.name!r} are of {len(values)} samples; the batch has {len(like)}")
-    return values.to(like).expand(len(like), gate.channels)
 
 
 # ---- watching a network ----
@@ -151,7 +113,9 @@ class _Job:
 @contextmanager
 def _watching(model: nn.Module, jobs: Sequence[_Job]) -> Iterator[None]:
     """Do the jobs in every forward of `model`; see that all are done, and that there is a forward."""
-    with Hooks() as hooks:
+    for job in jobs:
+        product_of(job.gate)
+    with run_eagerly(), Hooks() as hooks:
         watch = _Watch(jobs)
         watch.attach(unwrap(model), hooks)
         try:
@@ -159,7 +123,7 @@ def _watching(model: nn.Module, jobs: Sequence[_Job]) -> Iterator[None]:
         finally:
             watch.close()
     if not watch.forwards:
-        raise RuntimeError("no forward ran through the network while its gates were watched: call it, uncompiled")
+        raise RuntimeError("no forward ran through the network while its gates were watched: call it")
 
 
 class _Watch:
@@ -177,7 +141,7 @@ class _Watch:
         places: defaultdict[tuple[str, str], list[_Job]] = defaultdict(list)
         for job in self._jobs:
             places[(job.tap.path, job.tap.side) if job.tap else (job.gate.site, "product")].append(job)
-        modules = dict(model.named_modules())
+        modules = modules_by_path(model)
         if lost := {job.gate.name: None for (path, _), jobs in places.items() if path not in modules for job in jobs}:
             raise ValueError(f"this network has no gates {', '.join(lost)}: call find_gates on it")
         hooks.before(model, self._begin)
@@ -203,8 +167,8 @@ class _Watch:
     def _end(self, output: Any) -> None:
         if missing := dict.fromkeys(job.gate.name for job in self._jobs if job in self._due):
             raise RuntimeError(
-                f"the forward did not pass {', '.join(missing)}: read a compiled network uncompiled, and call"
-                " find_gates again when the network or the shape of its input has changed"
+                f"the forward did not pass {', '.join(missing)}: call find_gates"
+                " again when the network or the shape of its input has changed"
             )
         self.forwards += 1
 
@@ -225,8 +189,8 @@ class _Watch:
         """Do the jobs due at this call; return the items with the results in place, None when there is none."""
         replaced = None
         for job in jobs:
-            if job.tap and job.tap.call == call and job.tap.position < len(items):
-                result = job.act(items[job.tap.position])
+            if job.tap and job.tap.call == call and isinstance(item := _item(items, job.tap.position), Tensor):
+                result = job.act(item)
                 self._due.discard(job)
                 if result is not None:
                     replaced = replaced or [*items]
@@ -235,13 +199,17 @@ class _Watch:
 
     def _at_site(self, path: str, jobs: list[_Job], args: tuple[Any, ...]) -> None:
         call = self._call(path, "product")
-        if wanted := [job for job in jobs if job.gate.product.call == call]:
+        if wanted := [job for job in jobs if product_of(job.gate).call == call]:
             self._modes.append((path, ExitStack()))
             self._modes[-1][1].enter_context(_Products(wanted, self._due))
 
     def _after_site(self, path: str, output: Any) -> None:
         if self._modes and self._modes[-1][0] == path:
             self._modes.pop()[1].close()
+
+
+def _item(items: Sequence[Any], position: int) -> Any:
+    return items[position] if position < len(items) else None
 
 
 class _Products(TorchDispatchMode):
@@ -269,7 +237,8 @@ class _Products(TorchDispatchMode):
 
     def _meet(self, job: _Job, name: str, factors: tuple[Tensor, Tensor], func: Any, args: Any) -> Any:
         """Do the job if this is its product; return the arguments, with the result in place if there is one."""
-        product, gate = job.gate.product, factors[job.gate.product.operand]
+        product = product_of(job.gate)
+        gate = factors[product.operand]
         if name != product.op or not is_alike(job.gate.layout, product.copied, gate.shape, gate.stride()):
             return args
         self._seen[job] += 1

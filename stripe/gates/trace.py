@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stripe.gates.hooks import Hooks, output_items
+from stripe.gates.hooks import Hooks, output_items, run_eagerly
 
 Images = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example input: a tensor, or several as positional (tuple, list) or keyword (mapping) arguments."""
@@ -169,7 +169,7 @@ def trace(model: nn.Module, images: Images) -> Trace:
     if not example or not example[0].ndim:
         raise ValueError(f"images must be a batch, or a tuple or mapping with one; received {type(images).__name__}")
     recorder = _Recorder(model, example)
-    with _left_as_found(model), torch.no_grad(), Hooks() as hooks:
+    with _left_as_found(model), torch.no_grad(), run_eagerly(), Hooks() as hooks:
         recorder.follow(model, hooks)
         with recorder:
             if isinstance(images, Mapping):

@@ -7,8 +7,9 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stripe.asr.layers import PSI_INIT, asr_layers, channels_of, wrap
+from stripe.asr.layers import asr_layers, channels_of, wrap
 from stripe.attention import create_attention
+from stripe.recipe import PSI_INIT
 
 WIDTHS = (16, 32, 64)
 

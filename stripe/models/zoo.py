@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stripe.attention import ATTENTION, create_attention
 from stripe.checkpoints import read_tensors
+from stripe.messages import one_line
 from stripe.models.resnet import BLOCKS, WIDTHS, ResNet, block_of, depth_of
 
 ARCHITECTURES: dict[str, type[ResNet]] = {"resnet": ResNet}
@@ -90,7 +91,7 @@ def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkp
         model = _declared_model(description.get("model", {}), state, path) if arch is None else _named_model(arch)
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path}: weights do not fit {arch or 'its network'}: {_one_line(error)}") from error
+        raise ValueError(f"{path}: weights do not fit {arch or 'its network'}: {one_line(error)}") from error
     known = {} if arch is None else _describe(model, arch)
     return Checkpoint(model.eval(), content["epoch"], known | description)
 
@@ -202,7 +203,7 @@ def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: P
     except RuntimeError:
         raise
     except Exception as error:  # what a file declares fails in many ways
-        raise ValueError(f"{path}: the network that it declares cannot be built: {_one_line(error)}") from error
+        raise ValueError(f"{path}: the network that it declares cannot be built: {one_line(error)}") from error
 
 
 def _require_shapes(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -235,7 +236,7 @@ def _hub_model(spec: str, **options: Any) -> nn.Module:
     except ImportError as error:
         raise ValueError(f"'{spec}' needs {library}: pip install 'stripe-observation[hub]'") from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot build '{spec}': {_one_line(error)}") from error
+        raise ValueError(f"cannot build '{spec}': {one_line(error)}") from error
 
 
 def _is_name(spec: str) -> bool:
@@ -254,7 +255,7 @@ def _made_model(spec: str) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module), factory)()
     except Exception as error:  # the user's code fails as it likes
-        raise ValueError(f"cannot build '{spec}': {type(error).__name__}: {_one_line(error)}") from error
+        raise ValueError(f"cannot build '{spec}': {type(error).__name__}: {one_line(error)}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not isinstance(model, nn.Module):
@@ -282,7 +283,3 @@ def _torchvision_input(name: str) -> dict[str, Any]:
     preset = weights["DEFAULT"].transforms() if len(weights) else None
     size = getattr(preset, "crop_size", [IMAGENET["size"]])[0]
     return {key: list(getattr(preset, key, IMAGENET[key])) for key in ("mean", "std")} | {"size": size}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

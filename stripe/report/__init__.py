@@ -10,23 +10,22 @@ import base64
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stripe import plots
+from stripe.files import write_text
+from stripe.messages import Progress
+from stripe.recipe import SETTLED_DRIFT
 from stripe.report.content import about, address, describe_gates, document, judged, learned_vectors, shown_epochs
 from stripe.report.panels import sample_panels
 from stripe.store import Run
 
 LIMIT = 10_000_000  # bytes of the page
-SETTLED_DRIFT = 0.01  # a gate has settled once its drift stays below
 RESERVE = 20_000  # bytes for what the panels say of themselves beside their values
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _HERE = Path(__file__).parent
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
@@ -74,16 +73,7 @@ def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:
     """Write ``render(run, **choices)`` to `path`, whole or not at all; OSError where that cannot be."""
     path = Path(path)
     page = render(run, **choices)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", encoding="utf-8", delete=False) as file:
-        try:
-            file.write(page)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_text(path, page)
     return path
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from stripe.gate import Gate, name_of
 from stripe.stats.arithmetic import mean_of
 from stripe.stats.flags import flags
 from stripe.stats.intervals import CONFIDENCE, strength_interval
@@ -58,7 +59,7 @@ def summarize(
     run: RecordedRun,
     *,
     epochs: Sequence[int] | None = None,
-    gates: Sequence[str] | None = None,
+    gates: Sequence[Gate | str] | None = None,
     rank: bool = False,
     confidence: float = CONFIDENCE,
 ) -> pd.DataFrame:
@@ -70,7 +71,7 @@ def summarize(
     Args:
         run: what `stripe.open_run` returns.
         epochs: the finished ones by default.
-        gates: names; all by default.
+        gates: of the run, or their names; all by default.
         rank: take the effective rank as well, which reads a gate's rows at a time; NaN without it.
         confidence: of the strength's interval.
 
@@ -86,7 +87,7 @@ def summarize(
         >>> summarize(stripe.open_run("runs/probe"))[["epoch", "gate", "strength", "cv", "flags"]]
     """
     known = {gate.name: gate for gate in run.gates}
-    chosen = list(known.values()) if gates is None else [known[name] for name in gates]
+    chosen = list(known.values()) if gates is None else [known[name_of(gate)] for gate in gates]
     epochs = run.epochs if epochs is None else epochs
     return tabulate(
         measured for epoch in epochs for measured in measure(run, epoch, chosen, rank=rank, confidence=confidence)

@@ -18,7 +18,6 @@ from stripe.store.manifest import (
     UNKNOWN_LABEL,
     VALUE_TYPES,
     Epoch,
-    GateColumn,
     Manifest,
     Part,
 )
@@ -29,6 +28,5 @@ from stripe.store.writing import RunWriter
 
 __all__ = [
     "CONTENTS", "KINDS", "SCHEMA_VERSION", "UNKNOWN_LABEL", "VALUE_TYPES", "Epoch", "EpochCheck", "EpochWriter",
-    "GateColumn", "Manifest", "Part", "Run", "RunCheck", "RunWriter", "Table", "check_run", "find_tables", "open_run",
-    "repair_run",
+    "Manifest", "Part", "Run", "RunCheck", "RunWriter", "Table", "check_run", "find_tables", "open_run", "repair_run",
 ]  # fmt: skip

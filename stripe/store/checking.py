@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from stripe.messages import listing, one_line, require
 from stripe.store.directory import ROOTS, Directory, out_of_reach
 from stripe.store.manifest import (
     MANIFEST,
@@ -30,7 +31,6 @@ from stripe.store.manifest import (
 )
 from stripe.store.parts import measure, measuring, parse_footer, read_footer, write_moments
 from stripe.store.reading import measure_rows, read_moments, read_part, to_block
-from stripe.store.refusals import listing, one_line, require
 
 DAMAGED = ".damaged"
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from pyarrow import fs
 
+from stripe.messages import one_line, require_count
 from stripe.store.manifest import FOLDERS, MANIFEST, MOMENTS_FOLDER, PART_NAME, Manifest, epoch_number
-from stripe.store.refusals import one_line, require_count
 
 STAGING = ".unfinished"
 ROOTS = sorted({*FOLDERS.values()})

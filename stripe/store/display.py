@@ -1,13 +1,11 @@
 """How a run looks in a notebook: what its manifest says, as HTML in which every name is escaped."""
 
 import html
-from dataclasses import asdict
 from typing import Any
 
-import pandas as pd
-
+from stripe.gate import table
+from stripe.messages import listing
 from stripe.store.manifest import KINDS, Manifest
-from stripe.store.refusals import listing
 
 ROWS = 12  # gates shown; of more the middle is left out
 
@@ -25,7 +23,7 @@ def run_html(path: str, manifest: Manifest) -> str:
         "gates": f"{len(manifest.gates)}, {sum(gate.channels for gate in manifest.gates)} channels",
     }
     head = "<br>".join(f"<b>{name}</b> {html.escape(fact)}" for name, fact in facts.items())
-    gates = pd.DataFrame([asdict(gate) for gate in manifest.gates])
+    gates = table(manifest.gates)
     return f"<p>{head}</p>{gates.to_html(max_rows=ROWS)}"
 
 

@@ -6,14 +6,15 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 
+from stripe.gate import Form, Gate, Product, Tap
+from stripe.messages import listing, one_line, require, require_count, require_unique
 from stripe.store.moments import MOMENTS_SCHEMA
-from stripe.store.refusals import listing, one_line, require, require_count, require_unique
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 UNKNOWN_LABEL = -1
 VALUE_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 KINDS = ("attention", "squeeze")
@@ -27,25 +28,7 @@ MOMENTS_FOLDER, MOMENTS_SUFFIX = ".moments", ".moments"  # of the files beside p
 PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
 MAX_CHANNELS = 2**20  # this and the next refuse a hostile manifest, far above any real one
 MAX_COUNT = 2**50
-
-
-@dataclass(frozen=True)
-class GateColumn:
-    """A recorded gate: its unique name, its number of channels, and where the network computes it."""
-
-    name: str
-    channels: int
-    layout: str = "NCHW"
-    form: str = "multiplicative"
-    source: str | None = None
-    site: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot name or size a column (ValueError)."""
-        for text in (self.name, self.layout, self.form, self.source or "", self.site or ""):
-            require(type(text) is str and text.isprintable(), f"gate text {text!r:.80}: expected printable text")
-        require(0 < len(self.name) <= 1000, f"gate name {self.name!r:.80}: expected 1 to 1000 characters")
-        require_count(self.channels, 1, MAX_CHANNELS, f"channels of gate '{self.name:.80}'")
+LAYOUT = re.compile(r"N(?=[^C]*C[^C]*$)[RGCDHWLS]{1,15}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,7 @@ class Manifest:
     seeds: dict[str, Any]
     dtype: str
     squeeze: bool
-    gates: tuple[GateColumn, ...]
+    gates: tuple[Gate, ...]
     contents: str = CONTENTS[0]
     epochs: tuple[Epoch, ...] = ()
 
@@ -119,16 +102,20 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Parse run.json strictly: anything but a manifest of this version is a ValueError of one line."""
+        """Parse run.json strictly: anything but a manifest of this version, or one before, is a ValueError of one line.
+
+        Version 1 said less of a gate; its gates come without what a network would have to be read by.
+        """
         try:
             record = json.loads(text)
-            require_count(record["schema"], SCHEMA_VERSION, SCHEMA_VERSION, "schema version")
-            gates = tuple(GateColumn(**gate) for gate in record["gates"])
+            require_count(record["schema"], 1, SCHEMA_VERSION, "schema version")
+            read_gate = _gate if record["schema"] == SCHEMA_VERSION else _gate_of_version_1
+            gates = tuple(read_gate(**gate) for gate in record["gates"])
             epochs = tuple(
                 Epoch(**{**epoch, "parts": tuple(Part(**part) for part in epoch["parts"])})
                 for epoch in record["epochs"]
             )
-            return cls(**{**record, "gates": gates, "epochs": epochs})
+            return cls(**{**record, "schema": SCHEMA_VERSION, "gates": gates, "epochs": epochs})
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
             remedy = "rebuild it with `stripe check --repair`, upgrade stripe, or record anew"
@@ -170,6 +157,58 @@ class Manifest:
                 vectors = pa.list_(value, gate.channels)
                 columns.append(pa.field(f"{kind}:{gate.name}", vectors, nullable=False))
         return pa.schema(columns, metadata={ORIGIN: self.origin()})
+
+
+# ---- gates, as run.json holds them ----
+def _gate(*, product: Any, attention: Any, squeeze: Any, after: Any, **plain: Any) -> Gate:
+    """Build a gate from the object in run.json, checked field by field."""
+    require(type(after) is list, f"layers after a gate {after!r:.80}: expected a list")
+    gate = Gate(
+        **plain,
+        after=tuple(after),
+        product=None if product is None else Product(**product),
+        attention=None if attention is None else Tap(**attention),
+        squeeze=None if squeeze is None else Tap(**squeeze),
+    )
+    require_gate(gate)
+    return gate
+
+
+def _gate_of_version_1(
+    *, name: str, channels: int, layout: str, form: Any, source: str | None, site: str | None
+) -> Gate:
+    """Build a gate from what the first version said of it: where its attention comes from, but not how to meet it."""
+    attention = None if source is None else Tap(source, call=0, side="output", position=0)
+    gate = Gate(name, channels, form, layout, "" if site is None else site, attention=attention)
+    require_gate(gate)
+    return gate
+
+
+def require_gate(gate: Gate) -> None:
+    """Refuse a gate that cannot name or size a column, or lead a hook to its place (ValueError)."""
+    require(
+        type(gate.name) is str and 0 < len(gate.name) <= 1000,
+        f"gate name {gate.name!r:.80}: expected 1 to 1000 characters",
+    )
+    what = f"gate '{gate.name:.80}'"
+    taps = [tap for tap in (gate.attention, gate.squeeze) if tap is not None]
+    operation = gate.product or Product(0, "mul", 0, 0, copied=False)
+    paths = [gate.site, "" if gate.before is None else gate.before, *gate.after, *(tap.path for tap in taps)]
+    for text in (gate.name, *paths, operation.op):
+        fit = type(text) is str and len(text) <= 1000 and text.isprintable()
+        require(fit, f"text {text!r:.80} of {what}: expected printable text of at most 1000 characters")
+    require_count(gate.channels, 1, MAX_CHANNELS, f"channels of {what}")
+    for choice, known in [(gate.form, get_args(Form)), *((tap.side, ("input", "output")) for tap in taps)]:
+        require(choice in known, f"{choice!r:.80} in {what}; expected one of {listing(known)}")
+    named = type(gate.layout) is str and LAYOUT.fullmatch(gate.layout)
+    require(named, f"layout {gate.layout!r:.80} of {what}: expected N, then C once among the other dimensions")
+    for count in (operation.call, operation.ordinal, *(n for tap in taps for n in (tap.call, tap.position))):
+        require_count(count, 0, MAX_COUNT, f"call or position in {what}")
+    require_count(operation.operand, 0, 1, f"operand of {what}")
+    for flag in (operation.copied, gate.pooled, gate.exclusive):
+        require(type(flag) is bool, f"{flag!r:.80} in {what}: expected true or false")
+    require(not gate.exclusive or gate.source is not None, f"{what} is exclusive but has no module's output")
+    require(not gate.pooled or gate.squeeze, f"{what} is pooled but has no tensor of it")
 
 
 def epoch_name(epoch: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stripe.store.refusals import require
+from stripe.messages import require
 
 if TYPE_CHECKING:
     from stripe.stats import Groups, Moments

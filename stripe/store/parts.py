@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stripe.messages import require
 from stripe.store.directory import Directory
 from stripe.store.manifest import MOMENTS_SUFFIX, Manifest
 from stripe.store.moments import MOMENTS_SCHEMA, to_table
-from stripe.store.refusals import require
 
 if TYPE_CHECKING:
     from stripe.stats import GateMoments, Moments

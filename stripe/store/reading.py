@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stripe.gate import Gate, Gates, name_of
+from stripe.messages import listing, one_line, require
 from stripe.store.directory import Directory, out_of_reach
 from stripe.store.display import run_html
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest, Part
 from stripe.store.moments import MOMENTS_SCHEMA, from_table
 from stripe.store.parts import Block, measure, measuring, parse_footer, read_footer
-from stripe.store.refusals import listing, one_line, require
 
 if TYPE_CHECKING:
     from stripe.stats import Moments
@@ -44,7 +45,7 @@ class Run:
         self.manifest = directory.read_manifest()
         self.model = self.manifest.model
         self.data = self.manifest.data
-        self.gates = list(self.manifest.gates)
+        self.gates = Gates(self.manifest.gates)
         self.has_samples = self.manifest.has_samples
         self.epochs = sorted(epoch.epoch for epoch in self.manifest.epochs)
 
@@ -81,16 +82,16 @@ class Run:
         known = [table["label"].fill_null(UNKNOWN_LABEL).to_numpy() for table in tables]
         return np.concatenate(known).astype(np.int64)
 
-    def attention(self, gate: str, epoch: int) -> NDArray[np.float32]:
+    def attention(self, gate: Gate | str, epoch: int) -> NDArray[np.float32]:
         """Return the attention vectors of a gate, (N, C)."""
-        return np.concatenate([batch[gate] for batch in self.batches(epoch, [gate])])
+        return np.concatenate([batch[name_of(gate)] for batch in self.batches(epoch, [gate])])
 
-    def squeeze(self, gate: str, epoch: int) -> NDArray[np.float32]:
+    def squeeze(self, gate: Gate | str, epoch: int) -> NDArray[np.float32]:
         """Return what a gate scales, averaged over space, (N, C); ValueError when it was not recorded."""
-        return np.concatenate([batch[gate] for batch in self.batches(epoch, [gate], kind="squeeze")])
+        return np.concatenate([batch[name_of(gate)] for batch in self.batches(epoch, [gate], kind="squeeze")])
 
     def batches(
-        self, epoch: int, gates: Sequence[str] | None = None, kind: str = "attention"
+        self, epoch: int, gates: Sequence[Gate | str] | None = None, kind: str = "attention"
     ) -> Iterator[dict[str, NDArray[np.float32]]]:
         """Iterate over row groups, each gate name -> (n, C), read-only; memory stays at one row group.
 
@@ -105,7 +106,7 @@ class Run:
         tables = self._sample_tables(epoch, [f"{kind}:{gate}" for gate in chosen])
         return ({gate: _to_numpy(table[f"{kind}:{gate}"], n) for gate, n in chosen.items()} for table in tables)
 
-    def to_pandas(self, gate: str, epoch: int) -> pd.DataFrame:
+    def to_pandas(self, gate: Gate | str, epoch: int) -> pd.DataFrame:
         """Return a tidy frame, one row per sample and channel.
 
         Columns: epoch, gate, sample, label (missing where unknown), channel, attention and, when recorded, squeeze.
@@ -115,7 +116,7 @@ class Run:
         labels = np.repeat(self.labels(epoch), channels)
         columns = {
             "epoch": epoch,
-            "gate": gate,
+            "gate": name_of(gate),
             "sample": np.repeat(self.samples(epoch), channels),
             "label": pd.arrays.IntegerArray(labels, labels == UNKNOWN_LABEL),
             "channel": np.tile(np.arange(channels), samples),
@@ -126,7 +127,7 @@ class Run:
         return pd.DataFrame(columns)
 
     def moments(
-        self, epochs: Sequence[int] | None = None, gates: Sequence[str] | None = None
+        self, epochs: Sequence[int] | None = None, gates: Sequence[Gate | str] | None = None
     ) -> dict[tuple[int, str], Moments]:
         """Return the moments of each epoch and gate: those kept beside the rows, or measured from rows without them."""
         chosen = self._channels(gates)
@@ -143,12 +144,13 @@ class Run:
             found = measure_rows(self._directory, self.manifest, epoch, part, gates)
         return {gate: found[gate] for gate in gates}
 
-    def _channels(self, gates: Sequence[str] | None) -> dict[str, int]:
+    def _channels(self, gates: Sequence[Gate | str] | None) -> dict[str, int]:
         """Return the channels of the gates asked for, by name; all by default."""
         channels = {gate.name: gate.channels for gate in self.gates}
-        for gate in gates or ():
-            require(gate in channels, f"run '{self.path}' has no gate '{gate}'; it has {listing(channels)}")
-        return channels if gates is None else {gate: channels[gate] for gate in gates}
+        names = channels if gates is None else [name_of(gate) for gate in gates]
+        for name in names:
+            require(name in channels, f"run '{self.path}' has no gate '{name:.80}'; it has {listing(channels)}")
+        return {name: channels[name] for name in names}
 
     def _sample_tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         require(

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from stripe.messages import only, require, require_unique
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest
 from stripe.store.parts import PartWriter
-from stripe.store.refusals import only, require, require_unique
 
 ROW_GROUP_BYTES = 8 * 2**20  # of values: recording holds two row groups in memory, reading holds one
 

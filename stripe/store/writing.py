@@ -17,6 +17,8 @@ from typing import Any, Self
 import numpy as np
 import pyarrow.parquet as pq
 
+from stripe.gate import Gate
+from stripe.messages import listing, only, require, require_count
 from stripe.store.directory import ROOTS, STAGING, Directory
 from stripe.store.manifest import (
     CONTENTS,
@@ -25,14 +27,12 @@ from stripe.store.manifest import (
     MOMENTS_SUFFIX,
     SCHEMA_VERSION,
     Epoch,
-    GateColumn,
     Manifest,
     Part,
     epoch_name,
     rank_and_sequence,
 )
 from stripe.store.parts import PartWriter, parse_footer, read_footer
-from stripe.store.refusals import listing, only, require, require_count
 from stripe.store.rows import EpochWriter
 
 DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
@@ -51,7 +51,7 @@ class RunWriter:
         *,
         model: Mapping[str, Any],
         data: Mapping[str, Any],
-        gates: Sequence[GateColumn],
+        gates: Sequence[Gate],
         squeeze: bool = False,
         dtype: str = "float32",
         contents: str = CONTENTS[0],
