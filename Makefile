@@ -17,6 +17,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deno fmt --check --line-width 120 stripe/report/page.js stripe/report/page.css
+	$(BIN)/deno lint stripe/report/page.js
 
 study: .venv/installed
 	$(BIN)/python scripts/study.py forms --seeds 1 2 3

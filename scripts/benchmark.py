@@ -42,7 +42,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     chosen = parser.parse_args(argv)
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output.add_argument("--device", choices=("cpu", "cuda"), help="where to measure (default: a GPU if there is one)")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the record of every round there")
+    output.add_argument("--csv", type=Path, metavar="FILE", help="write a table with headings for people there")
     add_traceback(output)
     if output.parse_known_args(chosen.arguments)[0].device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any benchmark, or a process of its, looks for a GPU
@@ -63,9 +64,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and device_name() is None:
         raise ValueError("--device cuda: there is no CUDA device here; leave it out to measure on the processor")
     result = import_module(f"benchmarks.{arguments.benchmark}").run(arguments)
+    record = {"benchmark": arguments.benchmark, "arguments": arguments.words, "device": device()}
+    record |= {"versions": versions(), "rows": result.rows}
     if arguments.json:
-        content = {"benchmark": arguments.benchmark, "arguments": arguments.words}
-        write_json(arguments.json, content | {"device": device(), "versions": versions(), "rows": result.rows})
+        write_json(arguments.json, record)
+    files, table = import_module("studies.table"), import_module("benchmarks.tables").table(record)
+    print(table.drop(columns=[*files.PROVENANCE]).to_string(index=False))
+    if arguments.csv:
+        files.write(table, arguments.csv)
     return int(result.failed)
 
 

@@ -17,7 +17,7 @@ STUDIES = {
     "coverage": "simulate gates of known strength: how often does the interval hold it?",
     "constancy": "compare the first and last epoch of runs: does attention vary less over images at the end?",
     "losses": "run the tests that kill, damage and mislead, and count what they tried",
-    "check": "recompute every figure between study marks of README.md from the tables; exit code 1 if one differs",
+    "check": "make every table of the pages and every derived CSV anew from the records; exit code 1 if one differs",
 }
 INTERRUPTED = "interrupted: rows that were finished are kept, the same command goes on"
 

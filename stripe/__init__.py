@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         cluster,
         data,
         examples,
+        figures,
         folding,
         gate,
         gates,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from stripe.memory import keep_memory
     from stripe.recorder import Recorder, RecorderCallback
     from stripe.store import Run, open_run
+    from stripe.timing import interleave
 
 __version__ = "0.1.0"
 
@@ -44,19 +46,20 @@ _HOMES = {
     "Run": "stripe.store",
     "find_gates": "stripe.gates",
     "fold": "stripe.folding",
+    "interleave": "stripe.timing",
     "keep_memory": "stripe.memory",
     "load_example": "stripe.examples",
     "open_run": "stripe.store",
 }
 _ROOMS = (
-    "asr", "attention", "checkpoints", "cluster", "data", "examples", "folding", "gate", "gates", "models", "plots",
-    "recorder", "report", "stats", "store", "training",
+    "asr", "attention", "checkpoints", "cluster", "data", "examples", "figures", "folding", "gate", "gates", "models",
+    "plots", "recorder", "report", "stats", "store", "training",
 )  # fmt: skip
 
 __all__ = [
     "Gate", "Recorder", "RecorderCallback", "Run", "asr", "attention", "checkpoints", "cluster", "data", "examples",
-    "find_gates", "fold", "folding", "gate", "gates", "keep_memory", "load_example", "models", "open_run", "plots",
-    "recorder", "report", "stats", "store", "training",
+    "figures", "find_gates", "fold", "folding", "gate", "gates", "interleave", "keep_memory", "load_example", "models",
+    "open_run", "plots", "recorder", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Replace a file by `content` as JSON; numbers that JSON does not have (NaN, infinity) become null."""
     write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
 

@@ -1,8 +1,12 @@
-"""Figures of stripes. Finished numbers in, Axes or Figure out: no statistic, no file, no global setting."""
+"""Figures of stripes. Finished numbers in, Axes or Figure out: no statistic, no file, no global setting.
+
+seaborn draws what maps columns of a table to colours, marks and dashes: curves and scatter. It is loaded by the first
+figure that needs it, and is never left to estimate or resample anything.
+"""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, takewhile
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,13 +22,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.typing import ColorType
 
 from stripe.gate import name_of
 
 COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.9  # inches: one column and both columns of a printed page
 LABEL_SIZE, TICK_SIZE = 8, 7  # points
 HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey: not finite
-OBSERVED, LEARNED = "#0072B2", "#D55E00"  # blue and vermilion, told apart by every kind of colour vision
+OBSERVED, LEARNED = "#0173B2", "#D55E00"  # blue and vermilion of seaborn's colour-blind palette
 LEGEND_ROOM = 8  # more gates than this are named by a colour bar
 
 Array = npt.NDArray[np.floating]
@@ -39,13 +44,19 @@ def stripe_heatmap(
     ax: Axes | None = None,
     title: str = "",
     label: str = "attention",
-    vmin: float | None = 0.0,
-    vmax: float | None = 1.0,
+    vmin: float | None = None,
+    vmax: float | None = None,
 ) -> Axes:
     """Draw values (N, C) as image index x channel index; equal rows show as vertical stripes.
 
     A pixel shows one measured value, never a mean of neighbours, which would make stripes look cleaner than
-    they are. Colours span [0, 1] so that figures compare; a limit of None is taken from the values.
+    they are. Colours span the values, as the colour bar says; give `vmin` and `vmax` so that figures compare.
+
+    Example:
+        >>> import stripe
+        >>> run = stripe.load_example("cifar10-se-resnet20")
+        >>> ax = stripe.plots.stripe_heatmap(run.attention("layer1.0", 20), title="layer1.0, epoch 20")
+        >>> ax.figure.savefig("/dev/null", format="png")
     """
     ax = _axes(ax, height=2.4)
     image = _draw_heatmap(ax, _matrix("values", values), vmin, vmax)
@@ -187,8 +198,10 @@ def learned_over_stripe(
     ax = _axes(ax, height=2.4)
     order, rank = np.argsort(mean, kind="stable"), np.arange(mean.size)
     learned, mean, std = learned[order], mean[order], std[order]
-    ax.plot(rank, learned, color=LEARNED, linestyle="", marker=".", markersize=3, label="learned vector")
-    ax.plot(rank, mean, color=OBSERVED, linewidth=1, label="observed stripe")
+    import seaborn as sns
+
+    sns.scatterplot(x=rank, y=learned, color=LEARNED, s=8, linewidth=0, zorder=3, label="learned vector", ax=ax)
+    sns.lineplot(x=rank, y=mean, estimator=None, color=OBSERVED, linewidth=1, label="observed stripe", ax=ax)
     ax.fill_between(rank, mean - std, mean + std, color=OBSERVED, alpha=0.25, linewidth=0, label="\u00b1 1 std")
     _dress(ax, "channel, sorted by observed stripe", "attention", title)
     _legend_below(ax)
@@ -202,17 +215,24 @@ def learned_scatter(
 
     Gates are told apart, since those that differ in their mean correlate when pooled, whatever their channels do.
     """
+    import seaborn as sns
+
     beside = len(vectors) > LEGEND_ROOM  # the gates' names, not below
     ax = _axes(ax, height=COLUMN_WIDTH * 0.8 if beside else COLUMN_WIDTH + 0.4)
-    names = [name_of(gate) for gate in vectors]
-    for gate, (learned, mean), color in zip(names, vectors.values(), _sequence(len(vectors)), strict=True):
-        learned, mean = _vectors(**{f"learned of {gate}": learned, f"stripe of {gate}": mean})
-        ax.plot(mean, learned, color=color, linestyle="", marker=".", markersize=4, alpha=0.8)
+    pairs = {
+        name_of(gate): _vectors(**{f"learned of {name_of(gate)}": learned, f"stripe of {name_of(gate)}": mean})
+        for gate, (learned, mean) in vectors.items()
+    }
+    points = pd.concat(
+        [pd.DataFrame({"gate": gate, "x": mean, "y": learned}) for gate, (learned, mean) in pairs.items()]
+    )
+    colors = dict(zip(pairs, _gate_colors(len(pairs)), strict=True))
+    sns.scatterplot(points, x="x", y="y", hue="gate", palette=colors, s=8, linewidth=0, alpha=0.8, legend=False, ax=ax)
     limits = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
     _dress(ax, "observed stripe", "learned vector", title)
-    if len(vectors) > 1:
-        _name_gates(ax, names)
-    ax.plot(limits, limits, color="0.5", linewidth=0.8, zorder=1)
+    if len(pairs) > 1:
+        _name_gates(ax, list(pairs))
+    ax.plot(limits, limits, color="0.5", linewidth=0.8, zorder=0)
     ax.set(xlim=limits, ylim=limits, aspect="equal")
     return ax
 
@@ -225,10 +245,12 @@ def strength_by_gate(table: pd.DataFrame, *, ax: Axes | None = None, title: str 
     if table["gate"].duplicated().any():
         epochs = table["epoch"].unique().tolist()
         raise ValueError(f"table holds epochs {epochs}; expected one row a gate: select one epoch")
+    import seaborn as sns
+
     ax = _axes(ax, height=0.8 + 0.14 * len(table))
     rows, names = np.arange(len(table)), _short_names(list(table["gate"]))
     ax.hlines(rows, table["strength_low"], table["strength_high"], color=OBSERVED, linewidth=1)
-    ax.plot(table["strength"], rows, color=OBSERVED, linestyle="", marker="o", markersize=3)
+    sns.scatterplot(x=table["strength"].to_numpy(), y=rows, color=OBSERVED, s=12, linewidth=0, ax=ax)
     ax.set(xlim=(0, 1), ylim=(len(table) - 0.5, -0.5))
     ax.set_yticks(rows, names)
     _dress(ax, "stripe strength", "gate", title)
@@ -262,51 +284,89 @@ def drift_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str
 
 def training_curves(metrics: Mapping[str, pd.DataFrame], *, title: str = "") -> Figure:
     """Draw loss and accuracy over epochs from {label: rows of a run's metrics.csv}."""
+    import seaborn as sns
+
     fig, axes = plt.subplots(1, 2, figsize=(PAGE_WIDTH, 2.8), layout="constrained")
-    for split, name, style in (("train", "training", "--"), ("val", "validation", "-")):
-        for (label, rows), color in zip(metrics.items(), _sequence(len(metrics)), strict=True):
-            for ax, quantity in zip(axes, ("loss", "accuracy"), strict=True):
-                curve = rows[f"{split}_{quantity}"]
-                ax.plot(rows["epoch"], curve, style, color=color, linewidth=1, label=f"{label}, {name}")
-    for ax, label in zip(axes, ("loss", "accuracy (%)"), strict=True):
+    parts = {"train": "training", "val": "validation"}
+    for ax, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        curves = pd.concat(
+            rows[["epoch"]].assign(run=label, images=images, value=rows[f"{part}_{quantity}"])
+            for label, rows in metrics.items()
+            for part, images in parts.items()
+        )
+        sns.lineplot(
+            _stretches(curves, ["run", "images"], "value"), x="epoch", y="value", hue="run", style="images",
+            style_order=["validation", "training"], palette=_gate_colors(len(metrics)), units="stretch",
+            estimator=None, linewidth=1, legend="full" if ax is axes[1] else False, ax=ax,
+        )  # fmt: skip
         _tick_integers(ax.xaxis)
-        _dress(ax, "epoch", label, "")
+        _dress(ax, "epoch", "accuracy (%)" if quantity == "accuracy" else quantity, "")
     fig.suptitle(title, fontsize=LABEL_SIZE, wrap=True)
-    handles = axes[0].get_lines()
-    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=TICK_SIZE, frameon=False)
+    handles, labels = axes[1].get_legend_handles_labels()
+    axes[1].get_legend().remove()
+    named = [pair for pair in zip(handles, labels, strict=True) if pair[1] not in ("run", "images")]
+    fig.legend(*zip(*named, strict=True), loc="outside lower center", ncols=3, fontsize=TICK_SIZE, frameon=False)
     return fig
 
 
 # ---- folding ---------------------------------------------------------------------------------------------
 
 
-def fold_pareto(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", label: str = "accuracy") -> Axes:
-    """Draw accuracy (%) against latency, a mark a variant, and the front of those that no other beats in both.
+def fold_pareto(
+    variants: pd.DataFrame,
+    latencies: pd.DataFrame | None = None,
+    *,
+    ax: Axes | None = None,
+    title: str = "",
+    measure: str = "accuracy",
+) -> Axes:
+    """Draw what folded networks are worth against their latency, and the front of those that no other beats in both.
 
-    `table` has a row per network: folded (gates, int), accuracy, variant (str) and latency_ms, which may be NaN;
-    without any latency, lines over the number of folded gates are drawn. The network without a folded gate is a point
-    and a dashed line of its own. The upper axis translates latency to folded gates, where its labels have room.
+    The network without a folded gate is a star and a dashed line of its own; the other networks have a mark and a
+    colour for each way of folding. The upper axis translates latency to folded gates, where its labels have room.
+
+    Args:
+        variants: a row per network, as `stripe.folding.study` gives it: folded (number of gates), test or else
+            validation (the measure in percent), and, where there are several ways of folding, weighting and recovery.
+        latencies: as `Study.latencies` or `stripe.folding.latencies` gives it, joined by the column that both tables
+            share, folded or network; drawn are the first backend and the largest batch, with their range over the
+            rounds. Without it, lines over the number of folded gates are drawn.
+        ax: where to draw (default: a new figure).
+        title: title of the Axes.
+        measure: what the percentages are, for the label: "accuracy" or "agreement".
+
+    Raises:
+        ValueError: a table lacks a column, or the tables share none.
     """
+    import seaborn as sns
+
+    worth = "test" if "test" in variants else "validation"
+    _require_columns("variants", variants, ["folded", worth])
+    rows = variants[(variants["folded"] > 0) | _as_folded(variants)]
+    x, label = "folded", "folded gates"
+    if latencies is not None:
+        rows, label = _timed(rows, latencies)
+        x = "milliseconds"
+    rows = rows.assign(variant=_variant_names(rows))
+    whole, folded = rows[rows["folded"] == 0], rows[rows["folded"] > 0]
+    names = list(folded["variant"].unique())
     ax = _axes(ax, height=2.9)
-    timed = bool(table["latency_ms"].notna().any())
-    x = "latency_ms" if timed else "folded"
-    table = table[table[x].notna()]
-    whole, folded = table[table["folded"] == 0], table[table["folded"] > 0]
-    for variant, style in zip(folded["variant"].unique(), _styles(), strict=False):
-        rows = folded[folded["variant"] == variant].sort_values("folded")
-        style |= {"linestyle": ""} if timed else {}
-        ax.plot(rows[x], rows["accuracy"], label=variant, linewidth=0.8, markersize=4, markerfacecolor="none", **style)
-    if len(whole):
-        ax.axhline(whole["accuracy"].iloc[0], color="0.5", linewidth=0.8, linestyle="--", zorder=1)
-        ax.plot(whole[x], whole["accuracy"], color="0", linestyle="", marker="*", markersize=6, label="unfolded")
-    _dress(ax, "latency (ms)" if timed else "folded gates", f"{label} (%)", title)
-    if timed:
-        front = table.sort_values([x, "accuracy"], ascending=[True, False])
-        front = front[front["accuracy"] > front["accuracy"].cummax().shift(fill_value=-math.inf)]
-        ax.step(front[x], front["accuracy"], where="post", color="0.6", linewidth=0.8, zorder=1, label="Pareto front")
-        _translate(ax, table.groupby("folded")["latency_ms"].min(), "folded gates")
-    else:
+    marks = {"hue": "variant", "style": "variant", "markers": True, "palette": _palette(len(names)), "ax": ax}
+    if latencies is None:
+        marks |= {"dashes": False, "estimator": None, "linewidth": 0.8, "markersize": 5, "markeredgewidth": 0.4}
+        sns.lineplot(folded, x=x, y=worth, **marks)
         _tick_integers(ax.xaxis)
+    else:
+        sns.scatterplot(folded, x=x, y=worth, s=22, linewidth=0.4, **marks)
+        ax.hlines(rows[worth], rows["low"], rows["high"], color="0.8", linewidth=0.6, zorder=0)
+        front = rows.sort_values([x, worth], ascending=[True, False])
+        front = front[front[worth] > front[worth].cummax().shift(fill_value=-math.inf)]
+        ax.step(front[x], front[worth], where="post", color="0.6", linewidth=0.8, zorder=1, label="Pareto front")
+        _translate(ax, rows.groupby("folded")[x].min(), "folded gates")
+    if len(whole):
+        ax.axhline(whole[worth].iloc[0], color="0.5", linewidth=0.8, linestyle="--", zorder=1)
+        ax.plot(whole[x], whole[worth], color="0", linestyle="", marker="*", markersize=6, label="unfolded")
+    _dress(ax, label, f"{worth} {measure} (%)", title)
     _legend_below(ax)
     return ax
 
@@ -370,14 +430,6 @@ def _translate(ax: Axes, positions: "pd.Series[float]", label: str) -> None:
     top.tick_params(labelsize=TICK_SIZE)
 
 
-def _styles() -> Iterator[dict[str, Any]]:
-    """Yield endless line styles, told apart by colour (Okabe, Ito 2008) and marker, and by dash."""
-    palette, markers = [OBSERVED, LEARNED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"], "osD^vP"
-    for turn, dash in enumerate(cycle(("-", ":", "-."))):
-        for place, color in enumerate(palette):
-            yield {"color": color, "marker": markers[(place + turn) % len(markers)], "linestyle": dash}
-
-
 def _add_colorbar(images: Sequence[AxesImage], axes: Sequence[Axes], label: str, aspect: int = 20) -> None:
     """Explain the colours of images that share limits: pointed where values go beyond, a note on grey."""
     values = np.concatenate([np.asarray(image.get_array(), dtype=float).ravel() for image in images])
@@ -395,31 +447,92 @@ def _sequence(count: int) -> Array:
     return colormaps["viridis"](np.linspace(0, 0.85, count))
 
 
+def _palette(count: int) -> list[tuple[float, float, float]]:
+    """Return `count` colours that every kind of colour vision tells apart; beyond ten they come again."""
+    import seaborn as sns
+
+    return list(sns.color_palette("colorblind", count))
+
+
+def _gate_colors(count: int) -> list[ColorType]:
+    """Return a colour for each of `count` things in order: few have distinct colours, many go from dark to light."""
+    return [*_palette(count)] if count <= LEGEND_ROOM else [*map(tuple, _sequence(count))]
+
+
+def _stretches(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFrame:
+    """Number the stretches of each curve between missing values, `stretch`: no line is drawn across what is missing."""
+    table = table.reset_index(drop=True)
+    return table.assign(stretch=table[column].isna().groupby([table[key] for key in keys], sort=False).cumsum())
+
+
 def _draw_by_gate(ax: Axes, table: pd.DataFrame, column: str, interval: tuple[str, str] | None = None) -> None:
-    """Draw a line a gate, dark to light in order of first appearance, and name them."""
+    """Draw a line a gate, in order of first appearance, and name them."""
+    import seaborn as sns
+
     gates = list(table["gate"].unique())
-    for gate, color in zip(gates, _sequence(len(gates)), strict=True):
-        rows = table[table["gate"] == gate].sort_values("epoch")
-        ax.plot(rows["epoch"], rows[column], color=color, linewidth=0.8, marker=".", markersize=2.5)
-        if interval:
-            low, high = (rows[bound] for bound in interval)
-            paler_when_many = 0.5 / (1 + len(gates) ** 0.5)
-            ax.fill_between(rows["epoch"], low, high, color=color, alpha=paler_when_many, linewidth=0.5)
+    colors = dict(zip(gates, _gate_colors(len(gates)), strict=True))
+    rows = _stretches(table.sort_values("epoch"), ["gate"], column)
+    sns.lineplot(
+        rows, x="epoch", y=column, hue="gate", hue_order=gates, palette=colors, units="stretch", estimator=None,
+        linewidth=0.8, marker="o", markersize=2.5, markeredgewidth=0, legend=False, ax=ax,
+    )  # fmt: skip
+    if interval:
+        paler_when_many = 0.5 / (1 + len(gates) ** 0.5)
+        for gate, own in rows.groupby("gate", sort=False):
+            low, high = (own[bound] for bound in interval)
+            ax.fill_between(own["epoch"], low, high, color=colors[gate], alpha=paler_when_many, linewidth=0.5)
     _tick_integers(ax.xaxis)
     _name_gates(ax, gates)
 
 
 def _name_gates(ax: Axes, gates: Sequence[str]) -> None:
-    """Name the lines of `gates`, drawn in this order from dark to light, by a legend or, where many, a colour bar."""
+    """Name `gates`, drawn in their colours in this order, by a legend or, where many, a colour bar."""
     names = _short_names(gates)
     if len(gates) <= LEGEND_ROOM:
-        for line, name in zip(ax.get_lines(), names, strict=True):
-            line.set_label(name)
-        _legend_below(ax)
+        colors = _gate_colors(len(gates))
+        _legend_below(ax, [_mark(color, name) for color, name in zip(colors, names, strict=True)])
         return
     mappable = ScalarMappable(Normalize(0.5, len(gates) + 0.5), ListedColormap(_sequence(len(gates))))
     bar = ax.figure.colorbar(mappable, ax=ax, ticks=np.linspace(1, len(gates), 5).round())
     _dress(bar.ax, "", f"gate 1: {names[0]}\ngate {len(gates)}: {names[-1]}", "")
+
+
+# ---- the tables of a fold --------------------------------------------------------------------------------
+
+
+def _require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(
+            f"{name} lacks {', '.join(missing)}; expected the tables of stripe.folding.study: its variants, and its "
+            "latencies beside them"
+        )
+
+
+def _timed(variants: pd.DataFrame, latencies: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Give each variant its latency in the first backend at the largest batch; return the rows timed and a label."""
+    _require_columns("latencies", latencies, ["backend", "batch", "milliseconds", "low", "high"])
+    backend, batch = latencies["backend"].iloc[0], latencies["batch"].max()
+    shared = [name for name in ("folded", "network") if name in variants and name in latencies]
+    if not shared:
+        raise ValueError("variants and latencies share neither folded nor network: they cannot be joined")
+    times = latencies[(latencies["backend"] == backend) & (latencies["batch"] == batch)]
+    rows = variants.merge(times[[*shared, "milliseconds", "low", "high"]], on=shared)
+    return rows, f"latency (ms, {backend}, batch of {batch})"
+
+
+def _as_folded(variants: pd.DataFrame) -> "pd.Series[bool]":
+    """Tell which variants were not recovered after folding: all of them where the table has no such column."""
+    return variants.get("recovery", pd.Series("none", index=variants.index)).eq("none")
+
+
+def _variant_names(variants: pd.DataFrame) -> "pd.Series[str]":
+    """Name each way of folding: the weighting of its constants, and how it was recovered, if it was."""
+    weighting = variants.get("weighting", pd.Series("folded", index=variants.index))
+    recovery = variants.get("recovery", pd.Series("none", index=variants.index))
+    return weighting + (", " + recovery).where(recovery != "none", "")
+
+
+# ---- texts -----------------------------------------------------------------------------------------------
 
 
 def _short_names(gates: Sequence[str]) -> list[str]:
@@ -441,10 +554,16 @@ def _tick_integers(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
-def _legend_below(ax: Axes) -> None:
+def _mark(color: ColorType, label: str) -> Line2D:
+    return Line2D([], [], color=color, linewidth=0.8, marker="o", markersize=3, label=label)
+
+
+def _legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
     """Place the legend under the x label, where it hides no data, in as many columns as its names allow."""
-    longest = max(len(label) for label in ax.get_legend_handles_labels()[1])
+    handles = handles or ax.get_legend_handles_labels()[0]
+    longest = max(len(str(handle.get_label())) for handle in handles)
     ax.legend(
+        handles=handles,
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
         borderaxespad=4.2,

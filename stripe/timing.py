@@ -1,4 +1,4 @@
-"""Compare how long things take: paired, interleaved runs, so that a machine's moods meet all cases alike."""
+"""Compare how long things take, in paired, interleaved runs: changes in machine speed affect every case equally."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ PAUSE = 0.1  # seconds before every run: until then the threads of the run befor
 
 
 def interleave(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time every case once a round, in turn and in reverse every other round; the first round only warms up.
+    """Time every case once a round, in reverse order every other round; one more round, the first, only warms up.
 
-    Returns the seconds of each case, one a round.
+    Returns:
+        The seconds of each case, one value for each of the `rounds`. Compare two cases by the ratios of their rounds.
+
+    Example:
+        >>> seconds = interleave({"add": lambda: 1 + 1, "join": lambda: "".join("ab")}, rounds=3)
+        >>> [len(each) for each in seconds.values()]
+        [3, 3]
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 1):

@@ -3,10 +3,11 @@ import pickle
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 
-from stripe import asr
+from stripe import asr, folding
 from stripe.asr.layers import DRAWS, ASRLayer, asr_layers, wrap
 from stripe.attention import ATTENTION, create_attention
 from stripe.models import ResNet
@@ -270,13 +271,80 @@ def test_fuse_leaves_no_norm_and_keeps_shared_outputs():
     torch.testing.assert_close(asr.fuse(shared)(x), shared(x))
 
 
-def test_fuse_says_what_it_cannot_trace():
-    class Branching(nn.Module):
-        def forward(self, x):
-            return x if x.sum() > 0 else -x
+class Branching(nn.Module):
+    """Volumes, a branch that depends on the data, a norm without statistics, and one that does not run."""
 
-    with pytest.raises(ValueError, match=r"Branching cannot be traced by torch\.fx"):
-        asr.fuse(Branching())
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv3d(2, 4, 3, bias=False), nn.BatchNorm3d(4)
+        self.last, self.batch = nn.Conv3d(4, 3, 1), nn.BatchNorm3d(3, track_running_stats=False)
+        self.unused = nn.BatchNorm3d(3)
+
+    def forward(self, volume, scale=None):
+        y = F.relu(self.bn(self.conv(volume)))
+        if y.sum() > -1:
+            y = self.last(y) if scale is None else self.last(y) * scale
+        return self.batch(y)
+
+
+def test_networks_that_cannot_be_traced_by_fx_fuse_and_say_what_is_left():
+    model, x = randomize(Branching()).eval(), torch.randn(2, 2, 6, 7, 8)
+    for images in (None, x, {"volume": x, "scale": torch.tensor(2.0)}):
+        fused, report = folding.fuse_norms(model, images)
+        assert relative_error(fused(x), model(x)) < 1e-5
+        assert relative_error(fused(x), fused(x * 1.1)) > 1e-3
+        table = report.table.set_index("norm")
+        assert table.direction.to_dict() == {"bn": "back", "batch": "kept", "unused": "kept"}
+        assert table.into["bn"] == ("conv.weight", "conv.bias")
+        assert table.reason["batch"] == "it has no running statistics, so that it depends on the batch"
+        assert table.reason["unused"] == "the forward does not run it in eval mode"
+        assert isinstance(fused.bn, nn.Identity)
+        assert isinstance(fused.batch, nn.BatchNorm3d)
+    assert isinstance(asr.fuse(model).bn, nn.Identity)
+    assert isinstance(model.bn, nn.BatchNorm3d)
+
+
+def test_fuse_asks_for_images_where_none_can_be_made():
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.bn = nn.Embedding(5, 4), nn.BatchNorm1d(4)
+            self.conv = nn.Conv1d(4, 4, 1)
+
+        def forward(self, words):
+            return self.bn(self.conv(self.table(words).transpose(1, 2)))
+
+    model, words = randomize(Embedded()).eval(), torch.randint(5, (2, 7))
+    with pytest.raises(ValueError, match="no batch that was tried passes through Embedded: give one as `images`"):
+        asr.fuse(model)
+    fused = asr.fuse(model, words)
+    assert isinstance(fused.bn, nn.Identity)
+    assert relative_error(fused(words), model(words)) < 1e-5
+
+
+def test_norms_in_other_places_fuse():
+    norm_first = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    shared = nn.BatchNorm2d(4)
+    twice = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), nn.Conv2d(4, 4, 1), shared)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4))
+    act = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4), nn.Conv2d(4, 2, 1))
+    x = torch.randn(2, 3, 4, 4).double()
+    for model, norms in ((norm_first, 0), (twice, 0), (dense, 0), (act, 1)):
+        model = randomize(model).double().eval()
+        fused, report = folding.fuse_norms(model, x)
+        assert relative_error(fused(x), model(x)) < 1e-12
+        assert set(report.table.direction) <= {"back", "forward"}
+        assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules()) == norms
+
+
+def test_fusing_in_place_changes_the_network_itself_and_any_mode_gives_eval_mode(trained):
+    x = torch.randn(2, 3, 32, 32)
+    expected = trained.eval()(x)
+    fused = asr.fuse(trained.train(), inplace=True)
+    assert fused is trained
+    assert not any(module.training for module in fused.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert relative_error(fused(x), expected) < 1e-5
 
 
 def test_timm_reparameterizes_asr_networks(trained):

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import os
-import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from stripe.store import open_run
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 sys.path.append(str(SCRIPT.parent))
 
-from benchmarks import collect, deploy, fold, reference, runs, stats, timing, train  # noqa: E402
-from studies import sizing, speed  # noqa: E402
+from benchmarks import collect, deploy, fold, reference, runs, stats, tables, timing, train  # noqa: E402
+from studies.table import read_text  # noqa: E402
 
 MODULES = [f"benchmarks.{name}" for name in ("collect", "deploy", "fold", "stats", "memory", "scaling", "train")]
 
@@ -51,13 +51,15 @@ def test_coverage_compares_every_network_and_reports(benchmark, listed, tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["network", "found", "expected", "verdict"]
     assert lines[1].split() == ["timm:lcnet_050", "2", "2", "ok"]
-    assert lines[-1] == "2 of 2 networks as expected"
+    assert lines[3] == "2 of 2 networks as expected"
     report = json.loads((tmp_path / "a.json").read_text())
     assert report.keys() == {"benchmark", "arguments", "device", "versions", "rows"}
     assert report["benchmark"] == "coverage"
     assert {"python", "stripe-observation", "torch", "timm"} <= report["versions"].keys()
     assert [row["found"] for row in report["rows"]] == [2, 0]
     assert all(row["seconds"] > 0 for row in report["rows"])
+    [row] = tables.table(report).drop(columns=["config", "versions", "machine"]).astype(str).to_numpy().tolist()
+    assert row == ["timm", "2", "1", "2", "2 of 2"]  # networks, without a gate, gates, as many as expected
 
 
 def test_a_mismatch_or_a_broken_network_is_exit_code_1_and_hides_no_other(benchmark, listed, capsys):
@@ -68,7 +70,7 @@ def test_a_mismatch_or_a_broken_network_is_exit_code_1_and_hides_no_other(benchm
     assert "no_such_net" in lines[2]
     assert "ValueError" in lines[2]
     assert lines[3].endswith("ok")
-    assert lines[-1] == "1 of 3 networks as expected"
+    assert lines[4] == "1 of 3 networks as expected"
 
 
 @pytest.mark.parametrize(("text", "word"), [("timm:a 1\ntimm:b\n", "line 2"), ("timm:a x\n", "line 1"), ("#\n", "no")])
@@ -105,7 +107,7 @@ def test_help_lists_every_benchmark_without_torch(benchmark, capsys):
     assert all(f"\n  {name} " in said for name in benchmark.BENCHMARKS)
     modules = {path.stem for path in (SCRIPT.parent / "benchmarks").glob("*.py")}
     assert benchmark.BENCHMARKS.keys() <= modules
-    assert modules - benchmark.BENCHMARKS.keys() == {"__init__", "networks", "reference", "runs", "timing"}
+    assert modules - benchmark.BENCHMARKS.keys() == {"__init__", "networks", "reference", "runs", "tables", "timing"}
 
 
 # ---- in miniature ------------------------------------------------------------------------------------------
@@ -140,9 +142,9 @@ COLUMNS = {"case", "seconds", "min", "max", "baseline", "ratio", "ratio_min", "r
 
 @pytest.mark.parametrize(("record", "words", "cases"), MINIATURES)
 def test_in_miniature(benchmark, tmp_path, record, words, cases):
-    """Run it, and make of what it wrote what the README says of it."""
-    path = tmp_path / f"{record}.json"
-    assert benchmark.main([*words, "--json", str(path)]) == 0
+    """Run it; the table that it writes is the one that follows from its record."""
+    path, shown = tmp_path / f"{record}.json", tmp_path / f"{record}.csv"
+    assert benchmark.main([*words, "--json", str(path), "--csv", str(shown)]) == 0
     report = json.loads(path.read_text())
     assert report.keys() == {"benchmark", "arguments", "device", "versions", "rows"}
     assert [report["benchmark"], *report["arguments"]] == words
@@ -157,11 +159,13 @@ def test_in_miniature(benchmark, tmp_path, record, words, cases):
         assert stepped or min(row["min"], row["ratio_min"]) > 0
         assert row["case"] != row["baseline"] or row["ratio_min"] == row["ratio_max"] == 1
         assert record == "startup" or row["peak_mb"] > 10
-    said = list(speed.table(tmp_path))
-    assert len(said) == sum(name == record for name, _ in speed.FIGURES)
-    for _, figures, command in said:
-        assert re.search(r"\d", figures)
-        assert command == f"`benchmark.py {' '.join(words)}`"
+    table = read_text(shown)
+    assert shown.read_text() == tables.tables(tmp_path)[shown.name].to_csv(index=False)
+    assert list(table["case"]) == list(rows)
+    assert set(table["config"]) == {shlex.join(words[1:])}
+    for case, ratio, times in zip(table["case"], table["times as long"], table["seconds"], strict=True):
+        assert float(ratio) == pytest.approx(rows[case]["ratio"], rel=0.01)
+        assert float(times) == pytest.approx(rows[case]["seconds"], rel=0.01)
 
 
 def test_sizes_and_rates_in_miniature(benchmark, tmp_path):
@@ -171,10 +175,12 @@ def test_sizes_and_rates_in_miniature(benchmark, tmp_path):
     assert list(rows) == ["recording", "writing samples", "writing moments", *(f"stats{word}" for word in STATS)]
     assert all(row.keys() >= COLUMNS and row["seconds"] > 0 for row in rows.values())
     assert 2 * 8064 < rows["writing samples"]["bytes"] < 4 * 8064 + 5000  # zstd finds no more than half in noise
-    head, size, *_, hours = sizing.table(tmp_path / "a.json")
-    assert head == ["", "SE-ResNet-164 (54 gates, 8,064 channels)"]
-    assert size[1].startswith(f"{rows['writing samples']['bytes']:,.0f}; ")
-    assert float(hours[1]) == pytest.approx(300 * 50_000 * rows["recording"]["seconds"] / 3600 / 16, abs=0.05)
+    table = tables.tables(tmp_path)["a.csv"].set_index("case")
+    assert set(table["channels"]) == {"8,064"}
+    for name, row in rows.items():
+        shown = table.loc[f"SE-ResNet-164, {name}"]
+        assert float(shown["core hours a million samples"]) == pytest.approx(row["seconds"] * 1e6 / 3600, abs=0.005)
+        assert float(shown["samples/s a core"].replace(",", "")) == pytest.approx(1 / row["seconds"], abs=0.5)
 
 
 STATS = ("", " --rank")
@@ -281,7 +287,7 @@ def test_a_case_pays_its_steps_and_what_bare_takes_longer_after_one(monkeypatch)
     assert spent == {"a": 60 + (7 - 5) + (6 - 6) + (6 - 9), "b": 300 + (6 - 7) + (9 - 6)}
 
 
-def test_the_report_holds_medians_and_those_of_the_rounds_ratios(capsys):
+def test_the_report_holds_medians_and_those_of_the_rounds_ratios():
     found = {"a": timing.Timing([1.0, 2.0, 6.0], 10.0, None), "b": timing.Timing([3.0, 4.0, 9.0], None, None)}
     a, b = timing.report(found, "a", images=8)
     assert (a["seconds"], a["min"], a["max"], a["ratio"], a["peak_mb"], a["images_per_second"]) == (2, 1, 6, 1, 10, 4)
@@ -290,7 +296,6 @@ def test_the_report_holds_medians_and_those_of_the_rounds_ratios(capsys):
     uneven = timing.Timing([4.0, 2.0, 6.0], None, None)  # medians 4 and 2, but the rounds are 4, 1 and 1 times as long
     assert uneven.ratio(found["a"]) == 1
     assert uneven.difference(found["a"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["case", "a", "b"]
 
 
 def test_a_check_that_is_not_a_number_is_wrong():

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from stripe.cli import COMMANDS, main
-from stripe.cli.figures import read_log
 from stripe.data import Loader, load_images
+from stripe.figures import read_log
 from stripe.gates import find_gates
 from stripe.models import create_model
 from stripe.recorder import Recorder

@@ -1,5 +1,6 @@
 """`make_figures.py`: the gallery of the example run, and what lies beside a run's attention."""
 
+import doctest
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 import stripe
 from stripe.cli import main
-from stripe.cli.figures import EXAMPLE_RUN, draw, file_name
+from stripe.cli.figures import EXAMPLE_RUN, FORMATS
+from stripe.figures import METADATA, each_figure, file_name
 from stripe.gate import Gate
 from stripe.store import RunWriter
 
@@ -20,7 +22,7 @@ VARIANTS = [
     {"folded": 1, "weighting": "mean", "recovery": "norms", "test": 89.0},
 ]
 LATENCY = [
-    {"folded": folded, "backend": backend, "batch": batch, "milliseconds": batch * (9 - folded)}
+    {"folded": folded, "backend": backend, "batch": batch, "milliseconds": batch * (9 - folded), "low": 8, "high": 900}
     for backend in ("eager", "onnxruntime")
     for batch in (1, 128)
     for folded in (0, 1)
@@ -40,7 +42,7 @@ def example(tmp_path):
 
 def drawn(path):
     """Return every figure of a run by name."""
-    return dict(draw(stripe.open_run(path)))
+    return dict(each_figure(path))
 
 
 def write_validation(run, epoch, learned, gates=None):
@@ -102,12 +104,12 @@ def test_a_validation_is_drawn_over_the_stripe_of_its_epoch(example):
     write_validation(example, epoch, learned, gates=[gate.name, "elsewhere"])
     figures = drawn(example)
     [ax] = figures[file_name("learned", gate.name)].axes
-    points, line = ax.get_lines()
+    [line], [points, _] = ax.get_lines(), ax.collections
     np.testing.assert_allclose(line.get_ydata(), np.sort(run.attention(gate.name, epoch).mean(axis=0, dtype=float)))
-    assert set(points.get_ydata()) == {LEARNED}
+    assert set(points.get_offsets()[:, 1]) == {LEARNED}
     assert ax.get_title() == f"{gate.name}, r = nan"
     [scatter] = figures["learned-scatter"].axes
-    assert len(scatter.get_lines()[0].get_xdata()) == gate.channels
+    assert len(scatter.collections[0].get_offsets()) == gate.channels
     assert "learned-elsewhere" not in figures
 
 
@@ -119,13 +121,12 @@ def test_a_validation_of_an_epoch_that_is_not_there_is_left_out(example):
 def test_a_fold_table_is_drawn_over_the_latency_of_the_largest_batch(example):
     (example / "fold.json").write_text(json.dumps({"measure": "accuracy", "variants": VARIANTS, "latency": LATENCY}))
     ax = drawn(example)["fold-pareto"].axes[0]
+    assert ax.collections[0].get_offsets().tolist() == [[8 * 128, 88], [8 * 128, 89]]
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
-    assert lines["mean"] == [[8 * 128, 88]]
-    assert lines["mean, norms"] == [[8 * 128, 89]]
     assert lines["unfolded"] == [[9 * 128, 90]]
     (example / "fold.json").write_text(json.dumps({"measure": "agreement", "variants": VARIANTS}))
     ax = drawn(example)["fold-pareto"].axes[0]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("folded gates", "agreement (%)")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("folded gates", "test agreement (%)")
 
 
 @pytest.mark.parametrize(("name", "text"), [("fold.json", '{"rows": []}'), ("validation.json", "{}")])
@@ -146,6 +147,44 @@ def test_a_foreign_file_beside_a_run_is_named(example, name, text):
 )
 def test_a_gates_name_never_leads_out_of_the_directory(gate, name):
     assert file_name("stripe", gate) == name
+
+
+def test_draw_gives_the_files_in_every_format_and_closes_its_figures_alone(example, tmp_path):
+    mine = plt.figure()
+    paths = stripe.figures.draw(example, tmp_path / "out", gates=["layer2.se"], formats=["png", "svg"])
+    assert sorted(paths) == sorted((tmp_path / "out").iterdir()), "no unfinished file is left"
+    assert [path.name for path in paths[:4]] == ["stripe-layer2.se.png", "stripe-layer2.se.svg", "grid.png", "grid.svg"]
+    assert plt.get_fignums() == [mine.number]
+    plt.close(mine)
+
+
+def test_what_cannot_be_drawn_is_refused_before_anything_is_written(example, tmp_path):
+    with pytest.raises(ValueError, match="format 'gif': expected some of png, pdf, svg"):
+        stripe.figures.draw(example, tmp_path / "out", formats=["png", "gif"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="'nowhere'"):
+        stripe.figures.draw(example, tmp_path / "out", gates=["nowhere"])
+    assert tuple(METADATA) == FORMATS, "the command offers what can be written"
+
+
+def test_a_figure_that_cannot_be_finished_leaves_the_earlier_file(tmp_path, monkeypatch):
+    [path] = stripe.figures.save(plt.figure(), tmp_path / "a")
+    before = path.read_bytes()
+    figure = plt.figure()
+    figure.text(0.5, 0.5, "$\\no such command$")  # which matplotlib finds out while it writes
+    with pytest.raises(ValueError, match="no such command"):
+        stripe.figures.save(figure, tmp_path / "a")
+    plt.close(figure)
+    assert path.read_bytes() == before
+
+
+def test_the_examples_in_the_docstrings_run():
+    for function in (stripe.figures.draw, stripe.plots.stripe_heatmap, stripe.folding.study):
+        names, runner = {}, doctest.DocTestRunner()
+        [example] = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs=names)
+        assert example.examples
+        assert runner.run(example).failed == 0
+    plt.close("all")
 
 
 def test_figures_go_to_a_directory_of_the_runs_name(example, tmp_path, monkeypatch):

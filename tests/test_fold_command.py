@@ -10,7 +10,6 @@ import torchvision
 from PIL import Image
 
 from stripe.cli import main
-from stripe.cli.fold import choose_count
 from stripe.data import Loader, load_images
 from stripe.gates import find_gates
 from stripe.models import create_model, load_checkpoint
@@ -95,9 +94,9 @@ def test_the_folded_network_is_a_plain_checkpoint(folded):
 def test_tables_hold_predictors_latencies_and_onnx(folded):
     content = json.loads((folded / "fold.json").read_text())
     assert content["measure"] == "accuracy"
-    assert [row["gate"] for row in content["rows"]] == ["layer1.0", "layer2.0", "layer3.0"]
-    assert {row["direction"] for row in content["rows"]} == {"back"}
-    assert content["rows"][0]["into"] == "layer1.0.bn3.weight, layer1.0.bn3.bias"
+    assert [row["gate"] for row in content["gates"]] == ["layer1.0", "layer2.0", "layer3.0"]
+    assert {row["direction"] for row in content["gates"]} == {"back"}
+    assert content["gates"][0]["into"] == "layer1.0.bn3.weight, layer1.0.bn3.bias"
     assert {row["predictor"] for row in content["predictors"]} == {"1 - strength", "within", "energy error"}
     latency = pd.DataFrame(content["latency"])
     assert list(latency["folded"]) == [0, 1, 2, 3] * 2
@@ -124,18 +123,6 @@ def test_keep_leaves_the_most_sensitive_gates(trained, tmp_path):
     assert list(table["recovery"]) == [*["none"] * 3, *["re-estimated"] * 2]
     model = torch.export.load(tmp_path / "folded.pt2").module()
     assert sum("sigmoid" in str(node.target) for node in model.graph.nodes) == 1
-
-
-def test_the_choice_folds_as_many_as_are_bearable():
-    rows = [
-        {"folded": folded, "validation": validation}
-        for folded, validation in [(0, 90.0), (1, 89.0), (1, 89.8), (2, 89.4), (2, 89.6), (3, 80.0), (3, 85.0)]
-    ]
-    assert choose_count(rows, 3, None, None) == 3
-    assert choose_count(rows, 3, None, 0.5) == 2
-    assert choose_count(rows, 3, None, 0.3) == 1
-    assert choose_count(rows, 3, None, 0.1) == 0
-    assert choose_count(rows, 3, 1, None) == 2
 
 
 def test_a_network_of_other_classes_is_measured_by_agreement(tmp_path, capsys):
@@ -168,5 +155,5 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
     assert "has no gate to fold" in fails(capsys, "fold", "--ckpt", plain, *FOLD, "--out", tmp_path / "out")
     assert main(["collect", "--ckpt", str(trained / "checkpoints" / "last.pt"), "--samples", "9", "--gates", "layer1.0",
                  "--out", str(tmp_path / "run")]) == 0  # fmt: skip
-    assert "lacks gates layer2.0, layer3.0" in fails(capsys, *ckpt, "--run", tmp_path / "run")
+    assert "the means lack gates layer2.0, layer3.0" in fails(capsys, *ckpt, "--run", tmp_path / "run")
     assert not (tmp_path / "out").exists()

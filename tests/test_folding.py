@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from stripe.folding import ChannelScale, FoldReport, building, fold, merging
-from stripe.gates import find_gates, replace_gates
+from stripe.gates import find_gates
 from stripe.models import create_model
 from tests.conftest import randomize, relative_error
+from tests.folds import EXACT, Net, Shortcut, at_constants, constants_of, folded_exactly, small
 
 # name, gates, sides that they go to, the layer that the first gate goes into; torchvision's begin with "tv:"
 NETWORKS = [
@@ -47,7 +48,6 @@ LARGER = [  # the same neighbourhoods in the networks that people deploy
     ("ese_vovnet19b_dw", 4, "back or forward", None),
     ("ghostnet_100", 7, "back or forward", None),
 ]
-EXACT = 1e-12
 
 
 def network(name):
@@ -57,30 +57,6 @@ def network(name):
         if parameter.count_nonzero() == 0:
             nn.init.normal_(parameter, 0.3, 0.1)
     return randomize(model).double().eval()
-
-
-def constants_of(gates):
-    return {gate.name: torch.rand(gate.channels).double() * 1.2 + 0.1 for gate in gates}
-
-
-def at_constants(model, images, gates, constants):
-    with torch.no_grad(), replace_gates(model, gates, constants):
-        return model(images)
-
-
-def folded_exactly(model, images, *, constants=None):
-    """Fold every gate; compare with constant gates, and see that the constants matter."""
-    gates = find_gates(model, images)
-    constants = constants or constants_of(gates)
-    expected = at_constants(model, images, gates, constants)
-    folded, report = fold(model, constants, images)
-    with torch.no_grad():
-        assert relative_error(folded(images), expected) < EXACT
-        assert relative_error(model(images), expected) > 1e-4
-    assert report.error < EXACT
-    assert find_gates(folded, images) == []
-    assert list(report.table["gate"]) == list(constants)
-    return folded, report.table
 
 
 # ---- networks of others, and this project's own ----
@@ -194,35 +170,6 @@ def test_the_radix_comes_before_the_channels():
 
 
 # ---- networks of our own: a layer, maps, a gate, maps, what takes the product ----
-def small():
-    return torch.randn(3, 3, 14, 22).double()
-
-
-class Shortcut(nn.Module):
-    """Adds a branch of the same images, so that nothing goes forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch = nn.Conv2d(3, 8, 3)
-
-    def forward(self, x, images):
-        return x + self.branch(images)
-
-
-class Net(nn.Module):
-    def __init__(self, before=None, maps=None, gate=None, after=None):
-        super().__init__()
-        self.before = before or nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-        self.maps = maps or nn.Identity()
-        self.se = gate or SEModule(8)
-        self.after = after or Shortcut()
-        randomize(self).double().eval()
-
-    def forward(self, images):
-        x = self.se(self.maps(self.before(images)))
-        return self.after(x, images) if isinstance(self.after, Shortcut) else self.after(x)
-
-
 class Both(nn.Module):
     """Takes the product twice, in a list of layers and side by side."""
 
@@ -406,11 +353,12 @@ def test_a_forward_is_rewritten_without_its_attention():
         assert table["direction"][0] == direction
         assert [type(module) for module in folded.se.children()] == left
         assert list(folded.se.parameters()) == []
-    with pytest.raises(ValueError, match=r"gate 'se' cannot be taken out of Functional\.forward: leave it out"):
-        folded_exactly(Net(gate=Functional(branch=True)), small())
+    folded, table = folded_exactly(Net(gate=Functional(branch=True)), small())  # which torch.fx cannot trace
+    assert table["direction"][0] == "back"
+    assert torch.equal(folded.se(torch.full((1, 8, 40, 40), 1e6)), torch.full((1, 8, 40, 40), 1e6))
 
 
-def test_a_response_norm_among_other_things_is_kept_at_its_product():
+def test_a_response_norm_goes_with_the_map_that_it_is_added_to():
     class Response(nn.Module):
         def __init__(self):
             super().__init__()
@@ -421,7 +369,9 @@ def test_a_response_norm_among_other_things_is_kept_at_its_product():
             return F.silu(x + self.weight * (x * (norm / norm.mean(1, keepdim=True))))
 
     folded, table = folded_exactly(Net(gate=Response()), small())
-    assert table["reason"][0] == "back: the map before is also taken by add; forward: add is in between"
+    assert (table["direction"][0], table["into"][0]) == ("back", ("before.1.weight", "before.1.bias"))
+    folded, table = folded_exactly(Net(maps=nn.SiLU(), gate=Response()), small())
+    assert table["reason"][0] == "back: silu is in between; forward: silu is in between"
     assert [type(module) for module in folded.se.children()] == [ChannelScale]
 
 
@@ -441,7 +391,10 @@ def test_a_network_may_be_the_site_itself():
 def test_several_gates_of_one_forward_go_one_after_another():
     both = GlobalContext(8, fuse_add=True, fuse_scale=True)
     folded, table = folded_exactly(Net(gate=both), small())
-    assert list(table["direction"]) == ["back", "kept"]
+    assert list(table["direction"]) == ["back", "back"]  # as one scale and shift
+    assert isinstance(folded.se, nn.Identity)
+    folded, table = folded_exactly(Net(maps=nn.SiLU(), gate=both), small())
+    assert list(table["direction"]) == ["kept", "kept"]
     assert isinstance(folded.se, ChannelScale)
     table = folded_exactly(Net(gate=CbamModule(8)), small())[1]
     assert list(table["gate"]) == ["se.channel"]
@@ -460,20 +413,18 @@ def test_what_cannot_be_folded_is_refused_clearly():
         fold(model, {"se": np.array([np.nan, *[1.0] * 7])}, images)
     with pytest.raises(ValueError, match="no gates to fold"):
         fold(Net(gate=nn.Identity()), {"se": ones}, images)
-    model.before.train()
-    with pytest.raises(ValueError, match=r"before is in train mode.*model\.eval"):
-        fold(model, {"se": ones}, images)
 
-    class Twice(Net):
-        def forward(self, images):
-            return self.after(self.se(F.relu(self.se(self.before(images)))), images)
 
-    with pytest.raises(ValueError, match="gates se#0, se#1 are in a module called several times"):
-        fold(Twice(), {"se#0": ones, "se#1": ones}, images)
+def test_train_mode_is_no_matter_and_stays_as_it_is():
+    model, images = Net().train(), small()
+    folded, _ = fold(model, {"se": torch.full((8,), 0.5)}, images)
+    assert not any(module.training for module in folded.modules())
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        assert relative_error(folded(images), fold(model.eval(), {"se": torch.full((8,), 0.5)}, images)[0](images)) == 0
 
 
 def test_a_network_that_differs_even_with_nothing_merged_is_refused(monkeypatch):
-    monkeypatch.setattr(building, "TOLERANCE", -1.0)
-    monkeypatch.setattr(building, "_without_gate", lambda site, planned, call: nn.Identity())
+    monkeypatch.setattr(building, "without", lambda module, removals: nn.Sigmoid())
     with pytest.raises(ArithmeticError, match=r"differs by .*; expected at most"):
         fold(Net(), {"se": torch.full((8,), 0.5)}, small())

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from stripe import asr
-from stripe.models import ResNet, create_model, load_checkpoint, read_checkpoint
+from stripe.models import ResNet, create_model, load_checkpoint, read_checkpoint, read_epoch
+from stripe.models.resnet import Block
 from stripe.models.zoo import infer_config
 from tests.conftest import randomize, relative_error
 
@@ -281,3 +282,39 @@ def test_what_a_file_says_never_imports_code(own_module):
     assert not (own_module / "imported").exists()
     load_checkpoint("hostile.pt", arch="networks_of_mine:build")
     assert (own_module / "imported").exists()  # the module was live
+
+
+def test_an_epoch_is_what_the_file_says_or_else_its_name(tmp_path):
+    state = create_model("resnet", depth=11).state_dict()
+    for name, content in (("epoch=0012.pt", {}), ("epoch=0013.pt", {"epoch": 4}), ("last.pt", {})):
+        torch.save({"state_dict": state, **content}, tmp_path / name)
+    found = [read_epoch(tmp_path / name) for name in ("epoch=0012.pt", "epoch=0013.pt", "last.pt")]
+    assert found == [12, 4, None]
+    assert read_epoch("timm:seresnet18") is None
+
+
+@pytest.mark.parametrize("block", ["bottleneck", "basicblock"])
+def test_asr_starts_from_the_weights_of_a_network_with_gates(block):
+    torch.manual_seed(0)
+    model = create_model("resnet", depth={"bottleneck": 11, "basicblock": 8}[block], block=block, module="senet")
+    asr = model.to_asr()
+    assert asr.config == model.config | {"asr": True}
+    for own, new in zip(modules_of(model), modules_of(asr), strict=True):
+        norm = getattr(new, new.last_norm)
+        assert new.attention_module is None
+        pairs = ((getattr(own, own.last_norm), norm.bn), (own.attention_module, norm.attention_module))
+        for before, after in pairs:
+            for name, tensor in before.state_dict().items():
+                torch.testing.assert_close(after.state_dict()[name], tensor, rtol=0, atol=0)
+                assert after.state_dict()[name].data_ptr() != tensor.data_ptr()
+    shared = model.state_dict().keys() & asr.state_dict().keys()
+    assert "fc.weight" in shared
+    assert all(torch.equal(model.state_dict()[key], asr.state_dict()[key]) for key in shared)
+    with pytest.raises(ValueError, match="module=None, asr=False: expected gates"):
+        create_model("resnet", depth=11).to_asr()
+    with pytest.raises(ValueError, match="asr=True: expected gates, and no ASR"):
+        asr.to_asr()
+
+
+def modules_of(model):
+    return [module for module in model.modules() if isinstance(module, Block)]

@@ -121,7 +121,7 @@ def loaded_by(module):
     return set(python(f"import sys, {module}; print('\\n'.join(sys.modules))").split())
 
 
-@pytest.mark.parametrize("room", ["stats", "store", "plots", "report", "cli"])
+@pytest.mark.parametrize("room", ["stats", "store", "plots", "figures", "report", "cli"])
 def test_reading_and_analysing_never_imports_torch(room):
     assert "torch" not in loaded_by(f"stripe.{room}")
     assert "torch" in loaded_by("stripe.attention")

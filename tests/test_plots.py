@@ -1,6 +1,7 @@
 """Figures: what is drawn is what came in, and every text of every figure can be read."""
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from stripe import plots
+
+HEADLESS = os.environ | {"MPLBACKEND": "Agg"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +55,20 @@ def metrics(epochs: int) -> pd.DataFrame:
     return pd.DataFrame({"epoch": epoch, **loss, "train_accuracy": 90 - 60 / epoch, "val_accuracy": 80 - 60 / epoch})
 
 
-def folds(gates: int, timed: bool = True) -> pd.DataFrame:
-    """A network unfolded and with 1 to `gates` gates folded, by two variants; each fold saves a tenth of a ms."""
-    rows = [(0, 90.0, "none, none")]
-    rows += [(k, 90 - k * cost, variant) for k in range(1, gates + 1) for variant, cost in (("mean", 2), ("norms", 1))]
-    table = pd.DataFrame(rows, columns=["folded", "accuracy", "variant"])
-    return table.assign(latency_ms=10 - table["folded"] / 10 if timed else np.nan)
+def folds(gates: int) -> pd.DataFrame:
+    """A network unfolded and with 1 to `gates` gates folded, in two ways: one loses 2 points a gate, the other 1."""
+    ways = (("mean", "none", 2), ("mean", "re-estimated", 1))
+    rows = [(0, "none", "none", 90.0), (0, "none", "re-estimated", 99.0)]
+    rows += [(k, kind, recovery, 90.0 - k * cost) for k in range(1, gates + 1) for kind, recovery, cost in ways]
+    return pd.DataFrame(rows, columns=["folded", "weighting", "recovery", "test"])
+
+
+def times(gates: int) -> pd.DataFrame:
+    """Each folded gate saves a tenth of 10 ms at a batch of 64; a batch of 1 and another backend take as long as 3."""
+    cases = [(backend, batch) for backend in ("eager", "compile") for batch in (1, 64)]
+    rows = [(k, *case, 10 - k / 10 if case == ("eager", 64) else 3.0) for case in cases for k in range(gates + 1)]
+    table = pd.DataFrame(rows, columns=["folded", "backend", "batch", "milliseconds"])
+    return table.assign(low=table["milliseconds"] - 0.02, high=table["milliseconds"] + 0.03)
 
 
 def pair(channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,9 +101,9 @@ FIGURES: dict[str, Callable[[], Axes | Figure]] = {
         {(LONG.format(g, 0), e): attention(9, 8 * g)[0] for g in range(1, 8) for e in (1, 5, 10, 20)}
     ),
     "std grid, 1 gate": lambda: plots.std_grid({("layer1.se", 3): attention(9, 8)[0]}),
-    "fold": lambda: plots.fold_pareto(folds(6), title="digits"),
-    "fold, 54 gates": lambda: plots.fold_pareto(folds(54)),
-    "fold, no latency": lambda: plots.fold_pareto(folds(6, timed=False)),
+    "fold": lambda: plots.fold_pareto(folds(6), times(6), title="digits"),
+    "fold, 54 gates": lambda: plots.fold_pareto(folds(54), times(54)),
+    "fold, no latency": lambda: plots.fold_pareto(folds(6)),
     "by gate, 54": lambda: plots.strength_by_gate(summary(54, 1), title="epoch 1"),
     "by gate, 1": lambda: plots.strength_by_gate(summary(1, 1, LONG)),
     "strength, 6 gates": lambda: plots.strength_over_epochs(summary(6, 10), title="digits"),
@@ -215,8 +226,8 @@ def test_importing_plots_does_not_import_torch() -> None:
 
 @settings(deadline=None, max_examples=10)
 @given(arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=st.floats(0, 1, width=32)))
-def test_heatmap_shows_the_values_on_the_fixed_scale(values: np.ndarray) -> None:
-    ax = plots.stripe_heatmap(values)
+def test_heatmap_shows_the_values_on_the_scale_given(values: np.ndarray) -> None:
+    ax = plots.stripe_heatmap(values, vmin=0, vmax=1)
     (image,) = ax.get_images()
     np.testing.assert_array_equal(image.get_array(), values)
     assert image.get_clim() == (0, 1)
@@ -240,7 +251,7 @@ def colorbar_of(ax: Axes) -> mpl.colorbar.Colorbar:
     ("low", "high", "extend"), [(0, 1, "neither"), (-0.1, 1, "min"), (0, 1.1, "max"), (-0.1, 1.1, "both")]
 )
 def test_colour_bar_points_where_values_go_beyond_the_scale(low: float, high: float, extend: str) -> None:
-    bar = colorbar_of(plots.stripe_heatmap([[low, high]]))
+    bar = colorbar_of(plots.stripe_heatmap([[low, high]], vmin=0, vmax=1))
     assert bar.extend == extend
     assert bar.ax.get_ylabel() == "attention"
 
@@ -255,8 +266,8 @@ def test_values_that_are_not_finite_are_grey_and_named() -> None:
     assert colorbar_of(ax).extend == "neither"
 
 
-def test_heatmap_limits_of_none_fit_the_values() -> None:
-    ax = plots.stripe_heatmap([[-3, 5]], vmin=None, vmax=None, label="squeeze")
+def test_the_colours_of_a_heatmap_span_its_values() -> None:
+    ax = plots.stripe_heatmap([[-3, 5]], label="squeeze")
     assert ax.get_images()[0].get_clim() == (-3, 5)
     assert colorbar_of(ax).ax.get_ylabel() == "squeeze"
 
@@ -382,10 +393,10 @@ def test_std_grid_refuses_nothing_and_names_the_bad_panel() -> None:
 def test_learned_vector_lies_over_the_band_in_the_order_of_the_stripe() -> None:
     learned, mean, std = np.array([0.1, 0.9, 0.4]), np.array([0.5, 0.2, 0.3]), np.array([0.03, 0.01, 0.02])
     ax = plots.learned_over_stripe(learned, mean, std)
-    points, line = ax.get_lines()
-    np.testing.assert_array_equal(points.get_ydata(), [0.9, 0.4, 0.1])
+    [line], (points, band) = ax.get_lines(), ax.collections
+    np.testing.assert_array_equal(points.get_offsets()[:, 1], [0.9, 0.4, 0.1])
     np.testing.assert_array_equal(line.get_ydata(), [0.2, 0.3, 0.5])
-    outline = ax.collections[0].get_paths()[0].vertices
+    outline = band.get_paths()[0].vertices
     for rank, (low, high) in enumerate([(0.19, 0.21), (0.28, 0.32), (0.47, 0.53)]):
         heights = outline[outline[:, 0] == rank, 1]
         assert (heights.min(), heights.max()) == pytest.approx((low, high))
@@ -394,8 +405,8 @@ def test_learned_vector_lies_over_the_band_in_the_order_of_the_stripe() -> None:
 def test_scatter_has_one_scale_for_both_and_the_line_of_equality() -> None:
     learned, mean = np.array([0.1, 0.9]), np.array([0.3, 0.4])
     ax = plots.learned_scatter({"a": (learned, mean)})
-    points, equality = ax.get_lines()
-    np.testing.assert_array_equal(points.get_xydata(), [[0.3, 0.1], [0.4, 0.9]])
+    [points], [equality] = ax.collections, ax.get_lines()
+    np.testing.assert_array_equal(points.get_offsets(), [[0.3, 0.1], [0.4, 0.9]])
     np.testing.assert_array_equal(equality.get_xdata(), equality.get_ydata())
     assert ax.get_xlim() == ax.get_ylim()
     assert ax.get_xlim()[0] < 0.1 < 0.9 < ax.get_xlim()[1]
@@ -403,9 +414,11 @@ def test_scatter_has_one_scale_for_both_and_the_line_of_equality() -> None:
 
 def test_scatter_tells_gates_apart() -> None:
     ax = plots.learned_scatter({"a.se": ([0.1], [0.3]), "b.se": ([0.6, 0.7], [0.8, 0.9])})
-    a, b, _ = ax.get_lines()
-    assert (a.get_xydata().tolist(), b.get_xydata().tolist()) == ([[0.3, 0.1]], [[0.8, 0.6], [0.9, 0.7]])
-    assert not np.array_equal(a.get_color(), b.get_color())
+    [points] = ax.collections
+    assert points.get_offsets().tolist() == [[0.3, 0.1], [0.8, 0.6], [0.9, 0.7]]
+    a, *b = points.get_facecolors()[:, :3].tolist()
+    assert a != b[0] == b[1]
+    assert [mpl.colors.to_rgb(mark.get_color()) for mark in ax.get_legend().get_lines()] == [tuple(a), tuple(b[0])]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
     assert ax.get_xlim() == ax.get_ylim()
 
@@ -464,9 +477,10 @@ def test_many_gates_have_a_colour_bar_from_the_first_to_the_last() -> None:
 
 def test_strength_without_interval_or_dead_leaves_gaps() -> None:
     table = summary(2, 3).assign(strength_low=np.nan, strength_high=np.nan)
-    table.loc[0, "strength"] = np.nan
+    table.loc[2, "strength"] = np.nan  # the first gate at the second of three epochs
     ax = plots.strength_over_epochs(table)
-    assert np.isnan(ax.get_lines()[0].get_ydata()[0])
+    drawn = [line.get_xdata().tolist() for line in ax.get_lines()]
+    assert sorted(drawn) == [[1], [1, 2, 3], [3]], "no line is drawn across what is missing"
     plots.strength_by_gate(table[table["epoch"] == 1])
     ax.get_figure().canvas.draw()
 
@@ -474,8 +488,9 @@ def test_strength_without_interval_or_dead_leaves_gaps() -> None:
 def test_strength_by_gate_has_a_row_a_gate_from_the_top() -> None:
     table = summary(5, 1)
     ax = plots.strength_by_gate(table)
-    np.testing.assert_array_equal(ax.get_lines()[0].get_xydata()[:, 0], table["strength"])
-    intervals = np.array([segment[:, 0] for segment in ax.collections[0].get_segments()])
+    intervals, points = ax.collections
+    np.testing.assert_array_equal(points.get_offsets(), np.column_stack([table["strength"], range(5)]))
+    intervals = np.array([segment[:, 0] for segment in intervals.get_segments()])
     np.testing.assert_array_equal(intervals, table[["strength_low", "strength_high"]])
     assert ax.get_ylim() == (4.5, -0.5)
     assert ax.get_xlim() == (0, 1)
@@ -490,7 +505,7 @@ def test_drift_is_the_table_on_a_logarithmic_axis() -> None:
     table = summary(2, 4)
     ax = plots.drift_over_epochs(table)
     for line, (_, rows) in zip(ax.get_lines(), table.groupby("gate"), strict=True):
-        np.testing.assert_array_equal(line.get_ydata(), rows["drift"])
+        np.testing.assert_array_equal(line.get_ydata(), rows["drift"].dropna())
     assert ax.get_yscale() == "log"
     ax.get_figure().canvas.draw()
     labels = {text.get_text() for text in ax.get_yticklabels(which="both")}
@@ -512,30 +527,36 @@ def lines_of(ax: Axes) -> dict[str, np.ndarray]:
     return {line.get_label(): line.get_xydata() for line in ax.get_lines() if not line.get_label().startswith("_")}
 
 
-def test_folding_is_a_line_a_variant_over_latency() -> None:
-    table = folds(6)
-    ax = plots.fold_pareto(table.sample(frac=1, random_state=0), label="agreement")
-    lines = lines_of(ax)
-    assert set(lines) == {"mean", "norms", "unfolded", "Pareto front"}
-    for variant in ("mean", "norms"):
-        rows = table[table["variant"] == variant].sort_values("folded")
-        np.testing.assert_array_equal(lines[variant], rows[["latency_ms", "accuracy"]])
-    np.testing.assert_array_equal(lines["unfolded"], [[10, 90]])
-    beaten = [
-        ((table["latency_ms"] <= row.latency_ms) & (table["accuracy"] >= row.accuracy)).sum() > 1
-        for row in table.itertuples()
-    ]
-    front = table[~np.array(beaten)].sort_values("latency_ms")
-    assert 1 < len(front) < len(table)
-    np.testing.assert_array_equal(lines["Pareto front"], front[["latency_ms", "accuracy"]])
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("latency (ms)", "agreement (%)")
+def points_of(ax: Axes, points: mpl.collections.PathCollection) -> dict[str, list[list[float]]]:
+    """Return what was drawn in the colour of each label of the legend."""
+    marks = zip(ax.get_legend().get_lines(), ax.get_legend().get_texts(), strict=True)
+    names = {mpl.colors.to_rgb(mark.get_markerfacecolor()): text.get_text() for mark, text in marks}
+    drawn: dict[str, list[list[float]]] = {}
+    for color, place in zip(points.get_facecolors(), points.get_offsets().tolist(), strict=True):
+        drawn.setdefault(names[tuple(color[:3])], []).append(place)
+    return drawn
+
+
+def test_folding_is_a_mark_a_variant_over_the_latency_of_the_first_backend_and_the_largest_batch() -> None:
+    ax = plots.fold_pareto(folds(6).sample(frac=1, random_state=0), times(6), measure="agreement")
+    points, ranges = ax.collections
+    drawn = points_of(ax, points)
+    assert drawn.keys() == {"mean", "mean, re-estimated"}
+    for name, cost in (("mean", 2), ("mean, re-estimated", 1)):
+        np.testing.assert_allclose(sorted(drawn[name]), [[10 - k / 10, 90 - cost * k] for k in range(6, 0, -1)])
+    np.testing.assert_array_equal(lines_of(ax)["unfolded"], [[10, 90]])
+    front = [[9.4 + k / 10, 84 + k] for k in range(7)]  # re-estimating always costs less, the unfolded network least
+    np.testing.assert_allclose(lines_of(ax)["Pareto front"], front)
+    lengths = [float(np.diff(segment[:, 0])[0]) for segment in ranges.get_segments()]
+    np.testing.assert_allclose(lengths, 0.05)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("latency (ms, eager, batch of 64)", "test agreement (%)")
     [top] = ax.child_axes
     translated = {label.get_text(): tick for label, tick in zip(top.get_xticklabels(), top.get_xticks(), strict=True)}
     assert translated == pytest.approx({str(k): 10 - k / 10 for k in range(7)})
 
 
 def test_the_upper_axis_labels_the_ends_and_what_has_room() -> None:
-    ax = plots.fold_pareto(folds(54))
+    ax = plots.fold_pareto(folds(54), times(54))
     [top] = ax.child_axes
     shown = [int(label.get_text()) for label in top.get_xticklabels()]
     assert shown[:2] == [0, 54]
@@ -543,29 +564,70 @@ def test_the_upper_axis_labels_the_ends_and_what_has_room() -> None:
 
 
 def test_folding_without_latency_is_drawn_over_the_number_of_gates() -> None:
-    ax = plots.fold_pareto(folds(3, timed=False))
+    ax = plots.fold_pareto(folds(3))
     assert ax.get_xlabel() == "folded gates"
     assert not ax.child_axes
-    np.testing.assert_array_equal(lines_of(ax)["norms"], [[1, 89], [2, 88], [3, 87]])
+    curves = [line.get_xydata().tolist() for line in ax.get_lines() if len(line.get_xdata()) == 3]
+    assert curves == [[[1, 88], [2, 86], [3, 84]], [[1, 89], [2, 88], [3, 87]]]
+
+
+def test_networks_of_ones_own_are_drawn_by_their_names() -> None:
+    variants = pd.DataFrame({"network": ["mine", "folded"], "folded": [0, 9], "validation": [80.0, 79.0]})
+    latencies = pd.DataFrame({"network": ["mine", "folded"], "backend": "eager", "batch": 1, "milliseconds": [3.0, 2]})
+    ax = plots.fold_pareto(variants, latencies.assign(low=1.5, high=3.5))
+    assert ax.collections[0].get_offsets().tolist() == [[2, 79]]
+    np.testing.assert_array_equal(lines_of(ax)["unfolded"], [[3, 80]])
+    assert ax.get_ylabel() == "validation accuracy (%)"
+
+
+def test_tables_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"variants lacks validation; expected the tables of stripe.folding.study"):
+        plots.fold_pareto(times(2))
+    with pytest.raises(ValueError, match=r"variants lacks folded"):
+        plots.fold_pareto(folds(2).drop(columns="folded"))
+    with pytest.raises(ValueError, match=r"latencies lacks milliseconds, low, high"):
+        plots.fold_pareto(folds(2), times(2)[["folded", "backend", "batch"]])
+    with pytest.raises(ValueError, match="share neither folded nor network"):
+        plots.fold_pareto(folds(2), times(2).rename(columns={"folded": "network"}))
 
 
 def test_variants_are_told_apart_by_marker_as_well_as_colour() -> None:
-    table = pd.concat([folds(2).assign(variant=f"{n}") for n in range(8)]).query("folded > 0")
-    marks = [line for line in plots.fold_pareto(table).lines if line.get_marker() != "None"]
-    styles = [(line.get_color(), line.get_marker()) for line in marks]
-    assert len(set(styles)) == len(styles) == 8
-    assert len({marker for _, marker in styles[:6]}) == 6
+    table = pd.concat([folds(2).assign(weighting=f"{n}") for n in range(4)]).query("folded > 0")
+    [points, _] = plots.fold_pareto(table, times(2)).collections
+    styles = list(
+        zip(map(tuple, points.get_facecolors()), (path.vertices.tobytes() for path in points.get_paths()), strict=True)
+    )
+    assert len(set(styles)) == len({shape for _, shape in styles}) == len({color for color, _ in styles}) == 8
 
 
 def test_training_curves_are_the_metrics() -> None:
     runs = {"SE": metrics(4), "ASR": metrics(6)}
     fig = plots.training_curves(runs, title="digits")
+    [legend] = fig.legends
+    named = {text.get_text(): line for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)}
+    assert list(named) == ["SE", "ASR", "validation", "training"]
     for ax, quantity in zip(fig.axes, ("loss", "accuracy"), strict=True):
-        drawn = {line.get_label(): line for line in ax.get_lines()}
         for name, rows in runs.items():
-            for split, label in (("train", "training"), ("val", "validation")):
-                line = drawn[f"{name}, {label}"]
-                np.testing.assert_array_equal(line.get_xydata(), rows[["epoch", f"{split}_{quantity}"]])
-                assert line.get_linestyle() == {"train": "--", "val": "-"}[split]
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == list(drawn)
+            for part, label in (("train", "training"), ("val", "validation")):
+                expected = rows[["epoch", f"{part}_{quantity}"]].to_numpy()
+                lines = [line for line in ax.get_lines() if np.array_equal(line.get_xydata(), expected)]
+                [line] = lines
+                assert mpl.colors.same_color(line.get_color(), named[name].get_color())
+                assert line.is_dashed() == named[label].is_dashed() == (label == "training")
     assert [ax.get_ylabel() for ax in fig.axes] == ["loss", "accuracy (%)"]
+    assert fig.axes[0].get_legend() is fig.axes[1].get_legend() is None
+
+
+def test_training_without_validation_is_drawn() -> None:
+    fig = plots.training_curves({"SE": metrics(4).assign(val_loss=np.nan, val_accuracy=np.nan)})
+    for ax in fig.axes:
+        assert len([line for line in ax.get_lines() if len(line.get_xdata())]) == 1
+
+
+def test_seaborn_is_loaded_by_the_first_figure_that_needs_it() -> None:
+    code = (
+        "import sys, stripe.plots as p; p.stripe_heatmap([[0, 1]]); before = 'seaborn' in sys.modules; "
+        "p.learned_scatter({'a': ([0, 1], [0, 1])}); print(before, 'seaborn' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=HEADLESS)
+    assert found.stdout.split() == ["False", "True"]

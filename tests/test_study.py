@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,10 +17,10 @@ import pytest
 import study
 import torch
 from scipy import stats
-from studies import ablation, blocks, check, comparison, forms, growth, recipes, robustness
+from studies import ablation, comparison, forms, growth, recipes, robustness
 from studies.ablation import build_case
 from studies.robustness import Disturbance, disturbances
-from studies.table import Table, claimed
+from studies.table import Table, claimed, headed
 from study import main
 
 import stripe
@@ -83,7 +84,10 @@ def test_ablation_writes_a_row_per_case_and_goes_on_where_it_stopped(tmp_path, m
     assert (table["best_epoch"] == 1).all()
     assert json.loads(table["config"][0])["depth"] == 20
     assert json.loads(table["versions"][0]).keys() >= {"python", "torch", "stripe-observation"}
-    assert "accuracy_best" in capsys.readouterr().out
+    shown = pd.read_csv(tmp_path / "ablation-compared.csv")
+    assert list(shown["seeds"]) == [1, 1, 1, 1]
+    assert list(shown["last epoch"]) == pytest.approx(list(table["accuracy_last"]), abs=0.0051)
+    assert "psi begins at" in capsys.readouterr().out
 
 
 def test_a_training_that_was_cut_is_finished(tmp_path, capsys):
@@ -146,8 +150,10 @@ def test_robustness_writes_and_draws_every_network_and_disturbance(checkpoints, 
         (name, 4 + 2) for name in ("plain", "SE", "ASR", "both")
     ]
     assert table.groupby("network")["accuracy"].nunique().max() > 1
+    shown = pd.read_csv(tmp_path / "robustness-compared.csv").query("`scale a` == 0.5 and `shift b` == 1")
+    assert shown["SE"].item() == table.query("network == 'SE' and a == 0.5 and b == 1")["accuracy"].item()
     assert (tmp_path / "robustness.png").stat().st_size > 10_000
-    assert "network" in capsys.readouterr().out
+    assert "shift b" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{}, {"module": "senet"}, {"module": "senet", "asr": True}])
@@ -225,11 +231,13 @@ def test_forms_are_trained_recorded_and_compared(tmp_path, capsys):
     strength = stripe_strength(Moments.of(observed.attention(observed.gates[0].name, 2))).strength
     [recorded] = stripes.query("form == 'attention' and seed == 1 and epoch == 2 and gate == 'layer1.0'")["strength"]
     assert recorded == pytest.approx(strength, rel=1e-9)
-    differences = pd.read_csv(tmp_path / "study/differences.csv")
     accuracy = rows.pivot(index="seed", columns="form", values="accuracy_last")
-    assert differences["difference"][0] == pytest.approx((accuracy["attention"] - accuracy["plain"]).mean(), abs=1e-4)
+    shown = pd.read_csv(tmp_path / "study/forms.csv").set_index("network")["last epoch"]
+    assert shown["SE"] == pytest.approx(accuracy["attention"].mean(), abs=0.0051)
+    difference = comparison.paired(rows).loc[0, "difference"]
+    assert difference == pytest.approx((accuracy["attention"] - accuracy["plain"]).mean(), abs=1e-4)
     assert (tmp_path / "study/forms-resnet20-senet.png").stat().st_size > 10_000
-    assert "difference" in capsys.readouterr().out
+    assert "seeds to tell 0.5" in capsys.readouterr().out
 
 
 def test_slices_of_no_time_make_an_epoch_each_and_end_where_one_go_ends(tmp_path, capsys):
@@ -393,7 +401,7 @@ def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys)
     assert {"epochs.csv", "trends.csv", "growth.png", "inputs.png"} <= set(first)
     assert main(words) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "study/a").iterdir()} == first
-    assert "highest_at" in capsys.readouterr().out
+    assert "highest at" in capsys.readouterr().out
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------
@@ -421,7 +429,11 @@ def test_recipes_are_compared_in_pairs_and_go_on_where_they_stopped(tmp_path, ca
     table = rows.pivot(index=["form", "seed"], columns="recipe", values="accuracy")
     wanted = (table["stripe"] - table["reference"]).groupby("form").mean()
     assert found["difference"].to_dict() == pytest.approx(wanted.to_dict())
-    assert blocks.markdown("recipes", tmp_path, []).count("\n") == 3
+    shown = pd.read_csv(tmp_path / "recipes-compared.csv").set_index("network")
+    assert shown["difference"].to_dict() == pytest.approx(wanted.to_dict(), abs=0.0051)
+    assert shown["reference"].to_dict() == pytest.approx(
+        table["reference"].groupby("form").mean().to_dict(), abs=0.0051
+    )
 
 
 # ---- check -----------------------------------------------------------------------------------------------
@@ -429,86 +441,74 @@ def test_recipes_are_compared_in_pairs_and_go_on_where_they_stopped(tmp_path, ca
 
 @pytest.fixture
 def records(tmp_path):
-    """A README with a block of each kind that its records can fill, already filled."""
-    for name, table in {"results.csv": results(), "r.csv": pd.DataFrame({"gate": ["a"], "r_best": [0.123]})}.items():
-        table.to_csv(tmp_path / name, index=False)
+    """Records, the tables that follow from them, and a page that shows some of these."""
+    results().to_csv(tmp_path / "results.csv", index=False)
+    pd.DataFrame({"gate": ["a|b"], "r": ["0.10"], "config": ["{}"]}).to_csv(tmp_path / "r.csv", index=False)
     (tmp_path / "a").mkdir()
     table_of({"g": [0.2, 0.5, 0.9]}).to_csv(tmp_path / "a/epochs.csv", index=False)
     inputs = [{"input": kind, "gate": "g", "strength": 0.5, "strength_low": 0.4, "strength_high": 0.6} for kind in "tu"]
     pd.DataFrame(inputs).assign(shift_std=0.25, accuracy=50.0).to_csv(tmp_path / "a/inputs.csv", index=False)
-    kinds = (
-        "plan",
-        "forms s senet",
-        "differences s senet",
-        "trends a",
-        "inputs a",
-        "csv r.csv gate r_best:.2f",
-        "example",
-    )
-    marks = "\n\n".join(f"<!-- study:{kind} -->\n<!-- /study -->" for kind in kinds)
+    shown = ("seeds.csv", "forms.csv", "differences.csv", "a/trends.csv", "a/other-images.csv", "r.csv")
+    marks = "\n\n".join(f"<!-- csv: {name} -->\n<!-- /csv -->" for name in shown)
     (tmp_path / "README.md").write_text(f"# Title\n\n{marks}\n\nThe end.\n")
     assert checked(tmp_path, "--write") == 0
     return tmp_path
 
 
 def checked(where, *words):
-    return main(["check", "--readme", str(where / "README.md"), "--records", str(where), *words])
+    return main(["check", "--pages", str(where / "README.md"), "--records", str(where), *words])
 
 
-def test_what_was_written_is_found_right_and_only_the_blocks_were_touched(records, capsys):
+def changed(text, place):
+    """Return a text with another digit at a place."""
+    return text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+
+
+def test_a_page_shows_its_tables_as_they_stand_and_nothing_else_is_touched(records, capsys):
     text = (records / "README.md").read_text()
-    assert text.startswith("# Title\n\n<!-- study:plan -->\n\n| sd of differences |")
-    assert text.endswith("<!-- /study -->\n\nThe end.\n")
-    assert "| gate | r best |\n| --- | --- |\n| a | 0.12 |" in text
-    assert "| SE − plain | +0.83 | +0.52 to +1.14 |" in text
+    assert text.startswith("# Title\n\n<!-- csv: seeds.csv -->\n\n| sd of differences |")
+    assert text.endswith("<!-- /csv -->\n\nThe end.\n")
+    assert "| gate | r |\n| --- | --- |\n| a\\|b | 0.10 |\n" in text  # text stays text; how it was made is left out
+    assert "| s | SE − plain | last epoch | 6 | +0.83 | +0.52 | +1.14 |" in text
+    assert "| g | 16 | 0.200 | 0.900 | 0.890 | 0.910 | +1.00 | rises | 3 |" in text
+    assert "| g | 0.500 | 0.500 | 0.25 |\n| accuracy | 50.0 % | 50.0 % |  |" in text
     capsys.readouterr()
     assert checked(records) == 0
-    assert "7 blocks" in capsys.readouterr().out
+    assert "6 tables of 1 pages and 5 derived CSVs" in capsys.readouterr().out
     assert checked(records, "--write") == 0
     assert (records / "README.md").read_text() == text
 
 
-@pytest.mark.parametrize("number", range(0, 60, 7))
-def test_a_changed_digit_in_any_block_is_found(records, number, capsys):
-    text = (records / "README.md").read_text()
-    places = [match.start() for match in re.finditer(r"(?<=\d)\d(?= [|(%±])", text)]
-    place = places[number % len(places)]
-    changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
-    (records / "README.md").write_text(changed)
-    capsys.readouterr()
-    assert checked(records) == 1
-    assert "README.md" in capsys.readouterr().out
-    assert (records / "README.md").read_text() == changed
-
-
-@pytest.mark.parametrize("name", ["forms.csv", "differences.csv", "a/trends.csv"])
-def test_a_changed_digit_in_a_table_that_follows_from_another_is_found(records, name, capsys):
+@pytest.mark.parametrize("name", ["README.md", "forms.csv", "differences.csv", "seeds.csv", "a/trends.csv"])
+def test_a_changed_digit_is_found_wherever_it_is(records, name, capsys):
     text = (records / name).read_text()
-    (records / name).write_text(text.replace("1", "2", 1))
-    assert checked(records) == 1
-    assert name in capsys.readouterr().out
-    (records / name).unlink()
-    assert checked(records) == 1
+    for place in [match.start() for match in re.finditer(r"(?<=\d)\d(?= ?[,|\n])", text)][::5]:
+        (records / name).write_text(changed(text, place))
+        capsys.readouterr()
+        assert checked(records) == 1
+        assert name in capsys.readouterr().out
+    assert (records / name).read_text() != text
     assert checked(records, "--write") == 0
     assert (records / name).read_text() == text
 
 
-def test_a_changed_record_is_found(records):
-    table = pd.read_csv(records / "results.csv")
-    table.loc[0, "accuracy_last"] += 1
-    table.to_csv(records / "results.csv", index=False)
+def test_a_derived_table_that_is_missing_is_found(records):
+    (records / "forms.csv").unlink()
+    (records / "README.md").write_text(
+        "<!-- csv: r.csv -->\n\n| gate | r |\n| --- | --- |\n| a\\|b | 0.10 |\n\n<!-- /csv -->"
+    )
     assert checked(records) == 1
+    assert checked(records, "--write") == 0
+    assert checked(records) == 0
 
 
 @pytest.mark.parametrize(
     ("mark", "expected"),
     [
-        ("<!-- study:nothing -->\n<!-- /study -->", "expected one of found"),
-        ("<!-- study:forms s eca -->\n<!-- /study -->", "expected one of s senet"),
-        ("<!-- study:forms -->\n<!-- /study -->", "missing 2 required positional arguments"),
-        ("<!-- study:csv r.csv rr -->\n<!-- /study -->", "expected some of gate, r_best"),
-        ("<!-- study:trends b -->\n<!-- /study -->", "b/epochs.csv"),
-        ("<!-- study:plan -->", "in pairs"),
+        ("<!-- csv: b/trends.csv -->\n<!-- /csv -->", "b/trends.csv"),
+        ("<!-- csv: seeds.csv -->", "in pairs"),
+        ("<!-- csv: r.csv -->\n<!-- csv: r.csv -->\n<!-- /csv -->", "in pairs"),
+        ("<!-- study:r.csv -->\n<!-- /study -->", "in pairs"),
         ("no mark at all", "in pairs"),
     ],
 )
@@ -519,21 +519,22 @@ def test_a_block_that_cannot_be_made_is_one_line(records, mark, expected, capsys
     assert expected in line
 
 
-def test_blocks_read_the_benchmark_and_the_recorded_stripes(tmp_path):
-    rounds = {"python -c pass": [1.0, 1.0, 1.0], "import stripe": [3.0, 4.0, 9.0]}
-    rows = [{"case": case, "rounds": seconds, "peak_mb": None} for case, seconds in rounds.items()]
-    content = {"benchmark": "startup", "arguments": ["--rounds", "3"], "rows": rows}
-    (tmp_path / "startup.json").write_text(json.dumps(content))
-    expected = " | 3.000 s; 4.00 s | `benchmark.py startup --rounds 3` |"
-    assert blocks.markdown("speed", tmp_path, ["."]).endswith(expected)
-    strengths = {(1, "g"): 0.9, (2, "g"): 0.4, (1, "h"): 0.2, (2, "h"): 0.3}
-    table = pd.DataFrame([{"epoch": e, "gate": g, "strength": s} for (e, g), s in strengths.items()])
-    table.assign(setting="s", module="eca", form="attention", seed=1).to_csv(tmp_path / "stripes.csv", index=False)
-    text = blocks.markdown("stripes", tmp_path, ["s"])
-    assert text.endswith("| ECA | 1 | 0.55 (0.20 to 0.90) | 0.35 (0.30 to 0.40) | 1 of 2 |")
+def test_strengths_are_those_of_the_first_and_the_last_epoch():
+    values = {(1, "g"): 0.9, (2, "g"): 0.4, (1, "h"): 0.2, (2, "h"): 0.3}
+    table = pd.DataFrame([{"epoch": e, "gate": gate, "strength": strength} for (e, gate), strength in values.items()])
+    [row] = comparison.strengths(table.assign(setting="s", module="eca", form="attention", seed=1)).to_numpy().tolist()
+    assert row == ["s", "ECA", "1", "0.55", "0.20", "0.90", "0.35", "0.30", "0.40", "1 of 2"]
 
 
-def test_the_readmes_follow_from_the_committed_records(monkeypatch):
+def test_headings_stand_over_formatted_cells_and_what_is_missing_is_empty():
+    table = pd.DataFrame({"a": [1.0, math.nan], "b": ["none", "x"], "c": [3, 4]})
+    found = headed(table, {"of a": "a:.2f", "b": "b", "number": "c"})
+    assert found.to_dict("list") == {"of a": ["1.00", ""], "b": ["none", "x"], "number": ["3", "4"]}
+    with pytest.raises(KeyError, match="d"):
+        headed(table, {"of d": "d"})
+
+
+def test_the_pages_follow_from_the_committed_records(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["check"]) == 0
 
@@ -549,40 +550,37 @@ def test_the_readmes_follow_from_the_committed_records(monkeypatch):
         ("study/resnet29/inputs.csv", "shift_std"),
         ("study/resnet29/fold/variants.csv", "test"),
         ("study/resnet29/fold/predictors.csv", "rho"),
+        ("study/resnet29/match-same.json", "rmse"),
         ("fold-se-resnet20/variants.csv", "test"),
         ("fold-se-resnet20/distilled/variants.csv", "test"),
+        ("benchmarks/stats.json", "ratio"),
+        ("benchmarks/sizing.json", "seconds"),
+        ("benchmarks/coverage.json", "expected"),
     ],
 )
-def test_a_committed_record_that_changes_is_noticed(tmp_path, monkeypatch, capsys, record, column):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "README.md", tmp_path)
-    for folder in ("study", "fold-se-resnet20", "benchmarks"):
-        shutil.copytree(ROOT / "figures" / folder, tmp_path / "figures" / folder)
+def test_a_committed_record_that_changes_is_noticed(tmp_path, capsys, record, column):
+    """The table that follows from it differs, or the page that shows it."""
+    for name in ("study", "cifar10-se-resnet20", record.partition("/")[0]):
+        shutil.copytree(ROOT / "figures" / name, tmp_path / "figures" / name, dirs_exist_ok=True)
     path = tmp_path / "figures" / record
-    table = pd.read_csv(path)
-    table[column] *= 0.9
-    table.to_csv(path, index=False)
-    assert main(["check"]) == 1
-    assert "README.md" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("record", "change"),
-    [
-        ("sizing", lambda row: row.update(seconds=2 * row["seconds"])),
-        ("stats", lambda row: row.update(rounds=[9.0] * len(row["rounds"]))),
-        ("coverage", lambda row: row.update(verdict="mismatch")),
-    ],
-)
-def test_a_committed_benchmark_that_changes_is_noticed(tmp_path, record, change):
-    text = (ROOT / "README.md").read_text()
-    shutil.copytree(ROOT / "figures", tmp_path / "figures")
-    path = tmp_path / f"figures/benchmarks/{record}.json"
-    content = json.loads(path.read_text())
-    assert check.recompute(text, tmp_path / "figures/study")[0] == text
-    change(content["rows"][0])
-    path.write_text(json.dumps(content))
-    assert check.recompute(text, tmp_path / "figures/study")[0] != text
+    readme = (ROOT / "README.md").read_text()
+    page = tmp_path / "figures" / record.partition("/")[0] / "README.md"
+    if record == "study/losses.csv":
+        page = tmp_path / "losses.md"
+        page.write_text(readme[readme.index("<!-- csv: figures/study/losses.csv") : readme.index("### Several proc")])
+    words = ["check", "--records", str(path.parent), "--pages", str(page)]
+    assert main(words) == 0
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        for row in content.get("gates") or content["rows"]:
+            row[column] *= 2
+        path.write_text(json.dumps(content))
+    else:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        (table.assign(**{column: table[column] * 0.9})).to_csv(path, index=False)
+    capsys.readouterr()
+    assert main(words) == 1
+    assert "differ" in capsys.readouterr().out
 
 
 # ---- losses ----------------------------------------------------------------------------------------------

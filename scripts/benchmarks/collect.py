@@ -1,10 +1,11 @@
 """Time recording beside the bare forward loop, torchlens and torchvision's feature extractor, all to Parquet."""
 
 import argparse
+import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import stripe
 from benchmarks.networks import DEVICE, add_network, build, forward, pixels
-from benchmarks.timing import Result, Steps, Timing, check, measure, report, step_by_step
+from benchmarks.timing import Result, Run, Steps, Timing, check, measure, report, step_by_step
 
 TOLERANCE = 1e-5  # of recorded values, which lie in 0..1
 CONTROL = "forward, again"  # what it differs by from the bare loop is chance
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> Result:
     return Result(rows, not check("difference of the recorded values", max(errors), TOLERANCE))
 
 
-def _prepare_alone(name: str, arguments: argparse.Namespace, folder: str) -> Callable[[], None]:
+def _prepare_alone(name: str, arguments: argparse.Namespace, folder: str) -> Run:
     case = _case(name, build("SE", arguments.depth, arguments.module), arguments, folder)
 
     def run() -> None:
@@ -65,9 +66,7 @@ def _prepare_alone(name: str, arguments: argparse.Namespace, folder: str) -> Cal
     return run
 
 
-def _prepare_together(
-    names: Sequence[str], arguments: argparse.Namespace, folder: str
-) -> Callable[[], dict[str, list[float]]]:
+def _prepare_together(names: Sequence[str], arguments: argparse.Namespace, folder: str) -> Run:
     """Return what times all cases step by step: the seconds of each, and of the bare loop, in every round.
 
     Two copies of a network differ in speed, so each case has another one in every round.
@@ -143,7 +142,7 @@ def _torchlens(network: nn.Module, batches: Sequence[Tensor], gates: Gates, path
     from torch import distributed
 
     if not distributed.is_initialized():  # it captures in the first process, or in a member of a group
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        distributed.init_process_group("gloo", init_method=f"file://{path}-{os.getpid()}", rank=0, world_size=1)
     options = {"batch_size": len(batches[0]), "progress": False, "model_identity": "none"}
     layers, samples = {gate.name: gate.source for gate in gates}, torch.cat(list(batches)).to(DEVICE)
 
@@ -172,7 +171,7 @@ def _recorded(name: str, path: Path) -> dict[str, NDArray[Any]]:
         found = torchlens.load_extraction(path).activations
         return {gate: values.flatten(1).numpy() for gate, values in found.items()}
     table = pd.read_parquet(path)
-    return {gate: np.stack(table[gate].tolist()) for gate in table}
+    return {str(gate): np.stack(table[gate].tolist()) for gate in table}
 
 
 def _difference(a: Mapping[str, NDArray[Any]], b: Mapping[str, NDArray[Any]]) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks import DEVICE, add_network, build, pixels, prepared_forward, prepared_session
-from benchmarks.timing import Prepare, Result, check, measure_together, report
+from benchmarks.timing import Result, Run, check, measure_together, report
 from stripe import asr
 from stripe.folding import save_onnx
 
@@ -54,7 +55,7 @@ def _fused(depth: int, module: str) -> nn.Module:
     return asr.fuse(build("ASR", depth, module))
 
 
-FORMS = {
+FORMS: dict[str, Callable[[int, str], nn.Module]] = {
     "plain": partial(build, "plain"),
     "SE": partial(build, "SE"),
     "ASR": partial(build, "ASR"),
@@ -66,5 +67,5 @@ FORMS = {
 }
 
 
-def _prepare(name: str, depth: int, module: str, batch: int) -> Prepare:
+def _prepare(name: str, depth: int, module: str, batch: int) -> Run:
     return prepared_forward(FORMS[name](depth, module), pixels(batch), channels_last="channels-last" in name)

@@ -2,7 +2,6 @@
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 import stripe
 from benchmarks.networks import DEVICE, prepared_forward, prepared_session
-from benchmarks.timing import Prepare, Result, check, measure, report
+from benchmarks.timing import Prepare, Result, Run, check, measure, report
 from stripe.folding import FoldReport, save_onnx
 
 CONSTANT = 0.3  # of every channel: speed does not depend on it
@@ -43,14 +42,16 @@ def run(arguments: argparse.Namespace) -> Result:
         times = -(-AT_LEAST // arguments.batch)
         repeated = {name: partial(_prepare_repeated, prepare, times) for name, prepare in cases.items()}
         timings = measure(repeated, arguments.rounds)
-    rows = report(timings, "attention, eager", images=times * arguments.batch)
-    print(
-        f"{len(folding.table)} gates, {(folding.table['direction'] == 'kept').sum()} of them kept as a multiplication"
-    )
+    rows = []
+    for baseline in (name for name in timings if name.startswith("attention")):
+        pair = {name: timings[name] for name in (baseline, baseline.replace("attention", "folded"))}
+        rows += report(pair, baseline, images=times * arguments.batch)
+    kept = (folding.table["direction"] == "kept").sum()
+    print(f"{len(folding.table)} gates, {kept} of them kept as a multiplication")
     return Result(rows, not check("relative error of the folded network", folding.error, TOLERANCE))
 
 
-def _prepare_repeated(prepare: Prepare, times: int) -> Callable[[], None]:
+def _prepare_repeated(prepare: Prepare, times: int) -> Run:
     run = prepare()
 
     def repeat() -> None:
@@ -75,7 +76,7 @@ def _fold(spec: str, size: int) -> tuple[nn.Module, FoldReport]:
     return stripe.fold(network, constants, images)
 
 
-def _prepare(name: str, layout: str, arguments: argparse.Namespace) -> Prepare:
+def _prepare(name: str, layout: str, arguments: argparse.Namespace) -> Run:
     network = _load(arguments.ckpt) if name == "attention" else _fold(arguments.ckpt, arguments.size)[0]
     images = _images(arguments.batch, arguments.size)
     return prepared_forward(network, images, channels_last=layout == "channels-last")

@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 
 from benchmarks.networks import add_network, build, pixels, prepared_forward
-from benchmarks.timing import Prepare, Result, measure, report
+from benchmarks.timing import Result, Run, measure, report
 from stripe import keep_memory
 
 FORMS = ("plain", "SE")
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> Result:
     return Result(rows)
 
 
-def _prepare(form: str, arguments: argparse.Namespace, keep: bool) -> Prepare:
+def _prepare(form: str, arguments: argparse.Namespace, keep: bool) -> Run:
     if keep and not keep_memory():
         raise OSError("this machine's C library cannot be told to keep memory: only glibc can")
     return prepared_forward(build(form, arguments.depth, arguments.module), pixels(arguments.batch))

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Prepare, synchronize
-from stripe.folding.export import onnx_session
+from benchmarks.timing import Run, synchronize
+from stripe.folding import onnx_session
 from stripe.models import create_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,10 +24,10 @@ def add_network(parser: argparse.ArgumentParser, *, rounds: int, batch: int) -> 
 
 def build(form: str, depth: int, module: str, classes: int = 10) -> nn.Module:
     """Build the "plain", "SE", "ASR" or "ASR + SE" form of one network on the device, in eval mode."""
-    forms = {"plain": {}, "SE": {"module": module}, "ASR": {"module": module, "asr": True}}
-    forms["ASR + SE"] = {"module": module, "asr": True, "both": True}
+    forms = {"plain": {}, "SE": {}, "ASR": {"asr": True}, "ASR + SE": {"asr": True, "both": True}}
     torch.manual_seed(0)
-    return create_model("resnet", depth=depth, num_classes=classes, **forms[form]).to(DEVICE).eval()
+    options = forms[form] | {"module": None if form == "plain" else module}
+    return create_model("resnet", depth=depth, num_classes=classes, **options).to(DEVICE).eval()
 
 
 def pixels(samples: int) -> Tensor:
@@ -41,15 +41,16 @@ def forward(network: nn.Module, images: Tensor) -> None:
         synchronize(network(images))
 
 
-def prepared_forward(network: nn.Module, images: Tensor, *, channels_last: bool = False) -> Prepare:
+def prepared_forward(network: nn.Module, images: Tensor, *, channels_last: bool = False) -> Run:
     """Return a case's run of the network on a batch, on the device."""
     network, images = network.to(DEVICE), images.to(DEVICE)
     if channels_last:
-        network, images = (each.to(memory_format=torch.channels_last) for each in (network, images))
+        network = network.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
     return partial(forward, network, images)
 
 
-def prepared_session(path: Path, images: Tensor) -> Prepare:
+def prepared_session(path: Path, images: Tensor) -> Run:
     """Return a case's run of an ONNX file on a batch, under onnxruntime."""
     session = onnx_session(path)
     return partial(session.run, None, {session.get_inputs()[0].name: images.numpy()})

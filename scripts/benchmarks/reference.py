@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from stripe import asr
-from stripe.asr.layers import asr_layers
 from stripe.data import ImageSet
 
 MOMENTUM = 0.9
@@ -29,13 +29,15 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return bn(x) * v."""
-        return self.layer.bn(x) * self.layer.learned_vector().view(1, -1, 1, 1)
+        scaled: Tensor = self.layer.bn(x) * self.layer.learned_vector().view(1, -1, 1, 1)
+        return scaled
 
 
 def as_written(network: nn.Module) -> nn.Module:
     """Give a network's ASR layers, if it has any, the form of the formula, in place."""
-    for name, layer in list(asr_layers(network)):
-        network.set_submodule(name, Scaled(layer))
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, asr.ASRLayer):
+            network.set_submodule(name, Scaled(layer))
     return network
 
 
@@ -44,10 +46,15 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, images: ImageSet) -> None:
         """Hold images as the arrays that torchvision's sets hold."""
+        if not isinstance(images.images, Tensor):
+            raise ValueError(
+                f"'{images.uri}' does not fit into memory, where the reference recipe holds it: take fewer images"
+            )
         self._arrays = images.images.permute(0, 2, 3, 1).contiguous().numpy()
         self._labels = images.labels.tolist()
         steps: list[Any] = [transforms.RandomCrop(images.images.shape[-1], padding=4)]
-        steps += [transforms.RandomHorizontalFlip()] * images.flip
+        if images.flip:
+            steps.append(transforms.RandomHorizontalFlip())
         self._transform = transforms.Compose(
             [*steps, transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
         )
@@ -66,9 +73,7 @@ def loader_as_written(images: ImageSet, batch: int, workers: int) -> DataLoader[
     return DataLoader(Pictures(images), batch_size=batch, shuffle=True, num_workers=workers)
 
 
-def train_as_written(
-    network: nn.Module, loader: DataLoader[tuple[Tensor, int]], epochs: int, lr: float, device: str
-) -> None:
+def train_as_written(network: nn.Module, loader: Iterable[Any], epochs: int, lr: float, device: str) -> None:
     """Train with SGD; as the reference does, look at the loss and the accuracy of every batch."""
     optimizer = torch.optim.SGD(network.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
     criterion = nn.CrossEntropyLoss()

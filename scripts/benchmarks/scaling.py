@@ -3,12 +3,13 @@
 import argparse
 import math
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.runs import add_run, gate_channels, write_run
-from benchmarks.timing import Prepare, Result, Row, measure, report
+from benchmarks.timing import Prepare, Result, Row, Run, measure, report
 from stripe import open_run
 
 IMAGE_SIZE = 8  # pixels a side, of the recorded images: the network is small, so that recording shows
@@ -38,15 +39,14 @@ def run(arguments: argparse.Namespace) -> Result:
     return Result(rows)
 
 
-def _over(cases: dict[str, Prepare], sizes: list[int], arguments: argparse.Namespace) -> list[Row]:
+def _over(cases: Mapping[str, Prepare], sizes: list[int], arguments: argparse.Namespace) -> list[Row]:
     rows = report(measure(cases, arguments.rounds), next(iter(cases)))
     for (small, before), (large, after) in pairwise(zip(sizes, rows, strict=True)):
         after["slope"] = math.log(after["seconds"] / before["seconds"]) / math.log(large / small)
-        print(f"{before['case']} to {large}: slope {after['slope']:.3f}")
     return rows
 
 
-def _moments(path: Path) -> Prepare:
+def _moments(path: Path) -> Run:
     return partial(_take, path)
 
 
@@ -54,7 +54,7 @@ def _take(path: Path) -> None:
     open_run(path).moments()
 
 
-def _record(depth: int, samples: int, path: Path) -> Prepare:
+def _record(depth: int, samples: int, path: Path) -> Run:
     import torch
 
     import stripe

@@ -53,7 +53,6 @@ def run(arguments: argparse.Namespace) -> Result:
         for case, seconds, size_of in found:
             row = {"case": f"{name}, {case}", "seconds": seconds, "min": seconds, "max": seconds, "bytes": size_of}
             rows.append(row | about)
-            print(f"{row['case']:45} {1 / seconds:9.1f} samples/s" + (f" {size_of:9.0f} bytes" if size_of else ""))
     return Result(rows)
 
 
@@ -78,10 +77,11 @@ def _stored(gates: list[stripe.Gate], samples: int) -> list[Found]:
             size = sum(file.stat().st_size for file in path.rglob("*.parquet"))
             found.append((f"writing {contents}", seconds / samples, size / (samples if contents == "samples" else 1)))
         recorded = stripe.open_run(Path(folder, "samples"))
-        for name, work in {
+        works: dict[str, Callable[[], object]] = {
             "stats": lambda: summarize(recorded),
             "stats --rank": lambda: summarize(recorded, rank=True),
-        }.items():
+        }
+        for name, work in works.items():
             found.append((name, _processor_time(work) / samples, None))
     return found
 

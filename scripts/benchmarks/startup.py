@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.timing import Result, Timing, report
-from stripe.timing import interleave
+from stripe import interleave
 
 SCRIPTS = Path(__file__).parents[1]
 

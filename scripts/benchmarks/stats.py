@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.runs import add_run, gate_channels, write_run
-from benchmarks.timing import Prepare, Result, check, measure, report
+from benchmarks.timing import Prepare, Result, Run, check, measure, report
 from stripe import open_run, stats
 
 TOLERANCE = 1e-3  # of means and standard deviations, in standard deviations; some peers add up in float32
@@ -56,8 +56,6 @@ def run(arguments: argparse.Namespace) -> Result:
         timings = measure(cases, arguments.rounds)
         means, variances = _stripe(kept)
     rows = report(timings, "read")
-    best = min((name for name in timings if name in PEERS), key=lambda name: timings[name].median)
-    print(f"stripe, rows, is {timings[best].ratio(timings['stripe, rows']):.1f} times as fast as {best}, the best peer")
     error = 0.0
     for name in ["stripe, rows", *(PEERS.keys() & timings.keys())]:
         other_means, other_variances = timings[name].returned
@@ -67,7 +65,7 @@ def run(arguments: argparse.Namespace) -> Result:
     return Result(rows, not check("difference of means and standard deviations from the peers'", error, TOLERANCE))
 
 
-def _prepare(take: Callable[..., Any], *arguments: Any) -> Prepare:
+def _prepare(take: Callable[..., Any], *arguments: Any) -> Run:
     return partial(take, *arguments)
 
 

@@ -18,14 +18,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from stripe.timing import interleave
+from stripe import interleave
 
 Row = dict[str, Any]
-Prepare = Callable[[], Callable[[], Any]]
+Run = Callable[[], Any]
+"""What is timed."""
+Prepare = Callable[[], Run]
 """What a case is: it can be pickled; called, it builds what is not timed and returns what is."""
 Steps = Callable[[], Iterator[object]]
 """A case step by step; what comes after its last yield is a step too."""
 STOPPING = 10  # seconds that a process has to end by itself
+_ENDED = object()
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def measure(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Timing]:
             pipes[name].send(True)
             last[name] = _receive(name, pipes[name])
 
-        seconds = interleave({name: lambda name=name: run(name) for name in pipes}, rounds)
+        seconds = interleave({name: partial(run, name) for name in pipes}, rounds)
     return {name: Timing(seconds[name], last[name][1], last[name][0]) for name in pipes}
 
 
@@ -86,7 +89,7 @@ def measure_together(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Tim
     return {name: Timing(seconds[name], each.peak_mb, each.returned) for name, each in alone.items()}
 
 
-def _prepare_together(cases: Mapping[str, Prepare], rounds: int) -> Callable[[], dict[str, list[float]]]:
+def _prepare_together(cases: Mapping[str, Prepare], rounds: int) -> Run:
     runs = {name: prepare() for name, prepare in cases.items()}
     return partial(interleave, runs, rounds)
 
@@ -110,7 +113,7 @@ def step_by_step(bare: Callable[[], object], cases: Mapping[str, Steps]) -> tupl
 
 
 def _advance(left: dict[str, Iterator[object]], name: str, steps: Iterator[object]) -> None:
-    if next(steps, left) is left:
+    if next(steps, _ENDED) is _ENDED:
         del left[name]
 
 
@@ -171,7 +174,8 @@ def _receive(name: str, pipe: Connection) -> tuple[Any, float | None]:
         received = ChildProcessError("its process died, perhaps for want of memory")
     if isinstance(received, ChildProcessError):
         raise ChildProcessError(f"case '{name}' failed: {received}")
-    return received  # type: ignore[no-any-return]
+    returned, peak_mb = received
+    return returned, peak_mb
 
 
 def _peak_mb() -> float | None:
@@ -182,24 +186,17 @@ def _peak_mb() -> float | None:
 
 
 def report(timings: Mapping[str, Timing], baseline: str, *, images: int | None = None) -> list[Row]:
-    """Print and return a row a case: seconds and, round by round, their ratio to `baseline`; peak memory.
+    """Return a row a case: seconds and, round by round, their ratio to `baseline`; peak memory.
 
-    Of seconds and ratios the median, the least and the most.
+    Of seconds and ratios the median, the least and the greatest.
     """
-    width = max(len(name) for name in timings)
-    rate = "  images/s" if images else ""
-    print(f"{'case':{width}}   seconds       min       max  x {baseline}    min    max  peak MB{rate}")
     rows = []
     for name, timing in timings.items():
-        ratios, ratio = timing.ratios(timings[baseline]), timing.ratio(timings[baseline])
-        low, high, peak = min(timing.seconds), max(timing.seconds), timing.peak_mb
-        row = {"case": name, "seconds": timing.median, "min": low, "max": high, "baseline": baseline, "ratio": ratio}
-        row |= {"ratio_min": ratios[0], "ratio_max": ratios[-1], "peak_mb": peak, "rounds": timing.seconds}
+        ratios, seconds = timing.ratios(timings[baseline]), timing.seconds
+        row = {"case": name, "seconds": timing.median, "min": min(seconds), "max": max(seconds), "baseline": baseline}
+        row |= {"ratio": timing.ratio(timings[baseline]), "ratio_min": ratios[0], "ratio_max": ratios[-1]}
+        row |= {"peak_mb": timing.peak_mb, "rounds": seconds}
         rows.append(row | ({"images_per_second": images / timing.median} if images else {}))
-        rate = f"  {images / timing.median:8.1f}" if images else ""
-        text = f"{timing.median:9.4f} {low:9.4f} {high:9.4f}  {ratio:{len(baseline) + 2}.3f} "
-        text += f"{ratios[0]:6.3f} {ratios[-1]:6.3f}  {'-' if peak is None else round(peak):>7}{rate}"
-        print(f"{name:{width}} {text}", flush=True)
     return rows
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.networks import DEVICE, add_network, build
 from benchmarks.reference import as_written, loader_as_written, train_as_written
-from benchmarks.timing import Prepare, Result, Timing, measure, report
+from benchmarks.timing import Result, Run, Timing, measure, report
 from stripe import keep_memory
 from stripe.data import Loader, load_images
 from stripe.recipe import Recipe
@@ -39,17 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Result:
     """Time every form by both recipes."""
     cases = {}
-    for form in (*arguments.forms, "plain") if arguments.plain else arguments.forms:
+    forms = [*arguments.forms, *(["plain"] if arguments.plain else [])]
+    for form in forms:
         cases[f"{form}, reference"] = partial(_prepare, "reference", form, arguments)
         cases[f"{form}, stripe"] = partial(_prepare, "stripe", form, arguments)
     timings = {
         name: Timing(timing.returned[1:], timing.peak_mb, None)  # the first run only warms up
         for name, timing in measure(cases, arguments.rounds).items()
     }
-    rows = report(timings, f"{arguments.forms[0]}, reference", images=_samples(arguments))
-    for form in arguments.forms:
-        ratio = timings[f"{form}, reference"].ratio(timings[f"{form}, stripe"])
-        print(f"{form}: {ratio:.2f} times the images/s of the reference recipe")
+    rows = []
+    for form in forms:
+        pair = {name: timings[name] for name in (f"{form}, reference", f"{form}, stripe")}
+        rows += report(pair, f"{form}, reference", images=_samples(arguments))
     return Result(rows)
 
 
@@ -83,7 +84,7 @@ class Timed:
         return getattr(self._loader, name)
 
 
-def _prepare(recipe: str, form: str, arguments: argparse.Namespace) -> Prepare:
+def _prepare(recipe: str, form: str, arguments: argparse.Namespace) -> Run:
     images = load_images(arguments.dataset, "train", samples=_samples(arguments))
     network = build(form, arguments.depth, arguments.module, len(images.classes))
     if recipe == "stripe":

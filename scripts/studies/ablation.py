@@ -3,8 +3,10 @@
 import argparse
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -13,7 +15,7 @@ from stripe import asr
 from stripe.data import load_images
 from stripe.models import create_model
 from stripe.recipe import Recipe
-from studies.table import Row, Table, add_data
+from studies.table import Row, Table, add_data, headed, publish, read
 from studies.training import Images, train
 
 LAST_NORM = {"bottleneck": "bn3", "basicblock": "bn2"}  # of each block: what ASR wraps
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
             batch=arguments.batch,
         )
         table.put(case, {"layers": layers} | row)
-    print(table.frame().drop(columns=["config", "versions", "machine"]).to_string(index=False))
+    publish(tables(arguments.out), arguments.out)
 
 
 def cases_of(choices: dict[str, list[Any]], seeds: list[int]) -> Iterator[Row]:
@@ -87,3 +89,14 @@ def build_case(case: Row, classes: int, arguments: argparse.Namespace) -> nn.Mod
 
 def _psi(text: str) -> float | str:
     return text if text == "normal" else float(text)
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    """Return the table that follows from ablation.csv in a directory, by file name."""
+    if not (out / "ablation.csv").exists():
+        return {}
+    choices = {"psi begins at": "psi_init", "vectors a layer": "repeats", "in blocks": "insertion", "layers": "layers"}
+    cases = read(out / "ablation.csv").groupby(list(choices.values()), sort=False)
+    found = cases.agg(seeds=("seed", "count"), mean=("accuracy_last", "mean"), sd=("accuracy_last", "std"))
+    columns = choices | {"seeds": "seeds", "last epoch": "mean:.2f", "its sd": "sd:.2f"}
+    return {"ablation-compared.csv": headed(found.reset_index(), columns)}

@@ -1,87 +1,84 @@
-"""Check: recompute what the READMEs say between study marks, and the tables that follow from others, from the records.
+"""Check that every table in the pages follows from its CSV, and every derived CSV from the records beside it.
 
-A block lies between the lines `<!-- study:NAME ARGUMENTS -->` and `<!-- /study -->`. Exit code 1 where a figure differs
-from the records; `--write` puts the recomputed text in its place.
+In a page a table lies between the lines `<!-- csv: PATH -->` and `<!-- /csv -->`, PATH from the page's directory; it
+shows the CSV as it stands, less the columns on how its rows were made. Exit code 1 where a table or a derived CSV
+differs; `--write` makes them anew, and the figures.
 """
 
 import argparse
 import difflib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from studies import comparison, growth
-from studies.blocks import markdown
+from benchmarks import tables as benchmarks
 
-BLOCK = re.compile(
-    r"(?P<open><!-- study:(?P<name>\S+)(?P<arguments>[^\n]*?) -->\n)(?P<body>.*?)(?P<close><!-- /study -->)", re.S
-)
-README = [Path(name) for name in ("README.md", "figures/study/README.md", "figures/fold-se-resnet20/README.md")]
-MARK = re.compile(r"<!-- (study:|/study)")
+from studies import ablation, commands, comparison, growth, recipes, robustness
+from studies.table import PROVENANCE, read_text
+
+BLOCK = re.compile(r"(?P<open><!-- csv: (?P<path>[^\n]+) -->\n)(?:(?!<!-- /?csv).)*?(?P<close><!-- /csv -->)", re.S)
+MARK = re.compile(r"<!-- /?csv")
+MODULES = (ablation, benchmarks, commands, comparison, growth, recipes, robustness)
+"""The `tables(directory)` of each returns, by file name, the tables that follow from the records there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
-    parser.add_argument("--readme", type=Path, nargs="+", default=README, metavar="FILE", help="the texts to check")
-    parser.add_argument("--records", type=Path, default=Path("figures/study"), metavar="DIR", help="committed tables")
+    pages = [Path("README.md"), *sorted(Path("figures").glob("*/README.md"))]
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages, metavar="FILE", help="the texts to check")
+    parser.add_argument("--records", type=Path, default=Path("figures"), metavar="DIR", help="directories of records")
     parser.add_argument("--write", action="store_true", help="write what differs anew, and the figures")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, or write; return 1 where something differs."""
-    texts, blocks = {}, 0
-    for path in arguments.readme:
-        found = path.read_text()
-        expected, made = recompute(found, arguments.records)
-        texts[path], blocks = (found, expected), blocks + made
+    folders = [arguments.records, *(path for path in sorted(arguments.records.rglob("*")) if path.is_dir())]
+    found = ((folder, module.tables(folder)) for folder in folders for module in MODULES)
+    made = {folder / name: table for folder, tables in found for name, table in tables.items()}
+    differing = [path for path, table in made.items() if differs(path, table.to_csv(index=False), arguments.write)]
+    pages = {page: filled(page) for page in arguments.pages}
+    differing += [page for page, (text, _) in pages.items() if differs(page, text, arguments.write)]
     if arguments.write:
-        comparison.report(arguments.records)
-        for directory in growths(arguments.records):
-            growth.report(directory)
-        for path, (_, expected) in texts.items():
-            path.write_text(expected)
+        for folder in folders:
+            comparison.figures(folder)
+            growth.figures(folder)
         return 0
-    texts |= derived(arguments.records)
-    differing = [path for path, (found, expected) in texts.items() if found != expected]
-    for path in differing:
-        found, expected = (text.splitlines() for text in texts[path])
-        print("\n".join(difflib.unified_diff(found, expected, f"{path}", "the records", lineterm="", n=0)))
-    names, others = ", ".join(map(str, arguments.readme)), len(texts) - len(arguments.readme)
-    right = f"{blocks} blocks of {names} and {others} tables follow from {arguments.records}"
-    print(f"{len(differing)} files differ from the records: correct them, or run check --write" if differing else right)
+    blocks = sum(count for _, count in pages.values())
+    right = f"{blocks} tables of {len(pages)} pages and {len(made)} derived CSVs follow from {arguments.records}"
+    print(f"{len(differing)} files differ: correct them, or run check --write" if differing else right)
     return int(bool(differing))
 
 
-def recompute(text: str, records: Path) -> tuple[str, int]:
-    """Return the text with every block made anew, and how many there are.
+def differs(path: Path, expected: str, write: bool) -> bool:
+    """Tell whether a file holds another text, and show the difference, or write the expected text in its place."""
+    found = path.read_text() if path.exists() else ""
+    if found == expected:
+        return False
+    if write:
+        path.write_text(expected)
+    else:
+        lines = found.splitlines(), expected.splitlines()
+        print("\n".join(difflib.unified_diff(*lines, f"{path}", "expected", lineterm="", n=0)))
+    return True
+
+
+def filled(page: Path) -> tuple[str, int]:
+    """Return the text of a page with every table made anew from its CSV, and the number of tables.
 
     Raises:
-        ValueError: there is no block, or a mark without its other one.
+        ValueError: the page holds no table, or a mark without its other one.
     """
-    made, blocks = BLOCK.subn(lambda block: _made(block, records), text)
+    text = page.read_text()
+    made, blocks = BLOCK.subn(lambda block: _table(block, page.parent), text)
     if not blocks or len(MARK.findall(text)) != 2 * blocks:
-        marks = len(MARK.findall(text))
         raise ValueError(
-            f"{blocks} blocks among {marks} marks: expected lines '<!-- study:NAME -->' and '<!-- /study -->' in pairs"
+            f"'{page}' holds {len(MARK.findall(text))} marks, {blocks} of them before a table: "
+            "expected lines '<!-- csv: PATH -->' and '<!-- /csv -->' in pairs, one pair or more"
         )
     return made, blocks
 
 
-def _made(block: re.Match[str], records: Path) -> str:
-    table = markdown(block["name"], records, block["arguments"].split())
-    return f"{block['open']}\n{table}\n\n{block['close']}"
-
-
-def derived(records: Path) -> dict[Path, tuple[str, str]]:
-    """Return the (found, expected) text of every table that follows from another one."""
-    tables = {records / name: table for name, table in comparison.tables(records).items()}
-    for directory in growths(records):
-        tables |= {directory / name: table for name, table in growth.tables(directory).items()}
-    return {
-        path: (path.read_text() if path.exists() else "", table.to_csv(index=False)) for path, table in tables.items()
-    }
-
-
-def growths(records: Path) -> Iterator[Path]:
-    """Yield the directories of recorded trainings that were studied."""
-    return (path.parent for path in sorted(records.glob("*/epochs.csv")))
+def _table(block: re.Match[str], folder: Path) -> str:
+    table = read_text(folder / block["path"]).drop(columns=list(PROVENANCE), errors="ignore")
+    rows: list[list[str]] = [list(map(str, table)), ["---"] * table.shape[1], *table.to_numpy().tolist()]
+    lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join([block["open"], *lines, "", block["close"]])

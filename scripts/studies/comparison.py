@@ -1,4 +1,4 @@
-"""Trainings that differ by form, paired by seed. Rows of results.csv in, tables and a figure out; no network here."""
+"""Trainings that differ by form, paired by seed. Rows of results.csv in, tables and figures out; no network here."""
 
 import math
 from bisect import bisect_left
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy import optimize, stats
 
 from stripe.stats import benjamini_hochberg
-from studies.table import read, write
+from studies.table import headed, publish, read
 
 ALPHA, POWER = 0.05, 0.8  # of the paired, two-sided t-test
 DIFFERENCE = 0.5  # points of accuracy worth telling apart
@@ -158,7 +158,7 @@ def draw(results: pd.DataFrame, differences: pd.DataFrame, module: str, measure:
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(forms) > 4 else {}
     left.set_xticks(range(len(forms)), names, **turned)
     left.set_ylabel(f"test accuracy (%),\n{MEASURES[measure]}")
-    _draw_differences(right, shown, module)
+    _draw_differences(right, shown)
     for ax in (left, right):
         ax.tick_params(labelsize=7)
         ax.xaxis.label.set_size(8)
@@ -166,39 +166,92 @@ def draw(results: pd.DataFrame, differences: pd.DataFrame, module: str, measure:
     return figure
 
 
-def _draw_differences(ax: Axes, rows: pd.DataFrame, module: str) -> None:
+def _draw_differences(ax: Axes, rows: pd.DataFrame) -> None:
     places = np.arange(len(rows))
     ax.axvspan(-DIFFERENCE, DIFFERENCE, color="0.92", zorder=0)
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.hlines(places, rows["low"], rows["high"], color="#D55E00", linewidth=1.2)
     ax.plot(rows["difference"], places, color="#D55E00", linestyle="", marker="o", markersize=4)
-    names = [f"{label(row.form, module)} \u2212 {label(row.base, module)}" for row in rows.itertuples()]
-    ax.set_yticks(places, names)
+    ax.set_yticks(places, _pairs(rows))
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="difference in points, 95 % t-interval;\ngrey: within 0.5 points")
 
 
-# ---- all of it -------------------------------------------------------------------------------------------
+# ---- tables and figures of a directory -------------------------------------------------------------------
 
 
 def tables(out: Path) -> dict[str, pd.DataFrame]:
-    """Return what follows from results.csv in a directory, by file name; nothing without it."""
-    if not (out / "results.csv").exists():
-        return {}
-    results = read(out / "results.csv")
-    found = {"forms.csv": by_form(results), "differences.csv": paired(results)}
-    return {name: table for name, table in found.items() if len(table)}
+    """Return the tables that follow from results.csv and stripes.csv in a directory, by file name."""
+    found = {}
+    if (out / "results.csv").exists():
+        results = read(out / "results.csv")
+        found = {"forms.csv": _forms(by_form(results)), "seeds.csv": _seeds(plan())}
+        if len(pairs := paired(results)):
+            found["differences.csv"] = _differences(pairs)
+    if (out / "stripes.csv").exists():
+        found["strength.csv"] = strengths(read(out / "stripes.csv"))
+    return found
+
+
+def _forms(rows: pd.DataFrame) -> pd.DataFrame:
+    columns = {"setting": "setting", "network": "network", "seeds": "seeds"}
+    columns |= {"last epoch": "last_mean:.2f", "its sd": "last_sd:.2f"}
+    columns |= {"best validated epoch": "best_mean:.2f", "sd of that": "best_sd:.2f"}
+    return headed(rows.assign(network=_labels(rows, "form")), columns)
+
+
+def _seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    told = {
+        f"told by {name.removeprefix('told_by_')} seeds": f"{name}:.2f" for name in map(str, rows) if "told" in name
+    }
+    return headed(rows, {"sd of differences": "spread:.1f", f"seeds to tell {DIFFERENCE}": "seeds", **told})
+
+
+def _differences(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Only pairs of more than one seed have an interval."""
+    rows = pairs.dropna(subset="low")
+    rows = rows.assign(name=_pairs(rows), at=rows["measure"].map(MEASURES))
+    columns = {"setting": "setting", "difference": "name", "at": "at", "seeds": "seeds", "points": "difference:+.2f"}
+    columns |= {"95 % interval from": "low:+.2f", "to": "high:+.2f", "p": "p:.3f", "adjusted p": "p_adjusted:.3f"}
+    return headed(
+        rows, columns | {"least difference told": "told:.2f", f"seeds to tell {DIFFERENCE}": "seeds_needed:.0f"}
+    )
+
+
+def strengths(stripes: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each recorded network: strength over its gates at the first and the last epoch."""
+    rows = []
+    for (setting, module, form, seed), part in stripes.groupby(["setting", "module", "form", "seed"], sort=False):
+        by_gate = part.pivot(index="gate", columns="epoch", values="strength")
+        first, last = by_gate.iloc[:, 0], by_gate.iloc[:, -1]
+        row = {"setting": setting, "network": label(str(form), str(module)), "seed": str(seed)}
+        for name, epoch in (("first epoch", first), ("last epoch", last)):
+            row |= {f"{name}: mean": f"{epoch.mean():.2f}", f"{name}: least gate": f"{epoch.min():.2f}"}
+            row[f"{name}: greatest gate"] = f"{epoch.max():.2f}"
+        rows.append(row | {"gates that fell": f"{(last < first).sum()} of {len(by_gate)}"})
+    return pd.DataFrame(rows)
+
+
+def _pairs(rows: pd.DataFrame) -> list[str]:
+    """Name the differences: SE \u2212 plain."""
+    return [f"{form} \u2212 {base}" for form, base in zip(_labels(rows, "form"), _labels(rows, "base"), strict=True)]
+
+
+def _labels(rows: pd.DataFrame, form: str) -> list[str]:
+    return [label(str(name), str(module)) for name, module in zip(rows[form], rows["module"], strict=True)]
 
 
 def report(out: Path) -> None:
-    """Write and print what follows from results.csv in a directory, and draw every setting and module."""
-    found = tables(out)
-    for name, table in found.items():
-        write(table, out / name)
-        print(table.to_string(index=False))
-    if "differences.csv" not in found:
+    """Write and print the tables of a directory, and draw every setting and module."""
+    publish(tables(out), out)
+    figures(out)
+
+
+def figures(out: Path) -> None:
+    """Draw every setting and module of results.csv in a directory, if it is there."""
+    if not (out / "results.csv").exists():
         return
     for setting, module, part in groups(read(out / "results.csv")):
-        rows = found["differences.csv"].query("setting == @setting and module == @module")
+        rows = paired(part)
         if len(rows):
             figure = draw(part, rows, module)
             figure.savefig(out / f"forms-{setting}-{module}.png", dpi=200, metadata={"Software": None})

@@ -1,6 +1,7 @@
 """Coverage: how often the interval of the strength holds the true strength, on simulated gates of known truth."""
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
         noise, images, channels, strength = cell.values()
         table.put(cell, simulate(noise, (images, channels), strength, arguments.repetitions))
     found = table.frame()
-    for noise, part in found.groupby("noise", sort=False):
+    for noise in found["noise"].unique():
+        part = found[found["noise"] == noise]
         low, high = part["coverage"].min(), part["coverage"].max()
         print(f"{noise}: covered in {low:.3f} to {high:.3f}, bias up to {part['bias'].abs().max():.3f}")
 
@@ -94,11 +96,14 @@ def _unit_noise(noise: str, shape: tuple[int, int], rng: np.random.Generator) ->
     """Draw noise whose variance, averaged over channels, is 1."""
     images, channels = shape
     if noise == "t3":
-        return rng.standard_t(3, size=shape) / np.sqrt(3)
+        heavy: Values = rng.standard_t(3, size=shape) / np.sqrt(3)
+        return heavy
     if noise == "rank one":
         weights = rng.normal(size=channels)
-        return rng.normal(size=(images, 1)) * weights / np.sqrt(np.mean(weights**2))
-    independent = rng.normal(size=shape)
+        directed: Values = rng.normal(size=(images, 1)) * weights / np.sqrt(np.mean(weights**2))
+        return directed
+    independent: Values = rng.normal(size=shape)
     if noise == "independent":
         return independent
-    return np.sqrt(0.5) * (rng.normal(size=(images, 1)) + independent)
+    shifted: Values = math.sqrt(0.5) * (rng.normal(size=(images, 1)) + independent)
+    return shifted

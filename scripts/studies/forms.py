@@ -5,6 +5,7 @@ with attention of the image are recorded after every epoch. Several processes ma
 """
 
 import argparse
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -40,19 +41,7 @@ STARTS = {"plain-0.5": 0.5, "plain-0.25": 0.25, "asr-1": 1.0}
 0.5 that of ASR, which v begins at, about 0.25 that of both."""
 RECIPE = ("epochs", "scheduler", "milestones", "lr", "weight_decay", "amp", "compile")
 SETTINGS = ("dataset", "depth", "block", "batch", "train_samples", "val_samples", "test_samples", *RECIPE)
-STRIPES = [
-    "epoch",
-    "gate",
-    "channels",
-    "samples",
-    "strength",
-    "std",
-    "sample_share",
-    "drift",
-    "label_share",
-    "rank",
-    "flags",
-]
+STRIPES = "epoch gate channels samples strength std sample_share drift label_share rank flags".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     cases = list(cases_of(arguments.forms, arguments.module, arguments.seeds))
     missing = results.missing(cases)
-    images, test = load(arguments) if missing else (None, None)
+    loaded = functools.cache(functools.partial(load, arguments))  # not before a case needs them
     try:
         for number, case in enumerate(missing):
             if number and time.monotonic() >= deadline:
@@ -103,7 +92,9 @@ def run(arguments: argparse.Namespace) -> None:
             with claimed(directory) as mine:
                 if not mine or not results.missing([case]):
                     continue  # another process trains it, or has by now
-                parts = Images(*images.hold_out(arguments.val_samples, case["seed"]), test)
+                images, test = loaded()
+                training, validation = images.hold_out(arguments.val_samples, case["seed"])
+                parts = Images(training, validation, test)
                 row, observed = train_case(case, parts, directory, arguments, deadline)
                 if observed:
                     stripes.put(case, *observed)
@@ -153,8 +144,10 @@ def train_case(
         callbacks=[_recording(model, probe, directory, description)] if gated else [],
         deadline=deadline,
     )
-    table = summarize(stripe.open_run(directory))[STRIPES] if gated else None
-    return row, [] if table is None else table.to_dict("records")
+    if not gated:
+        return row, []
+    table = summarize(stripe.open_run(directory))[STRIPES]
+    return row, [{str(name): value for name, value in found.items()} for found in table.to_dict("records")]
 
 
 @torch.no_grad()
@@ -162,10 +155,8 @@ def begin_at(model: nn.Module, scale: float) -> None:
     """Let the last norm of every residual branch, times v where ASR wraps it, scale its channels by `scale`."""
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         norm = block.get_submodule(block.last_norm)
-        if isinstance(norm, stripe.asr.ASRLayer):
-            norm.bn.weight.copy_(scale / norm.learned_vector())
-        else:
-            norm.weight.fill_(scale)
+        weight = dict(norm.named_parameters())["bn.weight" if isinstance(norm, stripe.asr.ASRLayer) else "weight"]
+        weight.copy_(scale / norm.learned_vector() if isinstance(norm, stripe.asr.ASRLayer) else torch.tensor(scale))
 
 
 def _recording(model: nn.Module, probe: ImageSet, directory: Path, description: dict[str, Any]) -> RecorderCallback:

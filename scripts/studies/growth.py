@@ -26,7 +26,7 @@ from stripe.models import read_checkpoint
 from stripe.recipe import SETTLED_DRIFT
 from stripe.stats import drift, settled_epoch, summarize
 from stripe.training import evaluate
-from studies.table import add_data, read, write
+from studies.table import add_data, headed, publish, read, write
 
 BLUR = 1.5  # sigma in pixels
 LEAST_CHANGE = 0.01  # of strength, below which nothing rises or falls
@@ -74,7 +74,7 @@ def trends(epochs: pd.DataFrame, tolerance: float = SETTLED_DRIFT) -> pd.DataFra
         rho = float(spearmanr(part["epoch"], part["strength"]).statistic)
         row = {"gate": gate, "channels": first["channels"], "first": first["strength"], "last": last["strength"]}
         row |= {"last_low": last["strength_low"], "last_high": last["strength_high"], "rho": rho}
-        row |= {"trend": _trend(first, last, rho), "highest_at": part.loc[part["strength"].idxmax(), "epoch"]}
+        row |= {"trend": _trend(first, last, rho), "highest_at": part["epoch"].iloc[part["strength"].argmax()]}
         row |= {"std_first": first["std"], "std_last": last["std"]}
         rows.append(row | {"settled": settled_epoch(part["epoch"], part["drift"], tolerance) or ""})
     return pd.DataFrame(rows).round(DECIMALS)
@@ -128,8 +128,8 @@ def measure(model: nn.Module, images: dict[str, ImageSet], arguments: argparse.N
         spread = pd.Series({gate: np.nanmean(found.std) for gate, found in reference.items()})
         accuracy = math.nan if kind == "digits" else evaluate(model, Loader(part, arguments.batch)).accuracy
         columns = ["channels", "samples", "strength", "strength_low", "strength_high", "std", "flags"]
-        about = {"input": kind, "accuracy": accuracy, "shift": shift, "shift_std": shift / spread}
-        tables.append(table[columns].assign(**about).reset_index())
+        found = table[columns].assign(input=kind, accuracy=accuracy, shift=shift, shift_std=shift / spread)
+        tables.append(found.reset_index())
     return pd.concat(tables, ignore_index=True)
 
 
@@ -184,26 +184,55 @@ def _finish(figure: Figure) -> Figure:
         if legend := ax.get_legend():
             legend.remove()
         ax.tick_params(which="both", labelsize=7)
-        ax.xaxis.label.set_size(8)
-        ax.yaxis.label.set_size(8)
+        ax.xaxis.label.set_fontsize(8)
+        ax.yaxis.label.set_fontsize(8)
     if len(handles) <= plots.LEGEND_ROOM:
         figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     return figure
 
 
 def tables(out: Path) -> dict[str, pd.DataFrame]:
-    """Return what follows from the measurements in a directory, by file name."""
-    return {"trends.csv": trends(read(out / "epochs.csv"))}
+    """Return the tables that follow from epochs.csv and inputs.csv in a directory, by file name."""
+    found = {}
+    if (out / "epochs.csv").exists():
+        found["trends.csv"] = _trends(trends(read(out / "epochs.csv")))
+    if (out / "inputs.csv").exists():
+        found["other-images.csv"] = _other_images(read(out / "inputs.csv"))
+    return found
+
+
+def _trends(rows: pd.DataFrame) -> pd.DataFrame:
+    columns = {"gate": "gate", "channels": "channels", "first epoch": "first:.3f", "last epoch": "last:.3f"}
+    columns |= {"95 % interval from": "last_low:.3f", "to": "last_high:.3f", "rho": "rho:+.2f", "trend": "trend"}
+    columns |= {"highest at": "highest_at", "std at first": "std_first:.4f", "at last": "std_last:.4f"}
+    return headed(rows, columns | {"settled": "settled"})
+
+
+def _other_images(inputs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each gate, with its strength on every kind of image and how far its stripe is, and accuracy."""
+    kinds = list(inputs["input"].unique())
+    by_gate = inputs.pivot(index="gate", columns="input", values=["strength", "shift_std"])
+    rows = pd.DataFrame({"gate": by_gate.index})
+    for kind in kinds:
+        rows[f"{kind}: strength"] = [f"{value:.3f}" for value in by_gate["strength", kind]]
+    for kind in kinds[1:]:
+        rows[f"{kind}: shift"] = [f"{value:.2f}" for value in by_gate["shift_std", kind]]
+    accuracy = inputs.groupby("input")["accuracy"].first()
+    texts = {f"{kind}: strength": f"{accuracy[kind]:.1f} %" for kind in kinds if pd.notna(accuracy[kind])}
+    return pd.concat([rows, pd.DataFrame([{"gate": "accuracy"} | texts])], ignore_index=True).fillna("")
 
 
 def report(out: Path) -> None:
-    """Write what follows from the measurements in a directory, draw it and print it."""
-    for name, table in tables(out).items():
-        write(table, out / name)
-        print(table.to_string(index=False))
-    measured = read(out / "inputs.csv")
-    print(measured.pivot_table("strength", "gate", "input", sort=False).round(3).to_string())
-    for name, figure in (("growth", draw(read(out / "epochs.csv"))), ("inputs", draw_inputs(measured))):
-        figure.savefig(out / f"{name}.png", dpi=200, metadata={"Software": None})
-        plt.close(figure)
-        print(out / f"{name}.png")
+    """Write and print the tables of a directory, and draw its figures."""
+    publish(tables(out), out)
+    figures(out)
+
+
+def figures(out: Path) -> None:
+    """Draw epochs.csv and inputs.csv of a directory, where they are there."""
+    for name, source, drawn in (("growth", "epochs.csv", draw), ("inputs", "inputs.csv", draw_inputs)):
+        if (out / source).exists():
+            figure = drawn(read(out / source))
+            figure.savefig(out / f"{name}.png", dpi=200, metadata={"Software": None})
+            plt.close(figure)
+            print(out / f"{name}.png")

@@ -77,7 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
         for seed, form in itertools.product(arguments.seeds, arguments.forms)
     ]
     missing = results.missing(cases)
-    images = load(arguments) if missing else None
+    if not missing:
+        return
+    images = load(arguments)
     for case in missing:
         name = "-".join([setting, *map(str, case.values())])
         with claimed(arguments.runs / name) as mine:

@@ -22,7 +22,7 @@ from stripe.models import create_model
 from stripe.recipe import Recipe
 from stripe.training import evaluate, fit
 from studies import comparison
-from studies.table import Row, Table, add_data, claimed
+from studies.table import Row, Table, add_data, claimed, headed, publish, read
 
 FORMS = {"SE": {}, "ASR": {"asr": True}}
 RECIPES = ("reference", "stripe")
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = table.frame()
     if len(rows):
         print(rows.pivot_table("accuracy", "seed", ["form", "recipe"], sort=False).round(2).to_string())
-        print(differences(rows).round(2).to_string(index=False))
+    publish(tables(arguments.out), arguments.out)
 
 
 def cases_of(seeds: list[int]) -> Iterator[Row]:
@@ -105,3 +105,16 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
         for form, part in rows.groupby("form", sort=False)
         if set(part["recipe"]) == set(RECIPES)
     )
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    """Return the table that follows from recipes.csv in a directory, by file name."""
+    if not (out / "recipes.csv").exists():
+        return {}
+    rows = read(out / "recipes.csv")
+    pairs = differences(rows)
+    both = rows.pivot(index=["form", "seed"], columns="recipe", values="accuracy").dropna()
+    found = pairs.merge(both.groupby("form").mean(), left_on="network", right_index=True)
+    columns = {"network": "network", "seeds": "seeds"} | {recipe: f"{recipe}:.2f" for recipe in RECIPES}
+    columns |= {"difference": "difference:+.2f", "95 % interval from": "low:+.2f", "to": "high:+.2f"}
+    return {"recipes-compared.csv": headed(found, columns)}

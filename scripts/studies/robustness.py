@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -21,7 +22,7 @@ from stripe import asr
 from stripe.data import Loader, load_images
 from stripe.models import read_checkpoint
 from stripe.training import evaluate
-from studies.table import Table, add_data
+from studies.table import Table, add_data, headed, publish, read
 
 SCALES = (0.8, 0.9, 1.0, 1.1, 1.2)
 SHIFTS = (-0.2, -0.1, 0.0, 0.1, 0.2)
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
                 table.put(case, {"accuracy": evaluate(model, loader).accuracy})
     rows = table.frame()
     draw_robustness(rows).savefig(arguments.out / "robustness.png", dpi=200)
-    print(rows.pivot_table("accuracy", ["a", "b", "s"], "network", sort=False).round(2).to_string())
+    publish(tables(arguments.out), arguments.out)
     print(arguments.out / "robustness.png")
 
 
@@ -102,6 +103,15 @@ def _name_and_path(word: str) -> tuple[str, str]:
     if not (name and equals and path):
         raise ValueError(f"--ckpt {word}: expected NAME=PATH, such as SE=runs/se/checkpoints/last.pt")
     return name, path
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    """Return the table that follows from robustness.csv in a directory, by file name."""
+    if not (out / "robustness.csv").exists():
+        return {}
+    found = read(out / "robustness.csv").pivot_table("accuracy", ["a", "b", "s"], "network", sort=False)
+    columns = {"scale a": "a", "shift b": "b", "spread s": "s"} | {str(name): f"{name}:.2f" for name in found}
+    return {"robustness-compared.csv": headed(found.reset_index(), columns)}
 
 
 def draw_robustness(rows: pd.DataFrame) -> Figure:

@@ -1,9 +1,12 @@
-"""Tables that processes grow together, row by row, and directories that one of them takes; both outlive a kill."""
+"""Tables as CSV: grown row by row by several processes, or written whole with headings for people.
+
+Also directories that one process claims. Both survive a process that is killed.
+"""
 
 import argparse
 import fcntl
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ import pandas as pd
 from benchmark import device, versions
 
 Row = dict[str, Any]
+PROVENANCE = ("config", "versions", "machine")
+"""Columns that say how a row was made; pages leave them out."""
 
 
 class Table:
@@ -59,20 +64,48 @@ class Table:
         """Return the rows as text, so that no digit changes when they are written again."""
         if not self.path.exists():
             return []
-        return pd.read_csv(self.path, dtype=str, keep_default_na=False).to_dict("records")  # type: ignore[return-value]
+        rows = read_text(self.path).to_dict("records")
+        return [{str(name): value for name, value in row.items()} for row in rows]
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a table without taking a word for a missing value."""
+    """Read a table; only an empty cell counts as a missing value, never a word such as "none"."""
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
+def read_text(path: Path) -> pd.DataFrame:
+    """Read every cell of a table as the text that it is."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
 def write(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, by rename."""
+    """Write a table as CSV under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     table.to_csv(partial, index=False)
     partial.replace(path)
+
+
+def publish(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Write tables, by file name, to a directory, and print them."""
+    for name, table in tables.items():
+        write(table, out / name)
+        print(table.to_string(index=False))
+
+
+def headed(table: pd.DataFrame, headings: Mapping[str, str]) -> pd.DataFrame:
+    """Return columns of a table as text, under headings for people: what a page shows of it.
+
+    Args:
+        table: one row per case; a missing value becomes an empty cell.
+        headings: by heading, the column that goes under it and its format: `{"last epoch": "last_mean:.2f"}`.
+    """
+
+    def cells(column: str) -> list[str]:
+        name, _, form = column.partition(":")
+        return ["" if pd.isna(value) else format(value, form) for value in table[name].tolist()]
+
+    return pd.DataFrame({heading: cells(column) for heading, column in headings.items()}, dtype=str)
 
 
 @contextmanager
@@ -95,7 +128,7 @@ def _held(path: Path, how: int) -> Iterator[None]:
         yield
 
 
-def _same(row: Row, case: Row) -> bool:
+def _same(row: Mapping[Any, Any], case: Row) -> bool:
     """Tell whether a row read from a file is that of a case: 0.1 and "0.1" are the same."""
     return all(str(row.get(key)) == str(value) for key, value in case.items())
 

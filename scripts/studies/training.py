@@ -66,7 +66,7 @@ class TimedLoader(Loader):
 
     def total(self, clock: str) -> float:
         """Return the sum over all epochs of seconds on the "wall" clock, of "cpu" seconds, or of "joules"."""
-        return sum(epoch[clock] for epoch in self.seconds.values())
+        return float(sum(math.nan if epoch[clock] is None else epoch[clock] for epoch in self.seconds.values()))
 
 
 def train(
@@ -92,7 +92,7 @@ def train(
     metrics = fit(
         model,
         loader,
-        images.validation and _batches(images.validation, batch),
+        None if images.validation is None else _batches(images.validation, batch),
         recipe,
         directory=directory,
         description=description,

@@ -1,22 +1,18 @@
 """Conversions between a plain network, its ASR training form and its deployed form. Each returns a new model."""
 
 import copy
-from collections import Counter
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
-from torch.fx import Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import fuse_conv_bn_eval
 
 from stripe.asr.layers import asr_layers, channels_of, wrap
 from stripe.attention import create_attention
+from stripe.folding.exact import fuse_norms
+from stripe.gates.trace import Images
 from stripe.recipe import PSI_INIT
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def insert(
@@ -83,42 +79,33 @@ def switch_to_train(model: nn.Module) -> None:
         layer.switch_to_train()
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Merge each batch norm into the convolution whose output it alone takes, in float64; ASR is deployed first.
+def fuse(model: nn.Module, images: Images | None = None, *, inplace: bool = False) -> nn.Module:
+    """Merge each batch norm into the layer before or after it, in float64; ASR is deployed first.
 
-    The result is for inference: the merged norms become nn.Identity.
+    The result is for inference, in eval mode: the merged norms become nn.Identity. A norm that cannot be merged
+    exactly stays. `stripe.folding.fuse_norms` does the same and reports what was merged, what was left and why.
+
+    Args:
+        model: any network.
+        images: a small batch as the network takes it; without it, one is made that its first layer could take.
+        inplace: convert `model` itself, whose submodules are new ones afterwards.
+
+    Returns:
+        The network without the norms that could be merged.
 
     Raises:
-        ValueError: torch.fx, which finds the pairs, cannot trace the network's forward.
+        ValueError: no `images` were given and none could be made, or the network differs from itself.
+        ArithmeticError: a merged layer differs from its training form, or the new network from the old.
+
+    Example:
+        >>> import torch
+        >>> from stripe.asr import fuse
+        >>> plain = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> fuse(plain)[1]
+        Identity()
     """
-    model = deploy(model, inplace=inplace).eval()
-    for before, norm in _convolution_norm_pairs(model):
-        convolution: Any = model.get_submodule(before)
-        bn: Any = copy.deepcopy(model.get_submodule(norm))
-        merged = fuse_conv_bn_eval(copy.deepcopy(convolution).double(), bn.double())
-        model.set_submodule(before, merged.to(convolution.weight))
-        model.set_submodule(norm, nn.Identity())
+    fused, _ = fuse_norms(deploy(model), images)
+    if not inplace:
+        return fused
+    model.__dict__, model.__class__ = fused.__dict__, type(fused)
     return model
-
-
-def _convolution_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the paths of convolutions and of the batch norms that alone take their outputs, each called once."""
-    try:
-        nodes = [node for node in Tracer().trace(model).nodes if node.op == "call_module"]
-    except Exception as error:  # tracing runs the network's own forward: anything may come
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx, so its norms cannot be fused: {error}"
-        ) from error
-    calls = Counter(node.target for node in nodes)
-    pairs = []
-    for node in nodes:
-        before = node.args[0]
-        if (
-            isinstance(before, Node)
-            and before.op == "call_module"
-            and len(before.users) == calls[node.target] == calls[before.target] == 1
-            and type(model.get_submodule(str(node.target))) in BATCH_NORMS
-            and type(model.get_submodule(str(before.target))) in CONVOLUTIONS
-        ):
-            pairs.append((str(before.target), str(node.target)))
-    return pairs

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
@@ -78,12 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
     begun, loader, loaded = _begun(arguments), None, None
     for epoch, spec in _unrecorded(arguments, begun, tell=process.is_main_process):
         checkpoint = read_checkpoint(spec, arguments.arch)
-        constants = _constants(arguments, checkpoint)
-        if loader is None or constants != loaded:
-            images = _images(arguments, arguments.samples, constants)
+        preprocessing = _preprocessing(arguments, checkpoint)
+        if loader is None or preprocessing != loaded:
+            images = _images(arguments, arguments.samples, preprocessing)
             if begun:
                 _require_samples(arguments, begun, len(images))
-            loader, loaded = Loader(images, arguments.batch, **share), constants
+            loader, loaded = Loader(images, arguments.batch, **share), preprocessing
         gates = _gates(arguments, spec, _candidates(checkpoint, loader.images))
         with Recorder(
             checkpoint.model,
@@ -141,14 +139,13 @@ def _contents(arguments: argparse.Namespace) -> str:
 
 
 def _epochs(arguments: argparse.Namespace) -> dict[int, str]:
-    """Read every checkpoint's epoch: what the file says, else its name (epoch=0012), else its position."""
+    """Return every checkpoint by its epoch: what the file or its name says, else its position."""
     from stripe.models import read_epoch
 
     epochs: dict[int, str] = {}
     for position, spec in enumerate(arguments.ckpt):
         recorded = read_epoch(spec)
-        named = re.search(r"epoch=(\d+)", Path(spec).name)
-        epoch = recorded if recorded is not None else int(named[1]) if named else position
+        epoch = position if recorded is None else recorded
         if epoch in epochs:
             raise ValueError(f"{spec} and {epochs[epoch]} are both epoch {epoch}: name one of them")
         epochs[epoch] = spec
@@ -156,15 +153,17 @@ def _epochs(arguments: argparse.Namespace) -> dict[int, str]:
 
 
 # ---- images ----
-def _constants(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+def _preprocessing(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the network's own size, mean and std, with --size in place of the first."""
-    return options.constants(checkpoint.description) | ({"size": arguments.size} if arguments.size else {})
+    return options.preprocessing(checkpoint.description) | ({"size": arguments.size} if arguments.size else {})
 
 
-def _images(arguments: argparse.Namespace, samples: int | None, constants: Mapping[str, Any]) -> ImageSet:
+def _images(arguments: argparse.Namespace, samples: int | None, preprocessing: Mapping[str, Any]) -> ImageSet:
     from stripe.data import load_images
 
-    return load_images(arguments.dataset, arguments.split, samples=samples, data_dir=arguments.data_dir, **constants)
+    return load_images(
+        arguments.dataset, arguments.split, samples=samples, data_dir=arguments.data_dir, **preprocessing
+    )
 
 
 # ---- gates ----
@@ -203,7 +202,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
     for spec in arguments.ckpt:
         checkpoint = read_checkpoint(spec, arguments.arch)
-        candidates = _candidates(checkpoint, _images(arguments, SEARCHED, _constants(arguments, checkpoint)))
+        candidates = _candidates(checkpoint, _images(arguments, SEARCHED, _preprocessing(arguments, checkpoint)))
         if arguments.explain:
             rejected = [candidate for candidate in candidates if not candidate.gate]
             print(f"{spec}: {len(rejected)} products and sums rejected")

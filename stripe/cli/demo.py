@@ -2,19 +2,15 @@
 
 import argparse
 import shutil
-import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stripe.cli import options
 
-if TYPE_CHECKING:
-    from torch import nn
-
 SUMMARY = "show everything on the embedded digits: train and record SE, draw its stripes, train ASR, validate"
 EXAMPLE = "--epochs 10"
-NETWORK: dict[str, Any] = {"arch": "resnet", "depth": 20, "block": "bottleneck", "module": "senet"}
+NETWORK: dict[str, Any] = {"depth": 20, "block": "bottleneck", "module": "senet"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the main job end to end and print its table."""
     import torch
 
-    from stripe import asr, stats
+    from stripe import asr, figures, stats
     from stripe.asr.validation import validate
-    from stripe.cli import figures
-    from stripe.cli import validate as validation_command
     from stripe.data import Loader, load_images
+    from stripe.folding import latencies
     from stripe.gates import find_gates
-    from stripe.models import create_model
+    from stripe.models import ResNet
     from stripe.recipe import Recipe
     from stripe.recorder import RecorderCallback
     from stripe.store import open_run
@@ -54,38 +49,36 @@ def run(arguments: argparse.Namespace) -> int:
     train, test = load_images("digits", "train", samples=arguments.train_samples), load_images("digits", "test")
     training, held_out = train.hold_out(len(train) // 10, seed=0)
     batches, validation, probe = Loader(training, 64, train=True), Loader(held_out, 100), Loader(test, 100)
+    images = next(iter(probe))[0]
 
     print("1. an SE network, its attention recorded after every epoch")
-    network = NETWORK | {"num_classes": len(train.classes)}
-    se = create_model(**network)
-    gates = find_gates(se, next(iter(probe))[0][:2])
-    recording = RecorderCallback(probe, gates, arguments.out, squeeze=True, data=test.describe())
+    se = ResNet(**NETWORK, num_classes=len(train.classes))
+    recording = RecorderCallback(probe, find_gates(se, images[:2]), arguments.out, squeeze=True, data=test.describe())
     recipe = Recipe(epochs=arguments.epochs, scheduler="cosine")
-    description = {"model": network, "data": train.describe()}
+    description = {"model": {"arch": "resnet", **se.config}, "data": train.describe()}
     fit(se, batches, validation, recipe, directory=arguments.out, description=description, callbacks=[recording])
-    observed = open_run(arguments.out)
+    run = open_run(arguments.out)
 
     print("2. an ASR network, begun from the SE network's weights, trained on and deployed")
-    asr_network = create_model(**network | {"asr": True})
-    asr_network.load_state_dict(asr_network.state_dict() | _as_asr(se.state_dict()))
+    asr_network = se.to_asr()
     recipe = Recipe(epochs=arguments.asr_epochs, scheduler="cosine", lr=0.05)
-    description = {"model": network | {"asr": True}, "data": train.describe()}
+    description = {"model": {"arch": "resnet", **asr_network.config}, "data": train.describe()}
     fit(asr_network, batches, validation, recipe, directory=asr_out, description=description)
     deployed = asr.deploy(asr_network)
 
     print("3. vectors learned for the frozen SE network, against the stripes it was observed to have")
     progress = options.progress("psi")
-    match = validate(se, observed, batches, steps=arguments.steps, test_loader=probe, progress=progress)
-    for name, figure in (*figures.draw(observed), *validation_command.draw(match)):
-        for file in figures.save(figure, arguments.figures / name, ["png"]):
-            print(file)
-
-    table = stats.summarize(observed, epochs=[observed.epochs[-1]]).merge(match.table, on=["gate", "channels"])
+    match = validate(se, run, batches, steps=arguments.steps, test_loader=probe, progress=progress)
+    print(*figures.draw(run, arguments.figures), sep="\n")
+    print(*figures.draw_validation(match, arguments.figures), sep="\n")
+    table = stats.summarize(run, epochs=[run.epochs[-1]]).merge(match.table, on=["gate", "channels"])
     columns = ["gate", "strength", "strength_low", "strength_high", "std", "r", "r_untrained", "p_adjusted"]
     columns += ["rmse", "rmse_untrained", "verdict"]
     print(table[columns].to_string(index=False, float_format="{:.3g}".format))
     print(match.rule)
-    speeds = _images_per_second({"SE": se, "ASR deployed": deployed}, next(iter(probe))[0])
+
+    times = latencies({"SE": se, "ASR deployed": deployed}, images, backends=["eager"], batches=[len(images)])
+    speeds = (1000 * times["batch"] / times["milliseconds"]).set_axis(times["network"]).to_dict()
     results = {
         "SE": match.accuracies["attention"],
         "ASR deployed": evaluate(deployed, probe).accuracy,
@@ -105,25 +98,3 @@ def _remove_training(directory: Path) -> None:
     """Remove an earlier demo's files, and nothing that is not one."""
     if (directory / "metrics.csv").is_file():
         shutil.rmtree(directory)
-
-
-def _as_asr(state: dict[str, Any]) -> dict[str, Any]:
-    """Rename an SE network's weights to those of the ASR network that starts from it."""
-    names = {
-        key: key.replace(".bn3.", ".bn3.bn.").replace(".attention_module", ".bn3.attention_module") for key in state
-    }
-    return {names[key]: value for key, value in state.items()}
-
-
-def _images_per_second(models: dict[str, "nn.Module"], images: Any, rounds: int = 15) -> dict[str, float]:
-    """Time the models in turn, round by round; return the median speeds."""
-    import torch
-
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for _ in range(rounds):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model.eval()(images)
-                seconds[name].append(time.perf_counter() - start)
-    return {name: len(images) / statistics.median(times[1:]) for name, times in seconds.items()}

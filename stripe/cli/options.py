@@ -1,17 +1,15 @@
 """Arguments that several commands take, each described once."""
 
 import argparse
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from stripe import files
 from stripe.messages import Progress
 from stripe.recipe import BATCH, WORKERS
 
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
-T = TypeVar("T")
 
 
 def add_data(parser: Parser, split: str | None = None) -> None:
@@ -56,7 +54,7 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
         files.write_json(path, content)
 
 
-def constants(description: dict[str, Any]) -> dict[str, Any]:
+def preprocessing(description: dict[str, Any]) -> dict[str, Any]:
     """Return the size, mean and std that a network was trained with, as arguments of load_images."""
     data = description.get("data", {})
     return {key: data[key] for key in ("size", "mean", "std") if key in data}
@@ -72,10 +70,3 @@ def progress(description: str) -> Progress:
 def plain(table: Any) -> list[dict[str, Any]]:
     """Return a DataFrame's rows as plain values for JSON; NaN becomes None."""
     return table.astype(object).where(table.notna(), None).to_dict("records")  # type: ignore[no-any-return]
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """Return at most `count` items, first and last included, evenly spaced."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -111,8 +111,8 @@ def _train(arguments: argparse.Namespace) -> int:
     images = load_images(arguments.dataset, "train", samples=arguments.train_samples, data_dir=arguments.data_dir)
     held_out = len(images) // 10 if arguments.val_samples is None else arguments.val_samples
     training, validation = images.hold_out(held_out, arguments.manualSeed) if held_out else (images, None)
-    constants: dict[str, Any] = {"mean": training.mean, "std": training.std}
-    test = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **constants)
+    preprocessing: dict[str, Any] = {"mean": training.mean, "std": training.std}
+    test = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **preprocessing)
     torch.manual_seed(arguments.manualSeed)
     network = _network(arguments, len(images.classes))
     model = create_model(**network)
@@ -147,8 +147,8 @@ def _test(arguments: argparse.Namespace) -> int:
     if arguments.resume is None:
         raise ValueError("-e tests a trained network: name its checkpoint with --resume PATH")
     checkpoint = read_checkpoint(arguments.resume)
-    constants = options.constants(checkpoint.description)
-    images = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **constants)
+    preprocessing = options.preprocessing(checkpoint.description)
+    images = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **preprocessing)
     device = processes().device
     loader = Loader(images, arguments.test_batch, workers=arguments.workers, device=device)
     checkpoint.model.to(device)
@@ -203,7 +203,7 @@ def _recording(
         arguments.record_split,
         samples=arguments.record,
         data_dir=arguments.data_dir,
-        **options.constants(description),
+        **options.preprocessing(description),
     )
     loader = Loader(images, arguments.test_batch, **share)
     model.to(share["device"])

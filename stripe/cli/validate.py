@@ -1,7 +1,6 @@
 """`validate`: compare learned vectors with the observed stripes of a run."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,6 @@ from stripe.files import write_csv
 from stripe.recipe import PSI_STEPS
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from stripe.asr.validation import Validation
 
 SUMMARY = "compare constant vectors, learned for a network or with ASR, with the stripes that its run observed"
@@ -51,23 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Validate; print and write what was found."""
+    from stripe import figures
     from stripe.asr.validation import validate
-    from stripe.cli.figures import save
     from stripe.data import Loader, load_images
     from stripe.models import load_checkpoint, read_checkpoint
     from stripe.store import open_run
 
-    observed = open_run(arguments.run_path)
+    run = open_run(arguments.run_path)
     checkpoint = read_checkpoint(arguments.ckpt, arguments.arch)
-    epoch = checkpoint.epoch if arguments.epoch is None and checkpoint.epoch in observed.epochs else arguments.epoch
-    constants = options.constants(checkpoint.description)
+    epoch = checkpoint.epoch if arguments.epoch is None and checkpoint.epoch in run.epochs else arguments.epoch
+    preprocessing = options.preprocessing(checkpoint.description)
     train, test = (
-        load_images(arguments.dataset, split, samples=samples, data_dir=arguments.data_dir, **constants)
+        load_images(arguments.dataset, split, samples=samples, data_dir=arguments.data_dir, **preprocessing)
         for split, samples in (("train", arguments.train_samples), ("test", arguments.test_samples))
     )
     validation = validate(
         checkpoint.model,
-        observed,
+        run,
         Loader(train, arguments.batch, train=True, seed=arguments.manualSeed, workers=arguments.workers),
         steps=arguments.steps,
         protocol=arguments.protocol,
@@ -83,9 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_csv(arguments.out / "validation.csv", validation.table)
     options.write_json(arguments.out / "validation.json", validation.to_dict())
     options.write_json(arguments.json, validation.to_dict())
-    for name, figure in draw(validation):
-        for file in save(figure, arguments.out / name, ["png"]):
-            print(file)
+    print(*figures.draw_validation(validation, arguments.out), sep="\n")
     return 1 if arguments.require_match and not validation.matched else 0
 
 
@@ -95,16 +90,3 @@ def print_validation(validation: "Validation") -> None:
     print(table.to_string(index=False, float_format="{:.3g}".format))
     accuracies = ", ".join(f"{gates} {percent:.2f}" for gates, percent in validation.accuracies.items())
     print(f"test accuracy in % by what the gates give: {accuracies}")
-
-
-def draw(validation: "Validation") -> Iterator[tuple[str, "Figure"]]:
-    """Yield (name, figure): each gate's learned vector over its stripe, and all in one scatter."""
-    import matplotlib.pyplot as plt
-
-    from stripe.cli.figures import draw_learned
-    from stripe.stats import Moments
-
-    stripes = {gate: Moments.of(validation.observed[gate]) for gate in validation.learned}
-    r = dict(zip(validation.table["gate"], validation.table["r"], strict=True))
-    yield from draw_learned(validation.learned, stripes, r)
-    plt.close("all")

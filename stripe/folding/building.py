@@ -1,219 +1,249 @@
-"""The folded network: gates taken out of the forwards that apply them, weights changed, and the whole compared."""
+"""The network with maps merged: weights changed, operations taken out of the forwards that apply them, all compared."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
+import linecache
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from stripe.folding.merging import TOLERANCE, ChannelScale, Merge
-from stripe.folding.tensors import named_tensors, outputs_of, relative_error, tensors_in
-from stripe.gate import Gate
-from stripe.gates.reading import replace_gates
-from stripe.gates.trace import Images
+from stripe.folding.fields import Array
+from stripe.folding.maps import AffineMap
+from stripe.folding.merging import TOLERANCE, Edit, Merge
+from stripe.folding.source import Removal, Unremovable, arguments, left_argument, without
+from stripe.folding.tensors import named_tensors, outputs_of, relative_error
+from stripe.gates.graph import Call, Op, Place, Trace, Value
+from stripe.gates.trace import Images, tensors_in
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Modules that do nothing but normalise: without their norm they are nn.Identity."""
 
 
-def verified(
-    exact: nn.Module, images: Images, folds: list[Merge], vectors: Mapping[str, Tensor]
-) -> tuple[nn.Module, list[Merge], float]:
-    """Build the folded network; keep, with the reason, the gates whose merge is not exact."""
-    gates = [f.gate for f in folds]
-    probes = dict.fromkeys(path for f in folds for path in f.probes)
-    with replace_gates(exact, gates, vectors):
-        expected = _observed(exact, images, probes)
+class ChannelScale(nn.Module):
+    """Multiply a feature map by a constant per channel and add another: what no layer can take of a gate."""
 
-    def attempt(tried: list[Merge]) -> tuple[nn.Module, float]:
-        folded = _built(exact, images, tried, vectors)
-        return folded, relative_error(_observed(folded, images, probes), expected)
+    def __init__(self, scale: Tensor | None, shift: Tensor | None = None) -> None:
+        """Keep `scale` and `shift`, broadcastable to the map, as buffers."""
+        super().__init__()
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
 
-    folded, error = attempt(folds)
-    if not error <= TOLERANCE:
-        kept = [f.keep(f.reason or "its neighbours' merges are not exact") for f in folds]
-        for i, f in enumerate(folds):
-            alone = attempt([*kept[:i], f, *kept[i + 1 :]])[1] if f.direction != "kept" else 0.0
-            if not alone <= TOLERANCE:
-                folds[i] = f.keep(f"{f.direction} is not exact: relative error {alone:.2g}")
-        folded, error = attempt(folds)
-    if not error <= TOLERANCE:
-        raise ArithmeticError(f"the folded network differs by {error:.2g}; expected at most {TOLERANCE:.0e}")
-    return folded, folds, error
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a feature map to one of the same shape."""
+        x = x if self.scale is None else x * self.scale
+        return x if self.shift is None else x + self.shift
 
 
-def _observed(model: nn.Module, images: Images, paths: Iterable[str]) -> list[Tensor]:
-    """Run the network; return the tensors of its output and of the outputs of modules."""
-    seen: dict[str, Any] = {}
+class Original:
+    """A network in float64 with its graph: what merges are made in copies of, and compared with."""
 
-    def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
-        seen[path] = copy.deepcopy(output)  # what comes next may write it
+    def __init__(
+        self, model: nn.Module, graph: Trace, images: Images, at_constants: AbstractContextManager[None]
+    ) -> None:
+        """Keep the network and what it was traced on; inside `at_constants` its gates are constant."""
+        self.model = model
+        self._graph = graph
+        self._images = images
+        self._at_constants = at_constants
 
-    handles = [model.get_submodule(path).register_forward_hook(partial(leave, path)) for path in paths]
-    try:
-        outputs = outputs_of(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [*outputs, *tensors_in([seen[path] for path in paths])]
+    def merged(self, merges: list[Merge]) -> tuple[nn.Module, list[Merge], float]:
+        """Return the network with the merges made, all those that are exact, and its relative error.
 
+        Raises:
+            ValueError: a map cannot be taken out of the module that applies it, no tensor is seen in the output, or
+                the network differs from itself.
+            ArithmeticError: the network differs even with nothing merged.
+        """
+        probes = self._probes(merges)
+        with self._at_constants:
+            expected, again = (self._observed(self.model, probes) for _ in range(2))
+        if not (difference := _error(again, expected)) <= TOLERANCE:
+            raise ValueError(
+                f"the network differs from itself by {difference:.2g} between two runs on the same images, so that"
+                " nothing can be compared: turn off what is random in it, such as noise, or dropout in eval mode"
+            )
 
-def _built(exact: nn.Module, images: Images, folds: Sequence[Merge], vectors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of the network with the weights changed and the gates taken out."""
-    calls: list[dict[str, _SiteCall]] = []
-    seen: Counter[str] = Counter()
-    turns = []
-    for f in folds:  # the k-th gate of a site is taken out once those before it are
-        turns.append(seen[f.gate.site])
-        seen[f.gate.site] += 1
-    for turn in range(max(turns, default=-1) + 1):
-        values = {
-            f.gate.name: vectors[f.gate.name] if t == turn or f.direction == "kept" else _neutral(f.gate, vectors)
-            for f, t in zip(folds, turns, strict=True)
-            if t <= turn
-        }
-        calls.append(_site_calls(exact, images, [f.gate for f in folds], values))
-    folded = copy.deepcopy(exact)
-    for turn, f in sorted(zip(turns, folds, strict=True), key=lambda pair: pair[0]):
-        path = f.gate.site
-        new = _without_gate(folded.get_submodule(path), f, calls[turn][path])
-        if path:
-            folded.set_submodule(path, new)
-        else:
-            folded = new
-    tensors = named_tensors(folded)
-    for edit in (edit for f in folds for edit in f.edits):
-        tensor = tensors[edit.name]
-        tensor.copy_(tensor * edit.factor + (0.0 if edit.delta is None else edit.delta))
-    return folded
+        def attempt(tried: list[Merge]) -> tuple[nn.Module, float]:
+            built = self._built(tried)
+            try:
+                return built, _error(self._observed(built, probes), expected)
+            except Exception:  # a forward changed by trial: anything may come
+                return built, float("inf")
 
+        built, error = attempt(merges)
+        if not error <= TOLERANCE:
+            kept = [merge.keep(merge.reason or "its neighbours' merges are not exact") for merge in merges]
+            for i, merge in enumerate(merges):
+                alone = attempt([*kept[:i], merge, *kept[i + 1 :]])[1] if merge.edits else 0.0
+                if not alone <= TOLERANCE:
+                    merges[i] = merge.keep(f"{merge.direction} is not exact: relative error {alone:.2g}")
+            built, error = attempt(merges)
+        if not error <= TOLERANCE:
+            raise ArithmeticError(f"the new network differs by {error:.2g}; expected at most {TOLERANCE:.0e}")
+        return built.eval(), merges, error
 
-def _neutral(gate: Gate, vectors: Mapping[str, Tensor]) -> Tensor:
-    """Return the constant at which a gate changes nothing."""
-    return vectors[gate.name].new_full((gate.channels,), 0.0 if gate.form == "additive" else 1.0)
+    def _probes(self, merges: Sequence[Merge]) -> list[str]:
+        """Return the modules whose outputs must be what they were, with all the merges made."""
+        touched = frozenset[Value]().union(*(merge.touched for merge in merges))
+        ports = [port for ports in self._graph.ports.values() for port in ports if port.side == "output"]
+        changed = {port.call.path for port in ports if port.value in touched}
+        return list(dict.fromkeys(path for merge in merges for path in merge.probes if path not in changed))
 
+    def _observed(self, model: nn.Module, paths: Iterable[str]) -> dict[str, list[Tensor]]:
+        """Run a network; return the tensors of its output as "", and those of the modules that give out a single one.
 
-@dataclass(eq=False)
-class _SiteCall:
-    """What a module was called with, and returned, while its gates were constant."""
+        What else a module gives out need not be what it was: attention that is returned beside the product, say.
+        """
+        seen: dict[str, list[Tensor]] = {}
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
+        def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[path] = [*seen.get(path, []), output.clone()]  # what comes next may write it
 
-    def error(self, module: nn.Module) -> float:
-        """Return how far another module's output is off, infinite where it cannot run."""
-        args, kwargs = copy.deepcopy((self.args, self.kwargs))
+        modules = dict(model.named_modules(remove_duplicate=False))
+        handles = [modules[path].register_forward_hook(partial(leave, path)) for path in paths if path in modules]
         try:
-            output = module.forward(*args, **kwargs)  # not the call: a GraphModule prints what fails in it
-        except Exception:  # a module changed by trial: anything may come
-            return float("inf")
-        return relative_error(tensors_in(output), tensors_in(self.output))
+            outputs = outputs_of(model, self._images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {**seen, "": outputs}
+
+    # building
+    def _built(self, merges: Sequence[Merge]) -> nn.Module:
+        """Return a copy of the network with weights changed and maps taken out."""
+        built = copy.deepcopy(self.model)
+        for merge in merges:
+            for edit in merge.edits:
+                _make(edit, built)
+        removals: defaultdict[str, list[Removal]] = defaultdict(list)
+        owners: defaultdict[tuple[str, Place], list[AffineMap]] = defaultdict(list)
+        norms = []
+        for merge in merges:
+            if merge.map.is_norm and type(self.model.get_submodule(merge.map.steps[0][0].call.path)) in BATCH_NORMS:
+                norms += [merge.map.steps[0][0].call.path] if merge.edits else []
+            elif merge.direction != "unused" and not (merge.map.is_norm and merge.direction == "kept"):
+                for path, removal in self._removals(merge):
+                    removals[path].append(removal)
+                    owners[path, removal.place].append(merge.map)
+        for (path, _), maps in owners.items():
+            if len(maps) != (calls := sum(call.path == path for call in self._graph.calls) or 1):
+                raise self._cannot(maps[0], f"that forward runs {calls} times, and would lose its gate in each run")
+        for path in sorted(removals, key=lambda path: -path.count(".") - bool(path)):
+            built = _replaced(built, path, self._without(built.get_submodule(path), path, removals[path]))
+        for path in dict.fromkeys(norms):
+            built = _replaced(built, path, nn.Identity())
+        return built
+
+    def _removals(self, merge: Merge) -> list[tuple[str, Removal]]:
+        """Return the expressions to take out, with the paths of the modules that hold them."""
+        kept = _channel_scale(merge.map, self._images) if merge.direction == "kept" else None
+        try:
+            return [
+                self._removal(op, position, kept if i == 0 else None)
+                for i, (op, position) in enumerate(merge.map.steps)
+            ]
+        except Unremovable as error:
+            raise self._cannot(merge.map, str(error)) from error
+
+    def _cannot(self, map: AffineMap, reason: str) -> ValueError:
+        site = type(self.model.get_submodule(map.steps[0][0].call.path)).__name__
+        return ValueError(
+            f"gate {map.names[0]!r} cannot be taken out of {site}.forward: {reason}; leave it out of the constants, or"
+            " give the attention a module of its own that maps x to x * g"
+        )
+
+    def _removal(self, op: Op, operand: int, scale: nn.Module | None) -> tuple[str, Removal]:
+        """Find the expression that runs an operation; where its module does nothing else, what calls the module."""
+        call, place = op.call, op.place
+        name: str | None = op.name
+        while True:
+            module = self.model.get_submodule(call.path)
+            if place is None:
+                raise Unremovable(f"{type(module).__name__} has no Python source")
+            removal = Removal(place, operand, name, scale)
+            several = self._calls(call) > 1
+            if call.caller is None or isinstance(module, fx.GraphModule):
+                return call.path, removal
+            left = left_argument(module, removal)
+            if left is None or not (several or arguments(module) > 1):
+                if several and scale is not None:
+                    raise Unremovable("the module is called several times, and each call would need its own scale")
+                return call.path, removal
+            call, place, operand, name = call.caller, call.place, left, None
+
+    def _calls(self, call: Call) -> int:
+        return sum(other.path == call.path for other in self._graph.calls)
+
+    def _without(self, module: nn.Module, path: str, removals: Sequence[Removal]) -> nn.Module:
+        """Take expressions out of a module of the copy."""
+        original = self.model.get_submodule(path)
+        unique = list({removal.place.span: removal for removal in removals}.values())
+        if isinstance(module, fx.GraphModule):
+            return _without_nodes(module, type(original).forward.__code__.co_filename, unique)
+        return without(module, unique)
 
 
-def _site_calls(
-    model: nn.Module, images: Images, gates: Sequence[Gate], vectors: Mapping[str, Tensor]
-) -> dict[str, _SiteCall]:
-    """Run the network with gates constant; return the calls of their sites."""
-    calls: dict[str, _SiteCall] = {}
-
-    def enter(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls[path] = _SiteCall(*copy.deepcopy((args, kwargs)))
-
-    def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
-        calls[path].output = copy.deepcopy(output)
-
-    handles = []
-    try:
-        for path in {gate.site for gate in gates}:
-            site = model.get_submodule(path)
-            handles.append(site.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
-            handles.append(site.register_forward_hook(partial(leave, path)))
-        with replace_gates(model, gates, vectors):
-            outputs_of(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+def _error(found: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]]) -> float:
+    """Return the relative error of the outputs, and of those modules that are still there."""
+    paths = [path for path in expected if path in found]
+    return max(relative_error(found[path], expected[path]) for path in paths)
 
 
-def _without_gate(site: nn.Module, planned: Merge, call: _SiteCall) -> nn.Module:
-    """Return what takes the place of a gate's site: nothing, itself without its attention, or its forward rewritten."""
-    merged = planned.direction != "kept"
-    if len(call.args) == 1 and not call.kwargs and call.error(planned.module) <= TOLERANCE:
-        return nn.Identity() if merged else planned.module
-    if merged and planned.gate.form == "multiplicative" and (bare := _without_child(site, planned.gate, call)):
-        return bare
-    if rewritten := _rewritten(site, planned.module, call, merged):
-        return rewritten
-    raise ValueError(
-        f"gate {planned.gate.name!r} cannot be taken out of {type(site).__name__}.forward: leave it out of the"
-        " constants, or give the attention a module of its own that maps x to x * g"
-    )
+def _replaced(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Return `model` with `module` in the place of the one at `path`, which may be the root or stand in several."""
+    old = model.get_submodule(path)
+    for place in [name for name, each in model.named_modules(remove_duplicate=False) if each is old and name]:
+        model.set_submodule(place, module)
+    return model if path else module
 
 
-def _without_child(site: nn.Module, gate: Gate, call: _SiteCall) -> nn.Module | None:
-    """Set the attention module of a site to None, if its forward provides for that."""
-    if gate.source is None:
-        return None
-    child = gate.source.removeprefix(f"{gate.site}.").partition(".")[0]
-    bare = copy.copy(site)
-    bare._modules = {**site._modules, child: None}
-    handle = site.get_submodule(child).register_forward_hook(lambda module, args, output: torch.ones_like(output))
-    try:
-        neutral = replace(call, output=site(*copy.deepcopy(call.args), **copy.deepcopy(call.kwargs)))
-    finally:
-        handle.remove()
-    return bare if neutral.error(bare) <= TOLERANCE else None
+def _channel_scale(map: AffineMap, images: Images) -> ChannelScale:
+    """Return an affine map as a module, on the device of the images."""
+    like = next(tensor for tensor in tensors_in(images))
+    scale, shift = (torch.as_tensor(field).to(like.device) for field in (map.scale, map.shift))
+    return ChannelScale(scale if (scale != 1).any() or not shift.any() else None, shift if shift.any() else None)
 
 
-class _OwnForward(fx.Tracer):
-    """Traces one module's forward; its submodules stay calls."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _rewritten(site: nn.Module, fixed: ChannelScale, call: _SiteCall, merged: bool) -> fx.GraphModule | None:
-    """Rewrite a forward without its gate: try each product for the one that `fixed` can stand in for."""
-    try:
-        nodes = list(_OwnForward().trace(site).nodes)
-    except Exception:  # tracing runs the site's own forward: anything may come
-        return None
-    name = f"channel_scale_{len(list(site.children()))}"
-    for index, node in enumerate(nodes):
-        operation = getattr(node.target, "__name__", str(node.target))
-        if not node.op.startswith("call_") or operation.strip("_") not in {"mul", "imul", "add", "iadd"}:
-            continue
-        for position in range(2):
-            kept = _with_module_at(site, index, position, name, fixed)
-            if kept is not None and call.error(kept) <= TOLERANCE:
-                return _with_module_at(site, index, position, name, None) if merged else kept
-    return None
+def _make(edit: Edit, model: nn.Module) -> None:
+    """Make one change of the weights."""
+    module, name = model.get_submodule(edit.path), edit.name.rpartition(".")[2]
+    if edit.new and getattr(module, name) is None:
+        like: Any = module.weight
+        setattr(module, name, nn.Parameter(torch.zeros(edit.factor.shape).to(like), like.requires_grad))
+    tensor = named_tensors(model)[edit.name]
+    tensor.copy_(tensor * _like(edit.factor, tensor) + (0.0 if edit.delta is None else _like(edit.delta, tensor)))
 
 
-def _with_module_at(
-    site: nn.Module, index: int, position: int, name: str, module: nn.Module | None
-) -> fx.GraphModule | None:
-    """Trace a forward and replace one node by `module` applied to one of its arguments, or by that argument."""
-    graph = _OwnForward().trace(site)
-    node = list(graph.nodes)[index]
-    source = node.args[position] if position < len(node.args) else None
-    if not isinstance(source, fx.Node):
-        return None
-    root = copy.copy(site)
-    taken = source
-    if module is not None:
-        root._modules = {**site._modules, name: module}
-        with graph.inserting_before(node):
-            taken = graph.call_module(name, (source,))
-    node.replace_all_uses_with(taken)
-    graph.erase_node(node)
-    rewritten = fx.GraphModule(root, graph, type(site).__name__)
-    rewritten.graph.eliminate_dead_code()
-    rewritten.recompile()
-    rewritten.delete_all_unused_submodules()
-    return rewritten
+def _like(array: Array, tensor: Tensor) -> Tensor:
+    return torch.tensor(array).to(tensor)
+
+
+def _without_nodes(module: fx.GraphModule, file: str, removals: Iterable[Removal]) -> nn.Module:
+    """Take nodes out of a graph module, whose generated source at `file` has a line for each."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    for number, removal in enumerate(removals):
+        name = linecache.getline(file, removal.place.span[0]).partition("=")[0].partition(":")[0].strip()
+        node = nodes.get(name)
+        operand = node.args[removal.operand] if node is not None and removal.operand < len(node.args) else None
+        if not isinstance(node, fx.Node) or not isinstance(operand, fx.Node):
+            raise Unremovable(f"no node of its graph is the product at line {removal.place.span[0]}")
+        if removal.scale is not None:
+            path = f"channel_scale_{len(list(module.children()))}_{number}"
+            module.add_module(path, removal.scale)
+            with module.graph.inserting_before(node):
+                operand = module.graph.call_module(path, (operand,))
+        node.replace_all_uses_with(operand)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    module.delete_all_unused_submodules()
+    return module

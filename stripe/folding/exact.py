@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +13,20 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from stripe.folding.building import verified
+from stripe.devices import device_of
+from stripe.folding.building import Original
+from stripe.folding.maps import Constants, norm_maps
 from stripe.folding.merging import Merge, Network
-from stripe.folding.tensors import doubled, named_tensors, tensors_in
+from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
 from stripe.gate import Gate, name_of
 from stripe.gates.finding import find_gates
 from stripe.gates.hooks import uncompiled
-from stripe.gates.trace import Images, trace
+from stripe.gates.reading import replace_gates
+from stripe.gates.trace import Images, tensors_in, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,27 +53,96 @@ def fold(
 ) -> tuple[nn.Module, FoldReport]:
     """Replace the gates in `constants` by its vectors (C,), and merge these into the network's weights.
 
-    The keys of `constants` are gates or their names; `images` is a small batch as `find_gates` takes it. Returns a
-    new network and the report. A gate without an exact merge becomes a ChannelScale.
+    The keys of `constants` are gates or their names; `images` is a small batch as `find_gates` takes it. Returns a new
+    network, in eval mode, and the report. A gate without an exact merge becomes a ChannelScale. What the network does
+    in train mode is otherwise as it was.
 
     Raises:
-        ValueError: train mode, no gates, an unknown gate, a vector that does not fit or is not finite, or a gate
-            that cannot be taken out of the module that applies it.
+        ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a gate that cannot be
+            taken out of the module that applies it, an output in which no tensor is seen, or a network that differs
+            from itself.
         ArithmeticError: the folded network differs, even with nothing merged.
     """
     model = uncompiled(model)
-    if training := [path or "model" for path, module in model.named_modules() if module.training]:
-        raise ValueError(f"{training[0]} is in train mode, where statistics change: call model.eval() before fold")
-    usual = tensors_in(images)[0].dtype
-    exact, images = copy.deepcopy(model).double(), tree_map(doubled, images)
-    gates = find_gates(exact, images)
-    vectors = _checked(gates, constants, tensors_in(images)[0])
-    chosen = [gate for gate in gates if gate.name in vectors]
-    with torch.no_grad():
-        folds = Network(exact, trace(exact, images), chosen, vectors).plan()
-        folded, folds, error = verified(exact, images, folds, vectors)
-    _cast_like(folded, model, usual)
-    return folded, FoldReport(_table(folds), error)
+    exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
+    with torch.no_grad(), in_double():
+        found = find_gates(exact, images)
+        vectors = _checked(found, constants, tensors_in(images)[0])
+        gates = [gate for gate in found if gate.name in vectors]
+        graph, weights = trace(exact, images), weights_of(exact)
+        constant = Constants(graph, gates, {name: vector.cpu().numpy() for name, vector in vectors.items()})
+        plan = Network(graph, weights, constant.needed, constant.operands).plan(list(constant.maps(weights)))
+        at_constants = replace_gates(exact, gates, vectors)
+        folded, merges, error = Original(exact, graph, images, at_constants).merged(plan)
+    cast_like(folded, model)
+    order = [gate.name for gate in gates]
+    table = table_of(merges, "gate")
+    return folded, FoldReport(
+        table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error
+    )
+
+
+def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Module, FoldReport]:
+    """Merge each batch norm into the layers before it, or after it, where that is exact; for inference.
+
+    `images` is a small batch as the network takes it; without it, batches are tried that the first layer could take.
+    What is exact is decided on the path that these images take. Returns a new network, in eval mode, in which merged
+    norms are nn.Identity, and the report: its column "norm" names them, norms that stay are "kept" with the reason.
+
+    Raises:
+        ValueError: no `images` were given and no batch that was tried passes, no tensor is seen in the output, or the
+            network differs from itself.
+        ArithmeticError: the new network differs, even with nothing merged.
+    """
+    model = uncompiled(model)
+    exact = copy.deepcopy(model).double().eval()
+    with torch.no_grad(), in_double():
+        images = example_for(exact) if images is None else tree_map(doubled, images)
+        graph, weights = trace(exact, images), weights_of(exact)
+        maps, left = norm_maps(graph, weights)
+        needed = Constants(graph, [], {}).needed
+        plan = Network(graph, weights, needed, {}).plan(maps)
+        fused, merges, error = Original(exact, graph, images, nullcontext()).merged(plan)
+    cast_like(fused, model)
+    ran = {call.path for call in graph.calls}
+    norms = [path for path, module in exact.named_modules() if isinstance(module, _BatchNorm) and path not in ran]
+    left |= dict.fromkeys(norms, "the forward does not run it in eval mode")
+    kept = [(name, "kept", (), (), reason, 1.0) for name, reason in left.items()]
+    table = table_of(merges, "norm")
+    return fused, FoldReport(pd.DataFrame([*table.itertuples(index=False), *kept], columns=table.columns), error)
+
+
+def example_for(model: nn.Module) -> Tensor:
+    """Return the first batch of two that a network in float64 takes, of those that its first layer could.
+
+    Raises:
+        ValueError: none passes.
+    """
+    device = device_of(model)
+    for shape in _shapes(model):
+        images = torch.randn(2, *shape, device=device)
+        try:
+            model(images)
+        except Exception:  # the network's own forward, tried: anything may come
+            continue
+        return images
+    raise ValueError(f"no batch that was tried passes through {type(model).__name__}: give one as `images`")
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Yield shapes of a sample that fit what timm and transformers note, or the first layer."""
+    noted = getattr(model, "pretrained_cfg", None)
+    if isinstance(noted, Mapping) and "input_size" in noted:
+        yield tuple(noted["input_size"])
+    for layer in model.modules():
+        if isinstance(layer, _ConvNd):
+            dimensions = len(layer.kernel_size)
+            for size in (64, 32, 224, 28, 299):
+                yield layer.in_channels, *[size] * dimensions
+            return
+        if isinstance(layer, nn.Linear):
+            yield (layer.in_features,)
+            return
 
 
 def _checked(
@@ -89,16 +165,20 @@ def _checked(
     return vectors
 
 
-def _table(folds: Iterable[Merge]) -> pd.DataFrame:
+def table_of(merges: Iterable[Merge], what: str) -> pd.DataFrame:
+    """Return a row for each gate or norm, named in the column `what`, as in a report."""
     rows = [
-        (f.gate.name, f.direction, tuple(dict.fromkeys(e.name for e in f.edits)), f.through, f.reason, f.growth)
-        for f in folds
+        (name, m.direction, tuple(dict.fromkeys(e.name for e in m.edits)), m.through, m.reason, m.growth)
+        for m in merges
+        for name in m.map.names
     ]
-    return pd.DataFrame(rows, columns=["gate", "direction", "into", "through", "reason", "weight_growth"])
+    return pd.DataFrame(rows, columns=[what, "direction", "into", "through", "reason", "weight_growth"])
 
 
-def _cast_like(folded: nn.Module, model: nn.Module, usual: torch.dtype) -> None:
-    """Give the folded network's tensors the types of the original's; what is new takes the usual one."""
+def cast_like(new: nn.Module, model: nn.Module) -> None:
+    """Give tensors the types of the original's; what is new takes its layer's, or the type of most of the weights."""
     types = {name: tensor.dtype for name, tensor in named_tensors(model).items()}
-    for name, tensor in named_tensors(folded).items():
-        tensor.data = tensor.data.to(types.get(name, usual))
+    usual = Counter(kind for kind in types.values() if kind.is_floating_point).most_common(1)
+    for name, tensor in named_tensors(new).items():
+        beside = types.get(f"{name.rpartition('.')[0]}.weight", usual[0][0] if usual else torch.get_default_dtype())
+        tensor.data = tensor.data.to(types.get(name, beside if tensor.is_floating_point() else tensor.dtype))

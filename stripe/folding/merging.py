@@ -1,28 +1,23 @@
-"""Where a constant goes: decided on the traced graph, exactly or not at all.
+"""Where an affine map goes: decided on the graph of a forward pass, exactly or not at all. No torch.
 
-A gate at a constant is a map y = scale * x + shift per channel. It goes back into the layer that made x, or forward
-into every layer that takes y, through maps that commute with it.
+A gate at a constant, or a batch norm in eval mode, is a map y = scale * x + shift per channel. It goes back into the
+layers that made x, or forward into every layer that takes y, through maps that commute with it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from stripe.folding.tensors import named_tensors, relative_error
-from stripe.gate import Gate, product_of
-from stripe.gates.finding import factors_of, is_alike
-from stripe.gates.trace import ARITHMETIC, MOVES, Op, Trace, Value
+from stripe.folding.fields import Array, Blocked, Weights, along, per_input
+from stripe.folding.maps import NORMS, AffineMap
+from stripe.gates.graph import MOVES, Op, Trace, Value
 
 TOLERANCE = 1e-10
-"""Largest relative error, in float64, between a folded network and the one whose gates are constant."""
+"""Largest relative error, in float64, between a network with merged maps and the one it was made from."""
 
 POSITIVE = frozenset(
     "relu leaky_relu prelu _prelu_kernel max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d".split()
@@ -34,8 +29,7 @@ LINEAR = frozenset("avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_poo
 
 _MADE_BY = {  # layers: dimension of their output's channels, positions of weight and bias among the arguments
     "convolution": (1, 1, 2),
-    "native_batch_norm": (1, 1, 2),
-    "cudnn_batch_norm": (1, 1, 2),
+    **dict.fromkeys(NORMS, (1, 1, 2)),
     "native_group_norm": (1, 1, 2),
     "native_layer_norm": (-1, 2, 3),
     "mm": (-1, 1, None),
@@ -45,228 +39,211 @@ _MADE_BY = {  # layers: dimension of their output's channels, positions of weigh
 _TAKEN_BY: dict[str, tuple[int, int, int | None]] = {"convolution": (0, 1, 2), "mm": (0, 1, None), "addmm": (1, 2, 0)}
 
 
-class ChannelScale(nn.Module):
-    """Multiply a feature map by a constant per channel, add another: what a gate comes to that no layer can take."""
-
-    def __init__(self, scale: Tensor | None, shift: Tensor | None = None) -> None:
-        """Keep `scale` and `shift`, broadcastable to the map, as buffers."""
-        super().__init__()
-        self.scale: Tensor | None
-        self.shift: Tensor | None
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map a feature map to one of the same shape."""
-        x = x if self.scale is None else x * self.scale
-        return x if self.shift is None else x + self.shift
-
-
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A change of what the module at `path` uses: `name` times `factor`, plus `delta`, which weights have not."""
+    """A change of what the module at `path` uses: the tensor `name` times `factor`, plus `delta`.
+
+    With `new` the network has no such tensor: it begins as zeros.
+    """
 
     path: str
     name: str
-    factor: Tensor
-    delta: Tensor | None = None
+    factor: Array
+    delta: Array | None = None
+    new: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """What is to become of one gate: `direction` and the rest as in a report; `module` is the gate at its constant.
+    """What is to become of one map: `direction` and the rest as in a report.
 
-    `probes` are modules beyond the merge: their outputs must not differ.
+    `probes` are modules beyond the merge, whose outputs must not differ; `touched` are values on its way, which do.
     """
 
-    gate: Gate
-    module: ChannelScale
+    map: AffineMap
     direction: str = "kept"
     edits: tuple[Edit, ...] = ()
     through: tuple[str, ...] = ()
     reason: str = ""
     growth: float = 1.0
     probes: tuple[str, ...] = ()
+    touched: frozenset[Value] = frozenset()
 
     def keep(self, reason: str) -> Merge:
-        """Return the same gate without a merge."""
-        return Merge(self.gate, self.module, reason=reason)
+        """Return the same map, not merged."""
+        return Merge(self.map, reason=reason)
 
 
-class Blocked(Exception):
-    """No exact merge on this side; the message says what is in the way."""
-
-
-# ---- deciding where a constant goes ----
 class Network:
-    """The graph of a network without the gates that become constant, and its tensors by name."""
+    """The graph of a network, the operations that its output needs once some values are constant, and its weights."""
 
-    def __init__(self, model: nn.Module, graph: Trace, gates: Sequence[Gate], vectors: Mapping[str, Tensor]) -> None:
-        """Take a trace of `model`, the gates to become constant and their constants (C,)."""
+    def __init__(self, graph: Trace, weights: Weights, needed: set[Op], constants: Mapping[Op, Value]) -> None:
+        """Take a graph, the network's weights, what is needed, and by operation the operand that is constant."""
         self._graph = graph
-        self._gates = gates
-        self._vectors = vectors
-        self._tensors = named_tensors(model)
-        self._products = {gate.name: _product(graph, gate) for gate in gates}
-        self._constants = {op: op.args[i] for op, i, _ in self._products.values()}
-        self._needed = self._reached()
+        self._weights = weights
+        self._needed = needed
+        self._constants = constants
+        self._gone: dict[Value, AffineMap] = {}  # maps that went back, by what they gave
+        self._made: set[str] = set()  # tensors that merges brought into being
+        self._touched: set[Value] = set()  # what the walk under way has come by
+        self._has_norms = False
 
-    def plan(self) -> list[Merge]:
-        """Decide for every gate, in order of execution."""
-        calls = Counter(call.path for call in self._graph.calls)
-        if shared := [gate.name for gate in self._gates if calls[gate.site] > 1]:
-            raise ValueError(f"gates {', '.join(shared)} are in a module called several times: its weights are shared")
-        return [self._decide(gate) for gate in self._gates]
+    def plan(self, maps: Sequence[AffineMap]) -> list[Merge]:
+        """Decide for every map, in order of execution: edits are to be made in this order."""
+        self._has_norms = any(each.is_norm for each in maps)
+        merges = []
+        for each in maps:
+            merge = self._decide(each)
+            merges.append(merge)
+            self._made |= {edit.name for edit in merge.edits if edit.new}
+            if merge.direction == "back":
+                self._gone[each.y] = each
+        return merges
 
-    def _decide(self, gate: Gate) -> Merge:
-        """Merge on the side where weights grow less; keep where neither is exact."""
-        op, position, x_position = self._products[gate.name]
-        x, y, ops = op.args[x_position], op.outputs[0], {op}
-        value = _placed(gate, self._vectors[gate.name], y.shape)
-        fixed = ChannelScale(None, value) if gate.form == "additive" else ChannelScale(value)
-        if gate.form == "affine" and (whole := self._whole_site(gate, x, op.args[position], value)):
-            y, ops, fixed = whole
-        scale = (torch.ones_like(value) if fixed.scale is None else fixed.scale).expand(x.shape)
-        shift = (torch.zeros_like(value) if fixed.shift is None else fixed.shift).expand(x.shape)
+    def _decide(self, map: AffineMap) -> Merge:
+        """Merge on the side where weights grow less, a norm back if it can be; keep where neither is exact."""
+        if not map.ops & self._needed:
+            return Merge(map, "unused", reason="only the attention of other gates takes it")
+        x, y = map.x, map.y
+        scale, shift = (np.broadcast_to(field, y.shape) for field in (map.scale, map.shift))
         found, reasons = [], []
-        for direction, walk in (("back", partial(self._back, x, users=ops)), ("forward", partial(self._forward, y))):
+        for direction, walk in (
+            ("back", partial(self._back, x, users=map.ops)),
+            ("forward", partial(self._forward, y)),
+        ):
             through: list[str] = []
+            self._touched = set()
             try:
                 edits = tuple(walk(scale=scale, shift=shift, through=through))
             except Blocked as blocked:
                 reasons.append(f"{direction}: {blocked}")
             else:
-                maps = tuple(dict.fromkeys(through))
-                probes = (gate.site,) if direction == "back" else tuple(edit.path for edit in edits)
-                found.append(Merge(gate, fixed, direction, edits, maps, "", self._growth(edits), probes))
-        return min(found, key=lambda f: f.growth) if found else Merge(gate, fixed, reason="; ".join(reasons))
+                ways = tuple(dict.fromkeys(through))
+                probes = (map.steps[0][0].call.path,) if direction == "back" else tuple(edit.path for edit in edits)
+                found.append(
+                    Merge(map, direction, edits, ways, "", self._growth(edits), probes, frozenset(self._touched))
+                )
+        if not found:
+            return Merge(map, reason="; ".join(reasons))
+        return found[0] if map.is_norm else min(found, key=lambda merge: merge.growth)
 
     def _growth(self, edits: Iterable[Edit]) -> float:
         ratios = []
         for edit in edits:
-            before = self._tensors[edit.name].abs().max()
-            if edit.delta is None and before > 0:
-                ratios.append(float((self._tensors[edit.name] * edit.factor).abs().max() / before))
+            if edit.delta is None:
+                before = self._weights.tensors[edit.name]
+                ratios.append(float(np.abs(before * edit.factor).max() / np.abs(before).max()) if before.any() else 1.0)
         return max(ratios, default=1.0)
-
-    # what is computed
-    def _reached(self) -> set[Op]:
-        """Return the operations that the output needs when the gates are constant."""
-        queue, needed = [value.producer for value in self._graph.outputs], set[Op]()
-        while queue:
-            op = queue.pop()
-            if op is not None and op not in needed:
-                needed.add(op)
-                queue += [value.producer for value in op.inputs if value is not self._constants.get(op)]
-        return needed
 
     def _users(self, value: Value) -> list[Op]:
         return [op for op in value.consumers if op in self._needed]
 
-    def _evaluate(self, value: Value, known: Mapping[Value, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-        """Compute a value again from `known` ones and parameters."""
-        if value in known:
-            return known[value]
-        op = value.producer
-        if op is None and value.parameters:
-            return tensors[min(value.parameters)]
-        if op is None or op.live_inputs and op.name not in MOVES | ARITHMETIC:
-            raise Blocked(f"{op.name if op else 'a tensor that is no parameter'} cannot be computed beforehand")
-        return _run(op, lambda v: self._evaluate(v, known, tensors))[op.outputs.index(value)]
-
-    def _whole_site(
-        self, gate: Gate, x: Value, constant: Value, value: Tensor
-    ) -> tuple[Value, set[Op], ChannelScale] | None:
-        """Return the output of a site that as a whole is scale * x + shift, its operations, and that map."""
-        ports = [port for ports in self._graph.ports.values() for port in ports if port.call.path == gate.site]
-        outputs = [port.value for port in ports if port.side == "output"]
-        if len(outputs) != 1:
-            return None
-        like = torch.ones_like(value).expand(x.shape)
-        at = {n: {x: like * n, constant: value.expand(constant.shape)} for n in (0, 1)}
-        try:
-            zero, one = (self._evaluate(outputs[0], at[n], self._tensors) for n in (0, 1))
-        except Blocked:
-            return None
-        corner = tuple(slice(None) if letter in "RGC" else slice(1) for letter in gate.layout)
-        ops = {op for op in self._needed if op.call.path == gate.site}
-        return outputs[0], ops, ChannelScale((one - zero)[corner].clone(), zero[corner].clone())
-
     # backward
     def _back(
-        self, value: Value, scale: Tensor, shift: Tensor, users: Collection[Op], through: list[str]
+        self, value: Value, scale: Array, shift: Array, users: Collection[Op], through: list[str]
     ) -> Iterator[Edit]:
         """Yield the edits by which the layers that made `value` make scale * value + shift."""
         op = value.producer
+        self._touched.add(value)
         if op is None or not op.live_inputs:
             raise Blocked("nothing before it has weights")
         others = [user for output in op.outputs for user in self._users(output) if user not in users]
         if others or any(made is output for made in op.outputs for output in self._graph.outputs):
             raise Blocked(f"the map before is also taken by {others[0].name if others else 'the output'}")
-        if op.name in _MADE_BY:
+        if value in self._gone:
+            yield from self._back(self._gone[value].x, scale, shift, self._gone[value].ops, through)
+        elif op.name in _MADE_BY:
             yield from self._into_output(op, scale, shift)
         elif op.name in MOVES:
-            scales, shifts = _pulled(op, value, scale, 1.0), _pulled(op, value, shift, 0.0)
+            scales = self._weights.pulled(op, value, scale, 1.0)
+            shifts = self._weights.pulled(op, value, shift, 0.0)
             for source, moved in scales.items():
                 yield from self._back(source, moved, shifts[source], {op}, through)
+        elif op.name in ("add", "sub"):
+            yield from self._into_summands(op, scale, shift, through)
         else:
             source = self._scaled_input(op)
             yield from self._back(source, *self._across(op, scale, shift, source, through), {op}, through)
 
-    def _into_output(self, op: Op, scale: Tensor, shift: Tensor) -> Iterator[Edit]:
+    def _into_summands(self, op: Op, scale: Array, shift: Array, through: list[str]) -> Iterator[Edit]:
+        """Scale every branch of a sum, and shift the first; a zero that is added, as sum() does, is no branch."""
+        first, second = op.args[:2]
+        branches = [first] if second is first or not isinstance(second, Value) and second == 0 else [first, second]
+        if not all(isinstance(v, Value) and v.live and v.shape == scale.shape for v in branches):
+            raise Blocked(f"{op.name} is in between")
+        if second is first and shift.any():
+            raise Blocked("a shift does not pass the sum of a map and itself")
+        through.append(op.name)
+        for branch in branches:
+            yield from self._back(branch, scale, shift, {op}, through)
+            shift = np.zeros_like(shift)
+
+    def _into_output(self, op: Op, scale: Array, shift: Array) -> Iterator[Edit]:
         dim, *positions = _MADE_BY[op.name]
         weight, bias = (None if i is None else op.args[i] for i in positions)
-        factor, delta = _along(scale, dim), _along(shift, dim)
+        factor, delta = along(scale, dim), along(shift, dim)
         if weight is None or op.name == "convolution" and op.args[6]:
             raise Blocked(f"{op.name} before it has no weight per output channel")
-        if bias is None and delta.any():
-            raise Blocked(f"{op.name} before it has no bias to take a shift")
+        changed = self._edit(op, weight, factor.reshape(-1, *[1] * (len(weight.shape) - 1)) if dim == 1 else factor)
         if (factor != 1).any():
-            yield self._edit(op, weight, factor.reshape(-1, *[1] * (len(weight.shape) - 1)) if dim == 1 else factor)
+            yield changed
         if bias is not None:
             yield replace(self._edit(op, bias, factor, bool(delta.any())), delta=delta)
+        elif delta.any() or self._bias(op) in self._made:
+            yield self._new_bias(op, factor, delta, "before")
+
+    def _bias(self, op: Op) -> str:
+        return f"{op.call.path}.bias".removeprefix(".")
+
+    def _new_bias(self, op: Op, factor: Array, delta: Array, where: str) -> Edit:
+        """Give a layer a bias where its module has none but could; the factor is for one that it was given before."""
+        if self._bias(op) not in self._weights.empty:
+            raise Blocked(f"{op.name} {where} it has no bias to take a shift")
+        return Edit(op.call.path, self._bias(op), factor, delta, new=True)
 
     # forward
-    def _forward(self, value: Value, scale: Tensor, shift: Tensor, through: list[str]) -> Iterator[Edit]:
+    def _forward(self, value: Value, scale: Array, shift: Array, through: list[str]) -> Iterator[Edit]:
         """Yield the edits by which the layers that take `value` take it for scale * value + shift."""
         if any(output is value for output in self._graph.outputs):
             raise Blocked("it is the network's output")
+        self._touched.add(value)
         for op in self._users(value):
             if op.name in _TAKEN_BY:
                 yield from self._into_input(op, value, scale, shift)
             elif op.name in MOVES:
-                scales, shifts = _pushed(op, value, scale, 1.0), _pushed(op, value, shift, 0.0)
-                for output, moved, added in zip(op.outputs, scales, shifts, strict=False):
-                    yield from self._forward(output, moved, added, through)
+                moved = (self._weights.pushed(op, value, *each) for each in ((scale, 1.0), (shift, 0.0)))
+                for output, its_scale, its_shift in zip(op.outputs, *moved, strict=False):
+                    yield from self._forward(output, its_scale, its_shift, through)
             elif self._scaled_input(op) is value:
                 output = op.outputs[0]
                 yield from self._forward(output, *self._across(op, scale, shift, output, through), through)
             else:
                 raise Blocked(f"{op.name} takes it as something other than its map")
 
-    def _into_input(self, op: Op, value: Value, scale: Tensor, shift: Tensor) -> Iterator[Edit]:
+    def _into_input(self, op: Op, value: Value, scale: Array, shift: Array) -> Iterator[Edit]:
         at, weight_at, bias_at = _TAKEN_BY[op.name]
         inputs, weight, bias = op.args[at], op.args[weight_at], None if bias_at is None else op.args[bias_at]
         if inputs is not value or weight.live or op.name == "convolution" and op.args[6]:
             raise Blocked(f"{op.name} after it has no weight per input channel")
         dim = 1 if op.name == "convolution" else -1
-        factor, offset = (_per_input(op, weight, _along(field, dim)) for field in (scale, shift))
+        factor, offset = (per_input(op, weight, along(field, dim)) for field in (scale, shift))
         if (factor != 1).any():
             yield self._edit(op, weight, factor)
         if offset.any():
             if op.name == "convolution" and any(op.args[4]):
                 raise Blocked("the zero padding of convolution makes a shift inexact at the borders")
-            added = self._evaluate(weight, {}, self._tensors) * offset
-            yield self._added(op, bias, added.flatten(1).sum(1) if op.name == "convolution" else added.sum(0))
+            added = self._weights.compute(weight) * offset
+            summed = added.reshape(len(added), -1).sum(1) if op.name == "convolution" else added.sum(0)
+            yield self._added(op, bias, summed)
 
-    def _added(self, op: Op, bias: Value | None, delta: Tensor) -> Edit:
-        """Add to a layer's output: at its bias, or at the running mean of the batch norm that takes it."""
+    def _added(self, op: Op, bias: Value | None, delta: Array) -> Edit:
+        """Add to a layer's output: at its bias, at the running mean of the batch norm that takes it, at a new bias."""
         if bias is not None:
-            return replace(self._edit(op, bias, torch.ones_like(delta), True), delta=delta)
+            return replace(self._edit(op, bias, np.ones_like(delta), True), delta=delta)
         users = self._users(op.outputs[0])
-        if len(users) != 1 or "batch_norm" not in users[0].name or users[0].args[3] is None:
-            raise Blocked(f"{op.name} after it has neither bias nor batch norm to take a shift")
-        return replace(self._edit(users[0], users[0].args[3], torch.ones_like(delta), True), delta=-delta)
+        if self._has_norms or len(users) != 1 or users[0].name not in NORMS or users[0].args[3] is None:
+            return self._new_bias(op, np.ones_like(delta), delta, "after")
+        return replace(self._edit(users[0], users[0].args[3], np.ones_like(delta), True), delta=-delta)
 
     # maps between, and tensors to change
     def _scaled_input(self, op: Op) -> Value:
@@ -281,7 +258,7 @@ class Network:
                 return pair[0]
         raise Blocked(f"{op.name} is in between")
 
-    def _across(self, op: Op, scale: Tensor, shift: Tensor, beyond: Value, through: list[str]) -> tuple[Tensor, Tensor]:
+    def _across(self, op: Op, scale: Array, shift: Array, beyond: Value, through: list[str]) -> tuple[Array, Array]:
         """Return scale and shift on the other side of a map, at `beyond`."""
         if shift.any():
             raise Blocked(f"a shift does not pass {op.name}")
@@ -290,107 +267,37 @@ class Network:
         through.append(op.name)
         if scale.shape != beyond.shape:
             dim = 1 if op.name != "mean" or beyond.shape[1] == scale.shape[1] else -1
-            vector = _along(scale, dim)
+            vector = along(scale, dim)
             if beyond.shape[dim] != len(vector):
                 raise Blocked(f"{op.name} mixes channels")
-            scale = vector.reshape(-1, *[1] * (len(beyond.shape) - 2) if dim == 1 else []).expand(beyond.shape)
-        return scale, torch.zeros_like(scale)
+            shape = (-1, *[1] * (len(beyond.shape) - 2 if dim == 1 else 0))
+            scale = np.broadcast_to(vector.reshape(shape), beyond.shape)
+        return scale, np.zeros_like(scale)
 
-    def _edit(self, op: Op, used: Value, factor: Tensor, direct: bool = False) -> Edit:
+    def _edit(self, op: Op, used: Value, factor: Array, direct: bool = False) -> Edit:
         """Return the change of one parameter that multiplies by `factor` what `op` uses, and nothing else."""
         if used.live:
             raise Blocked(f"the weight of {op.name} depends on the input")
         found = self._carrier(op.call.path, used, factor)
         if found is None or direct and used.producer is not None:
             raise Blocked(f"no parameter of {op.name} carries a factor per channel")
-        same = [name for name, tensor in self._tensors.items() if tensor is self._tensors[found.name]]
+        tensors = self._weights.tensors
+        same = [name for name, tensor in tensors.items() if tensor is tensors[found.name]]
         others = [o for o in self._needed if o is not op and o.live_inputs and found.name in o.parameters]
         if len(same) > 1 or others:
             raise Blocked(f"{found.name} is shared with {same[1] if len(same) > 1 else others[0].call.path}")
         return found
 
-    def _carrier(self, path: str, used: Value, factor: Tensor) -> Edit | None:
+    def _carrier(self, path: str, used: Value, factor: Array) -> Edit | None:
         """Find the parameter to change: what is used itself, or what it is computed from, by trying."""
         if used.producer is None:
             return Edit(path, min(used.parameters), factor) if used.parameters else None
-        wanted = self._evaluate(used, {}, self._tensors) * factor
+        wanted = self._weights.compute(used) * factor
         for name in sorted(used.parameters):
-            tensor = self._tensors[name]
-            for dim in [d for d, size in enumerate(tensor.shape) if size == factor.numel()]:
+            tensor = self._weights.tensors[name]
+            for dim in [d for d, size in enumerate(tensor.shape) if size == factor.size]:
                 shaped = factor.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
-                changed = {**self._tensors, name: tensor * shaped}
-                if relative_error([self._evaluate(used, {}, changed)], [wanted]) <= TOLERANCE:
+                changed = self._weights.compute(used, {}, {**self._weights.tensors, name: tensor * shaped})
+                if np.abs(changed - wanted).max() <= TOLERANCE * np.abs(wanted).max():
                     return Edit(path, name, shaped)
         return None
-
-
-def _product(graph: Trace, gate: Gate) -> tuple[Op, int, int]:
-    """Return a gate's product, with the positions of gate and feature map among its arguments."""
-    product = product_of(gate)
-    call = next(c for c in graph.calls if (c.path, c.index) == (gate.site, product.call))
-    alike = []
-    for op in graph.ops[call.start :]:
-        factors = factors_of(op.name, op.args, Value) if op.name == product.op else None
-        if factors:
-            value = factors[product.operand]
-            if is_alike(gate.layout, product.copied, value.shape, value.stride):
-                alike.append(op)
-    op = alike[product.ordinal]
-    positions = [i for i, argument in enumerate(op.args) if isinstance(argument, Value)][-2:]
-    return op, positions[product.operand], positions[1 - product.operand]
-
-
-def _placed(gate: Gate, vector: Tensor, shape: Sequence[int]) -> Tensor:
-    """Shape a constant (C,) to broadcast with a product of `shape`."""
-    sizes = [n if letter in "RGC" else 1 for n, letter in zip(shape, gate.layout, strict=True)]
-    c, r = gate.layout.find("C"), gate.layout.find("R")
-    if r > c:
-        vector = vector.reshape(shape[r], shape[c]).t()
-    return vector.reshape(sizes)
-
-
-def _along(field: Tensor, dim: int) -> Tensor:
-    """Return the vector that a field is made of, (C,) along `dim`."""
-    rows = field.movedim(dim, 0).flatten(1)
-    if (rows != rows[:, :1]).any():
-        raise Blocked("the channels are spread over several dimensions")
-    return rows[:, 0]
-
-
-def _per_input(op: Op, weight: Value, vector: Tensor) -> Tensor:
-    """Shape a vector over a layer's input channels to broadcast with its weight; each group has its own."""
-    if op.name != "convolution":
-        return vector[:, None]
-    outputs, per_group = weight.shape[:2]
-    rows = vector.reshape(-1, per_group)
-    rows = rows.repeat_interleave(outputs // len(rows), 0) if len(rows) > 1 else rows
-    return rows.reshape(*rows.shape, *[1] * (len(weight.shape) - 2))
-
-
-def _run(op: Op, lookup: Callable[[Value], Tensor]) -> list[Tensor]:
-    """Run an operation again on other tensors."""
-    args, kwargs = tree_map(lambda item: lookup(item) if isinstance(item, Value) else item, (op.args, op.kwargs))
-    results: list[Tensor] = tree_leaves(getattr(torch.ops.aten, op.name)(*args, **kwargs))
-    return results
-
-
-def _pushed(op: Op, value: Value, field: Tensor, fill: float) -> list[Tensor]:
-    """Move a field as `op` moves what it is for; `fill` is that of everything else."""
-    return _run(op, lambda v: field if v is value else field.new_full(v.shape, fill))
-
-
-def _pulled(op: Op, output: Value, field: Tensor, fill: float) -> dict[Value, Tensor]:
-    """Return the fields of an operation's inputs that it moves to `field`."""
-    values = list(dict.fromkeys(leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Value)))
-    sizes = [int(np.prod(value.shape)) for value in values]
-    numbers = torch.arange(sum(sizes), dtype=field.dtype, device=field.device).split(sizes)
-    places = {value: part.reshape(value.shape) for value, part in zip(values, numbers, strict=True)}
-    position = op.outputs.index(output)
-    flat = field.new_full((sum(sizes),), fill)
-    flat[_run(op, places.__getitem__)[position].long().flatten()] = field.flatten()
-    fields = {v: part.reshape(v.shape) for v, part in zip(values, flat.split(sizes), strict=True)}
-    if not torch.equal(_run(op, fields.__getitem__)[position], field) or any(
-        (fields[v] != fill).any() for v in values if not v.live
-    ):
-        raise Blocked(f"{op.name} is in between")
-    return {v: fields[v] for v in values if v.live}

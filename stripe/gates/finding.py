@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from stripe.gate import Form, Gate, Gates, Product, Tap, product_of
+from stripe.gates.graph import ARITHMETIC, FACTORS, MOVES, Op, Port, Trace, Value
 from stripe.gates.hooks import uncompiled
-from stripe.gates.trace import ARITHMETIC, FACTORS, MOVES, Images, Op, Port, Trace, Value, trace
+from stripe.gates.trace import Images, trace
 
 T = TypeVar("T")
 
@@ -270,7 +271,7 @@ def _describe(graph: Trace, op: Op, operand: int, verdict: _Verdict) -> Gate:
         attention=_tap(source),
         squeeze=_tap(squeeze),
         pooled=pooled is not None,
-        exclusive=source is not None and source.side == "output" and _leads_only_to(graph, source.value, op),
+        exclusive=_hands_over(graph, source, op),
     )
 
 
@@ -339,6 +340,12 @@ def _is_same_map(taken: Value, scaled: Value, *, merged: bool) -> bool:
     kept = 2 if merged else len(scaled.shape)
     views = [(v.memory, v.offset, math.prod(v.shape), v.shape[:kept], v.stride[:kept]) for v in (taken, scaled)]
     return views[0] == views[1]
+
+
+def _hands_over(graph: Trace, source: Port | None, op: Op) -> bool:
+    """Whether the tensor is a module's output, given out before the product, which alone takes it."""
+    given = source is not None and source.side == "output" and source.call.end <= op.index
+    return source is not None and given and _leads_only_to(graph, source.value, op)
 
 
 def _leads_only_to(graph: Trace, value: Value, op: Op) -> bool:

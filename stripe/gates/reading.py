@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe.gate import Gate, Kind, Tap, name_of, product_of
 from stripe.gates.finding import factors_of, is_alike
+from stripe.gates.graph import FACTORS
 from stripe.gates.hooks import Hooks, modules_by_path, output_items, run_eagerly, unwrap
 from stripe.gates.layouts import average, first_entries, flat, like_operand, like_output, mean_square, positions
-from stripe.gates.trace import FACTORS, in_parts, op_name
+from stripe.gates.trace import in_parts, op_name
 
 Sink = Callable[[Gate, Kind, Tensor], None]
 Rows = Callable[[Gate, Tensor], Tensor]
@@ -182,7 +183,8 @@ class _Watch:
     def _at_output(self, path: str, jobs: list[_Job], output: Any) -> Any:
         items = self._meet(self._call(path, "output"), jobs, output_items(output))
         if items is not None:
-            return items[0] if isinstance(output, Tensor) else type(output)(items)
+            named = hasattr(output, "_make")  # a named tuple takes its items one by one
+            return items[0] if isinstance(output, Tensor) else output._make(items) if named else type(output)(items)
         return None
 
     def _meet(self, call: int, jobs: list[_Job], items: Sequence[Any]) -> list[Any] | None:

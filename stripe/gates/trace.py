@@ -5,159 +5,27 @@ The network runs exactly once, in eval mode and without gradients, and is left a
 
 from __future__ import annotations
 
-import math
+import inspect
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
+from types import CodeType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stripe.gates.graph import FACTORS, Call, Op, Place, Port, Trace, Value
 from stripe.gates.hooks import Hooks, output_items, run_eagerly
 
 Images = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example input: a tensor, or several as positional (tuple, list) or keyword (mapping) arguments."""
 
-FACTORS = {"mul": (0, 1), "add": (0, 1), "addcmul": (1, 2)}
-"""Operations that multiply or add two tensors, with the positions of the two among the arguments."""
-
-MOVES = frozenset(
-    "view _unsafe_view _reshape_alias expand permute transpose t squeeze unsqueeze clone _to_copy alias detach"
-    " select slice split split_with_sizes unbind cat stack repeat index index_select copy lift_fresh"
-    " upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d".split()
-)
-"""Operations that only place values elsewhere."""
-
-ARITHMETIC = frozenset("add sub rsub mul div neg pow reciprocal addcmul maximum minimum".split())
-"""Operations that combine values entry by entry."""
-
 _SHAPE_ONLY = ("empty", "zeros", "ones", "full", "rand", "new_")  # they take a tensor's shape, not its values
-
-
-# ---- the graph ----
-@dataclass(eq=False)
-class Value:
-    """A tensor between two writes to it; values of equal `memory` alias each other unchanged.
-
-    `live` values depend on the network's input; `parameters` names the parameters and buffers that a value
-    was made from without meeting a live one; `even` holds the dimensions along which a full-shaped factor
-    was constant by comparison.
-    """
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    memory: int
-    live: bool
-    parameters: frozenset[str] = frozenset()
-    even: frozenset[int] = frozenset()
-    producer: Op | None = field(default=None, repr=False)
-    consumers: list[Op] = field(default_factory=list, repr=False)
-
-    @property
-    def flat(self) -> frozenset[int]:
-        """Dimensions along which there is one entry in memory: size 1 or stride 0."""
-        return frozenset(
-            d for d, (n, step) in enumerate(zip(self.shape, self.stride, strict=True)) if n == 1 or step == 0
-        )
-
-    @property
-    def entries(self) -> int:
-        """Number of entries in memory."""
-        return math.prod(n for d, n in enumerate(self.shape) if d not in self.flat)
-
-    def upstream(self, passing: Collection[str] | None = None) -> Iterator[Op]:
-        """Yield the live operations that made this, nearest first, walking on through those named in `passing`."""
-        queue, seen = [self], set()
-        while queue:
-            op = queue.pop(0).producer
-            if op is not None and op not in seen and op.live_inputs:
-                seen.add(op)
-                yield op
-                if passing is None or op.name in passing:
-                    queue += op.live_inputs
-
-    def chain(self) -> Iterator[Op]:
-        """Yield the live operations that made this, following the main input of each."""
-        op = self.producer
-        while op is not None and op.live_inputs:
-            yield op
-            op = op.main_input.producer
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a module: its path ("" is the root), which call of it from 0, and the operations before it."""
-
-    path: str
-    index: int
-    start: int
-
-
-@dataclass(eq=False)
-class Op:
-    """One ATen operation; `args` and `kwargs` are its arguments with every tensor replaced by its Value.
-
-    A write in place outputs new values for the tensor written and then for its aliases, whose old values
-    are its last inputs. The name has neither overload nor trailing underscore.
-    """
-
-    index: int
-    name: str
-    call: Call
-    inputs: tuple[Value, ...]
-    args: tuple[Any, ...] = field(repr=False)
-    kwargs: dict[str, Any] = field(repr=False)
-    outputs: tuple[Value, ...] = ()
-
-    @property
-    def live_inputs(self) -> tuple[Value, ...]:
-        """Inputs that depend on the network's input."""
-        return tuple(value for value in self.inputs if value.live)
-
-    @property
-    def main_input(self) -> Value:
-        """The largest live input."""
-        return max(self.live_inputs, key=lambda value: value.entries)
-
-    @property
-    def parameters(self) -> frozenset[str]:
-        """Names of the parameters and buffers that this operation takes, directly or derived."""
-        return frozenset[str]().union(*(value.parameters for value in self.inputs if not value.live))
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether it takes parameters for more than an entry-by-entry scale or shift."""
-        return bool(self.parameters) and self.name not in MOVES | ARITHMETIC
-
-
-@dataclass(frozen=True, eq=False)
-class Port:
-    """Where a hook meets a value: an input or output of a module call, by its position among them."""
-
-    call: Call
-    side: Literal["input", "output"]
-    position: int
-    value: Value
-
-
-@dataclass(eq=False)
-class Trace:
-    """The graph of one forward pass; operations and calls in order, ports by memory in order of passing.
-
-    `batch` is the size of the first input's first dimension.
-    """
-
-    batch: int
-    inputs: tuple[Value, ...] = ()
-    outputs: tuple[Value, ...] = ()
-    ops: list[Op] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    ports: defaultdict[int, list[Port]] = field(default_factory=lambda: defaultdict(list))
 
 
 def trace(model: nn.Module, images: Images) -> Trace:
@@ -172,12 +40,37 @@ def trace(model: nn.Module, images: Images) -> Trace:
     with _left_as_found(model), torch.no_grad(), run_eagerly(), Hooks() as hooks:
         recorder.follow(model, hooks)
         with recorder:
-            if isinstance(images, Mapping):
-                output = model(**images)
-            else:
-                output = model(*images) if isinstance(images, tuple | list) else model(images)
-    recorder.graph.outputs = tuple(recorder.value(tensor) for tensor in _tensors(output))
+            output = called(model, images)
+    recorder.graph.outputs = tuple(recorder.value(tensor) for tensor in tensors_in(output))
     return recorder.graph
+
+
+def called(model: nn.Module, images: Images) -> Any:
+    """Call a network on its example input."""
+    if isinstance(images, Mapping):
+        return model(**images)
+    return model(*images) if isinstance(images, tuple | list) else model(images)
+
+
+def tensors_in(item: Any) -> list[Tensor]:
+    """List the tensors in nested tuples, lists, sets, mappings, dataclasses and objects with attributes, each once."""
+    found: list[Tensor] = []
+    queue, seen = [item], set[int]()
+    while queue:
+        part = queue.pop(0)
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, Mapping):
+            queue[:0] = list(part.values())
+        elif isinstance(part, tuple | list | set | frozenset):
+            queue[:0] = list(part)
+        elif not isinstance(part, nn.Module | type) and not callable(part):
+            slots = [name for kind in type(part).__mro__ for name in getattr(kind, "__slots__", ())]
+            queue[:0] = [*getattr(part, "__dict__", {}).values(), *(getattr(part, n, None) for n in slots)]
+    return found
 
 
 def op_name(func: Any) -> str:
@@ -205,6 +98,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, example: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Trace(batch=example[0].shape[0])
+        self._modules = dict(model.named_modules())
         self._values: dict[int, Value] = {}
         self._aliases: defaultdict[int, list[Tensor]] = defaultdict(list)  # by storage
         self._memory: dict[int, int] = {}  # by storage
@@ -264,7 +158,7 @@ class _Recorder(TorchDispatchMode):
         written = [alias for tensor in _written(func, args, kwargs) for alias in self._write(tensor)]
         inputs += [self._values[id(alias)] for alias in written if all(alias is not tensor for tensor in tensors)]
         made = [*written, *(tensor for tensor in _tensors(result) if id(tensor) not in self._values)]
-        op = Op(len(self.graph.ops), name, self._stack[-1], tuple(inputs), *taken)
+        op = Op(len(self.graph.ops), name, self._stack[-1], tuple(inputs), taken[0], taken[1], place=self._place())
         self.graph.ops.append(op)
         for value in dict.fromkeys(inputs):
             value.consumers.append(op)
@@ -281,20 +175,47 @@ class _Recorder(TorchDispatchMode):
             hooks.after(module, self._leave)
 
     def _enter(self, path: str, args: tuple[Any, ...]) -> None:
-        self._stack.append(Call(path, self._calls[path], len(self.graph.ops)))
+        caller = self._stack[-1] if self.graph.calls else None
+        place = self._place() if caller else None
+        self._stack.append(Call(path, self._calls[path], len(self.graph.ops), caller, place))
         self.graph.calls.append(self._stack[-1])
         self._calls[path] += 1
         self._pass("input", args)
 
     def _leave(self, output: Any) -> None:
         self._pass("output", output_items(output))
-        self._stack.pop()
+        self._stack.pop().end = len(self.graph.ops)
+
+    def _place(self) -> Place | None:
+        """Return the expression that runs now in the innermost method of the module that runs."""
+        module = self._modules[self._stack[-1].path]
+        methods, frame = _methods(type(module)), sys._getframe(2)  # type: ignore[arg-type]
+        while frame is not None:
+            code = frame.f_code
+            if code in methods and frame.f_locals.get(code.co_varnames[0]) is module:
+                line, last, column, end = next(islice(code.co_positions(), frame.f_lasti // 2, None))
+                spanned = None not in (line, last, column, end)
+                return Place(*methods[code], (line, last, column, end)) if spanned else None  # type: ignore[arg-type]
+            frame = frame.f_back  # type: ignore[assignment]
+        return None
 
     def _pass(self, side: Literal["input", "output"], items: Iterable[Any]) -> None:
         for position, item in enumerate(items):
             if isinstance(item, Tensor):
                 value = self.value(item)
                 self.graph.ports[value.memory].append(Port(self._stack[-1], side, position, value))
+
+
+@cache
+def _methods(kind: type) -> dict[CodeType, tuple[int, str]]:
+    """Return owner and name of the methods, written in Python, of a class and its bases up to torch's own, by code."""
+    found = {}
+    for owner, each in enumerate(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+        for name, member in vars(each).items():
+            code = getattr(inspect.unwrap(member) if callable(member) else None, "__code__", None)
+            if code is not None and code.co_argcount:
+                found[code] = owner, name
+    return found
 
 
 @contextmanager

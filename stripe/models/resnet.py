@@ -151,6 +151,24 @@ class ResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         return cast(Tensor, self.fc(x.mean((2, 3))))
 
+    def to_asr(self) -> "ResNet":
+        """Return a new network with ASR in place of each gate, which starts from this one's weights; psi is new.
+
+        Raises:
+            ValueError: the network has no gates, or has ASR already.
+        """
+        config = self.config
+        if config["module"] is None or config["asr"]:
+            raise ValueError(f"module={config['module']}, asr={config['asr']}: expected gates, and no ASR beside them")
+        network = ResNet(**config | {"asr": True}).train(self.training)
+        norm = next(block.last_norm for block in self.modules() if isinstance(block, Block))
+        state = network.state_dict()
+        for key, value in self.state_dict().items():
+            key = key.replace(f".{norm}.", f".{norm}.bn.")
+            state[key.replace(".attention_module.", f".{norm}.attention_module.")] = value
+        network.load_state_dict(state)
+        return network
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; a plain network names weights in ASR training form as what they are.
 

@@ -97,7 +97,9 @@ def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkp
 
 
 def read_epoch(path_or_spec: str | Path) -> int | None:
-    """Read which epoch of training a file says to hold; None where it does not say, and for a name.
+    """Read which epoch of training a checkpoint is of, which the file says or else its name, as in epoch=0012.pt.
+
+    None where neither says, and for the name of a network.
 
     Raises what `read_checkpoint` raises for a file that cannot be read.
     """
@@ -105,7 +107,8 @@ def read_epoch(path_or_spec: str | Path) -> int | None:
     if _is_name(str(path_or_spec)) and not path.exists():
         return None
     epoch: int | None = _read(path)["epoch"]
-    return epoch
+    named = re.search(r"epoch=(\d+)", path.name)
+    return int(named[1]) if epoch is None and named else epoch
 
 
 def infer_config(state: Mapping[str, Tensor], source: object = "state dict") -> dict[str, Any]:

@@ -19,9 +19,20 @@ from stripe import plots
 from stripe.files import write_text
 from stripe.messages import Progress
 from stripe.recipe import SETTLED_DRIFT
-from stripe.report.content import about, address, describe_gates, document, judged, learned_vectors, shown_epochs
+from stripe.report.content import (
+    about,
+    address,
+    describe_gates,
+    document,
+    judged,
+    learned_vectors,
+    read_beside,
+    shown_epochs,
+)
 from stripe.report.panels import sample_panels
 from stripe.store import Run
+
+__all__ = ["LIMIT", "SETTLED_DRIFT", "address", "read_beside", "render", "write"]
 
 LIMIT = 10_000_000  # bytes of the page
 RESERVE = 20_000  # bytes for what the panels say of themselves beside their values

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -123,6 +125,25 @@ def _is_vector(value: object) -> bool:
 
 
 # ---- files beside the run, and the run itself ------------------------------------------------------------
+
+
+def read_beside(run: Run, name: str, path: str | os.PathLike[str] | None = None) -> dict[str, Any] | None:
+    """Return the object in the JSON file `path`, else in the run's own file `name`; None where there is neither.
+
+    Raises:
+        ValueError: the file is not JSON, or holds something other than an object.
+        OSError: `path` cannot be read.
+    """
+    try:
+        text = run.read_text(name) if path is None else Path(path).read_text(encoding="utf-8")
+        content = None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path or name} is not JSON ({error}): write it anew, or name another file") from error
+    if text is None:
+        return None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path or name} holds {type(content).__name__}; expected the object that its command wrote")
+    return content
 
 
 def address(path: str) -> str:

@@ -1,0 +1,271 @@
+"""The figures of a run: as files, or one by one as matplotlib figures. A run comes in; torch is never loaded."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stripe import plots, stats
+from stripe.files import replaced
+from stripe.gate import Gate, name_of
+from stripe.store import Run, open_run
+
+GATES, EPOCHS, IMAGES = 6, 6, 100  # at most as many are drawn unless gates are named; images are those of the grid
+RANGE = 0.005, 0.995  # quantiles between which the grid's colours span; the colour bar points beyond
+RESOLUTION = 200  # dots per inch of PNG
+METADATA: dict[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None},
+    "svg": {"Date": None},
+}
+"""File formats, and what each would hold of date and version, so that its bytes would change."""
+
+T = TypeVar("T")
+
+
+class Validated(Protocol):
+    """What is drawn of a validation; `stripe.asr.validate` returns one."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per gate, with columns gate and r."""
+        ...
+
+    @property
+    def learned(self) -> Mapping[str, Any]:
+        """Learned vectors (C,) by gate."""
+        ...
+
+    @property
+    def observed(self) -> Mapping[str, Any]:
+        """Observed attention (N, C) by gate."""
+        ...
+
+
+def draw(
+    run: Run | str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    gates: Sequence[str | Gate] | None = None,
+    epoch: int | None = None,
+    formats: Sequence[str] = ("png",),
+) -> list[Path]:
+    """Draw everything that a run can show, and write it to files.
+
+    Args:
+        run: a run, or its path.
+        directory: where the files go; it is made where it is missing, and files of the same names are replaced.
+        gates: names of the gates to draw (default: up to 6, from the first to the last).
+        epoch: the epoch of the stripe figures (default: the last).
+        formats: file formats, of "png", "pdf" and "svg".
+
+    Returns:
+        The files, in the order in which `each_figure` yields their figures.
+
+    Raises:
+        ValueError: an unknown format, gate or epoch, or a file beside the attention that stripe did not write.
+
+    Example:
+        >>> import stripe, tempfile
+        >>> run = stripe.load_example("cifar10-se-resnet20")
+        >>> paths = stripe.figures.draw(run, tempfile.mkdtemp(), gates=["layer1.0"])
+        >>> [path.name for path in paths][:3]
+        ['stripe-layer1.0.png', 'grid.png', 'std.png']
+    """
+    _require_formats(formats)
+    figures = each_figure(run, gates=gates, epoch=epoch)
+    return [file for name, figure in figures for file in save(figure, Path(directory, name), formats)]
+
+
+def draw_validation(
+    validation: Validated, directory: str | os.PathLike[str], *, formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """Draw each gate's learned vector over its stripe, and all gates in one scatter; return the files.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    _require_formats(formats)
+    stripes = {gate: stats.Moments.of(validation.observed[gate]) for gate in validation.learned}
+    r = dict(zip(validation.table["gate"], validation.table["r"], strict=True))
+    figures = _each_learned(validation.learned, stripes, r)
+    return [file for name, figure in figures for file in save(figure, Path(directory, name), formats)]
+
+
+def each_figure(
+    run: Run | str | os.PathLike[str],
+    *,
+    gates: Sequence[str | Gate] | None = None,
+    epoch: int | None = None,
+) -> Iterator[tuple[str, Figure]]:
+    """Yield (name, figure) of everything that a run can show, with what validation and folding left beside it.
+
+    The arguments are those of `draw`. pyplot does not keep the figures, so that many take no more memory than one: a
+    notebook shows a figure that is a cell's last value.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    names = [name_of(gate) for gate in gates or spread(run.gates, GATES)]
+    epoch = run.epochs[-1] if epoch is None else epoch
+    for name, figure in _each(run, names, epoch):
+        plt.close(figure)
+        yield name, figure
+
+
+def save(figure: Figure | Axes, path: str | os.PathLike[str], formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Write a figure as `path` with each format's ending, whole or not at all, and close it; return the files.
+
+    They hold no date and no version, so that the same figure gives the same bytes.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    _require_formats(formats)
+    figure, path = figure if isinstance(figure, Figure) else _figure_of(figure), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_name(f"{path.name}.{kind}") for kind in formats]
+    for kind, file in zip(formats, files, strict=True):
+        with replaced(file) as unfinished, plt.rc_context({"svg.hashsalt": "stripe", "pdf.fonttype": 42}):
+            figure.savefig(unfinished, format=kind, dpi=RESOLUTION, metadata=METADATA[kind])
+    plt.close(figure)
+    return files
+
+
+# ---- the figures of a run --------------------------------------------------------------------------------
+
+
+def _each(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Figure]]:
+    yield from _each_of_samples(run, gates, epoch)
+    table = stats.summarize(run)
+    yield "strength", _figure_of(plots.strength_by_gate(table[table["epoch"] == epoch], title=f"epoch {epoch}"))
+    if len(run.epochs) > 1:
+        yield "strength-over-epochs", _figure_of(plots.strength_over_epochs(table))
+        yield "drift", _figure_of(plots.drift_over_epochs(table))
+    yield from _each_beside(run)
+
+
+def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Figure]]:
+    """Draw stripes before and after, gates x epochs, and how each channel varies at the first epoch and `epoch`."""
+    for gate in gates:
+        attention, title = run.attention(gate, epoch), f"{gate}, epoch {epoch}"
+        if run.manifest.squeeze:
+            squeeze = run.squeeze(gate, epoch)
+            std = stats.Moments.of(squeeze).std, stats.Moments.of(attention).std
+            yield file_name("stripe", gate), plots.before_after(squeeze, attention, std=std, title=title)
+        else:
+            yield file_name("stripe", gate), _figure_of(plots.stripe_heatmap(attention, title=title))
+    grid = {(gate, e): run.attention(gate, e)[:IMAGES] for gate in gates for e in spread(run.epochs, EPOCHS)}
+    low, high = np.nanquantile(np.concatenate([panel.ravel() for panel in grid.values()]), RANGE)
+    yield "grid", plots.heatmap_grid(grid, vmin=float(low), vmax=float(high))
+    moments = run.moments(sorted({run.epochs[0], epoch}), gates)
+    yield "std", plots.std_grid({(gate, e): found.std for (e, gate), found in moments.items()})
+
+
+def _each_beside(run: Run) -> Iterator[tuple[str, Figure]]:
+    """Draw the files beside a run's attention, those there are; ValueError for one that is not stripe's."""
+    for name, draw_text in BESIDE.items():
+        if (text := run.read_text(name)) is not None:
+            try:
+                yield from draw_text(run, text)
+            except KeyError as error:
+                raise ValueError(f"'{run.path}/{name}' lacks {error}: write it anew, or move it away") from error
+
+
+def _each_of_metrics(run: Run, text: str) -> Iterator[tuple[str, Figure]]:
+    yield "training", plots.training_curves({Path(run.path).name: pd.read_csv(io.StringIO(text))})
+
+
+def _each_of_validation(run: Run, text: str) -> Iterator[tuple[str, Figure]]:
+    """Draw what was learned for gates of the run at the epoch of the validation, where the run holds these."""
+    found = json.loads(text)
+    r = {row["gate"]: math.nan if row["r"] is None else row["r"] for row in found["gates"]}
+    gates = [gate.name for gate in run.gates if gate.name in found["learned"]]
+    if gates and found["epoch"] in run.epochs:
+        stripes = {gate: stripe for (_, gate), stripe in run.moments([found["epoch"]], gates).items()}
+        yield from _each_learned(found["learned"], stripes, r)
+
+
+def _each_of_fold(run: Run, text: str) -> Iterator[tuple[str, Figure]]:
+    found = json.loads(text)
+    latencies = pd.DataFrame(found["latency"]) if "latency" in found else None
+    ax = plots.fold_pareto(pd.DataFrame(found["variants"]), latencies, measure=found["measure"])
+    yield "fold-pareto", _figure_of(ax)
+
+
+BESIDE = {"metrics.csv": _each_of_metrics, "validation.json": _each_of_validation, "fold.json": _each_of_fold}
+
+
+def _each_learned(
+    learned: Mapping[str, npt.ArrayLike], stripes: Mapping[str, stats.Moments], r: Mapping[str, float]
+) -> Iterator[tuple[str, Figure]]:
+    """Draw the learned vector of every gate in `stripes` over its stripe, then all in one scatter."""
+    for gate, stripe in stripes.items():
+        title = f"{gate}, r = {r[gate]:.2f}"
+        ax = plots.learned_over_stripe(learned[gate], stripe.mean, stripe.std, title=title)
+        yield file_name("learned", gate), _figure_of(ax)
+    pairs = {gate: (learned[gate], stripe.mean) for gate, stripe in stripes.items()}
+    yield "learned-scatter", _figure_of(plots.learned_scatter(pairs))
+
+
+# ---- the reference's log ---------------------------------------------------------------------------------
+
+LOG_COLUMNS = {
+    "Learning Rate": "lr",
+    "Train Loss": "train_loss",
+    "Valid Loss": "val_loss",
+    "Train Acc.": "train_accuracy",
+    "Valid Acc.": "val_accuracy",
+}
+"""The ASR reference code's names in log.txt, and metrics.csv's."""
+
+
+def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read the tab-separated log.txt of the ASR reference code as rows of metrics.csv; epochs count from 1.
+
+    Raises:
+        ValueError: the file lacks a column or holds something other than numbers.
+    """
+    log = pd.read_csv(path, sep="\t", skipinitialspace=True).rename(columns=str.strip).rename(columns=LOG_COLUMNS)
+    if missing := [name for name, column in LOG_COLUMNS.items() if column not in log]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: expected a run's directory or the reference's log.txt")
+    log = log[list(LOG_COLUMNS.values())].astype(float)
+    return log.assign(epoch=range(1, len(log) + 1))
+
+
+# ---- parts -----------------------------------------------------------------------------------------------
+
+
+def file_name(kind: str, gate: str) -> str:
+    """Name a gate's figure; what could leave the directory, or no file system takes, becomes an underscore."""
+    return re.sub(r"[^\w.#-]", "_", f"{kind}-{gate}")
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return at most `count` items, first and last included, evenly spaced."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _figure_of(ax: Axes) -> Figure:
+    """Return the figure that a plot of one Axes made."""
+    figure = ax.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def _require_formats(formats: Sequence[str]) -> None:
+    if unknown := [kind for kind in formats if kind not in METADATA]:
+        raise ValueError(f"format '{unknown[0]}': expected some of {', '.join(METADATA)}")

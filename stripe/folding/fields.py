@@ -1,0 +1,112 @@
+"""Numbers on a graph: its weights by name, values computed again from others, and vectors spread over a map and back.
+
+A field is an array in the shape of a value that says what every entry is multiplied by, or what is added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stripe.gates.graph import ARITHMETIC, MOVES, Op, Value
+
+Array = npt.NDArray[np.float64]
+Run = Callable[[Op, Callable[[Value], Array]], list[Array]]
+"""Runs an operation again, on arrays looked up in place of its values; returns its outputs."""
+
+
+class Blocked(Exception):
+    """No exact merge on this side; the message says what is in the way."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The parameters and buffers of a network in float64, by name; tied ones are one array under several names.
+
+    `empty` names the parameters that a layer could have and has not, such as the bias of a convolution without one.
+    """
+
+    tensors: Mapping[str, Array]
+    empty: frozenset[str]
+    run: Run
+
+    def compute(
+        self, value: Value, known: Mapping[Value, Array] | None = None, tensors: Mapping[str, Array] | None = None
+    ) -> Array:
+        """Compute a value again from `known` ones and from `tensors`, by default the weights as they are.
+
+        Raises:
+            Blocked: something else than arithmetic on these makes it.
+        """
+        known, tensors = known or {}, self.tensors if tensors is None else tensors
+        if value in known:
+            return known[value]
+        op = value.producer
+        if op is None and value.parameters:
+            return tensors[min(value.parameters)]
+        if op is None or op.live_inputs and op.name not in MOVES | ARITHMETIC:
+            raise Blocked(f"{op.name if op else 'a tensor that is no parameter'} cannot be computed beforehand")
+        return self.run(op, lambda v: self.compute(v, known, tensors))[op.outputs.index(value)]
+
+    def pushed(self, op: Op, value: Value, field: Array, fill: float) -> list[Array]:
+        """Move a field as `op` moves what it is for; `fill` is that of everything else."""
+        return self.run(op, lambda v: field if v is value else np.full(v.shape, fill))
+
+    def pulled(self, op: Op, output: Value, field: Array, fill: float) -> dict[Value, Array]:
+        """Return the fields of an operation's inputs that it moves to `field`.
+
+        Every entry of the inputs gets a number, and the operation is run on the numbers: where each one comes out
+        says what its entry's field is. A second run, on the fields so found, sees that they do give `field`. Numbers
+        in float64 are exact up to 2 ** 53 entries.
+
+        Raises:
+            Blocked: no such fields, or an entry that does not depend on the input would need one.
+        """
+        values = list(dict.fromkeys(values_in((op.args, op.kwargs))))
+        sizes = [int(np.prod(value.shape)) for value in values]
+        ends = np.cumsum(sizes)[:-1]
+        parts = zip(values, np.split(np.arange(sum(sizes), dtype=np.float64), ends), strict=True)
+        numbers = {value: part.reshape(value.shape) for value, part in parts}
+        position = op.outputs.index(output)
+        flat = np.full(sum(sizes), fill)
+        flat[self.run(op, numbers.__getitem__)[position].astype(np.int64).ravel()] = field.ravel()
+        fields = {v: part.reshape(v.shape) for v, part in zip(values, np.split(flat, ends), strict=True)}
+        moved = self.run(op, fields.__getitem__)[position]
+        if not np.array_equal(moved, field) or any((fields[v] != fill).any() for v in values if not v.live):
+            raise Blocked(f"{op.name} is in between")
+        return {v: fields[v] for v in values if v.live}
+
+
+def values_in(item: Any) -> Iterator[Value]:
+    """Yield the values among the arguments of an operation."""
+    if isinstance(item, Value):
+        yield item
+    elif isinstance(item, dict | tuple | list):
+        for part in item.values() if isinstance(item, dict) else item:
+            yield from values_in(part)
+
+
+def along(field: Array, dim: int) -> Array:
+    """Return the vector that a field is made of, (C,) along `dim`.
+
+    Raises:
+        Blocked: it differs along other dimensions too.
+    """
+    rows = np.moveaxis(field, dim, 0).reshape(field.shape[dim], -1)
+    if (rows != rows[:, :1]).any():
+        raise Blocked("the channels are spread over several dimensions")
+    return rows[:, 0]
+
+
+def per_input(op: Op, weight: Value, vector: Array) -> Array:
+    """Shape a vector over a layer's input channels to broadcast with its weight; each group has its own."""
+    if op.name != "convolution":
+        return vector[:, None]
+    outputs, per_group = weight.shape[:2]
+    rows = vector.reshape(-1, per_group)
+    rows = rows.repeat(outputs // len(rows), 0) if len(rows) > 1 else rows
+    return rows.reshape(*rows.shape, *[1] * (len(weight.shape) - 2))

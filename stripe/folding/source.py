@@ -1,0 +1,448 @@
+"""An expression of a module's own source, such as x * gate, replaced by one of its operands; the rest stays as written.
+
+The module keeps its class's methods and attributes, and with them what it does in train mode: it gets a class derived
+from its own, in which one method is compiled anew. What only the expression needed goes: the statements of the method
+that made it, and the submodules and parameters that no method names any longer, which become None.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import linecache
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from stripe.gates.graph import Place
+
+Span = tuple[int, int, int, int]
+
+_SYNONYMS = {"multiply": "mul", "imul": "mul", "iadd": "add"}
+"""Functions that run an operation of another name."""
+
+
+class Unremovable(Exception):
+    """An expression cannot be taken out of a module's source; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """An expression that gives way to one of its operands, by position; `scale` is applied to the operand, if any.
+
+    `op` names the operation that the expression is, None for the call of a module.
+    """
+
+    place: Place
+    operand: int
+    op: str | None
+    scale: nn.Module | None = None
+
+
+def without(module: nn.Module, removals: Sequence[Removal]) -> nn.Module:
+    """Return what takes a module's place once expressions are removed from it; `module` itself is changed.
+
+    This is nn.Identity, or the scale, where nothing else is left of its forward.
+
+    Raises:
+        Unremovable: the source is not known, or holds no such expression.
+    """
+    scales = {}
+    for removal in removals:
+        if removal.scale is not None:
+            scales[removal.place.span] = f"channel_scale_{len(list(module.children()))}"
+            module.add_module(scales[removal.place.span], removal.scale)
+    kind, texts = type(module), []
+    for owner, method in dict.fromkeys((removal.place.owner, removal.place.method) for removal in removals):
+        written = _Method(module, owner, method)
+        written.remove([r for r in removals if (r.place.owner, r.place.method) == (owner, method)], scales)
+        if (owner, method) == _forward_of(kind) and (whole := written.whole(module)) is not None:
+            return whole
+        texts.append((owner, method, written.text()))
+    derived = _derived(kind, tuple(texts))  # type: ignore[arg-type]
+    unused = _unused(module, derived, [_member(kind, *text[:2]) for text in texts])
+    for name in unused:
+        setattr(module, name, None)
+    if scales or len(texts) > 1 or not written.is_as_with_none(unused, module):
+        module.__class__ = derived
+    return module
+
+
+def left_argument(module: nn.Module, removal: Removal) -> int | None:
+    """Return which argument of a module's forward is all that is left of it without an expression, None if more is."""
+    if (removal.place.owner, removal.place.method) != _forward_of(type(module)):
+        return None
+    written = _Method(module, removal.place.owner, "forward")
+    written.remove([removal], {})
+    return written.returned()
+
+
+def arguments(module: nn.Module) -> int:
+    """Return how many arguments a module's forward takes."""
+    return int(inspect.unwrap(type(module).forward).__code__.co_argcount) - 1
+
+
+def _forward_of(kind: type) -> tuple[int, str]:
+    """Return which class of a module's bases holds the forward that runs, as Place does."""
+    return next(i for i, each in enumerate(kind.__mro__) if "forward" in vars(each)), "forward"
+
+
+def _member(kind: type, owner: int, name: str) -> Any:
+    return inspect.unwrap(vars(kind.__mro__[owner])[name])
+
+
+# ---- one method ----
+class _Method:
+    """The source of a method, parsed; its positions are those in its file."""
+
+    def __init__(self, module: nn.Module, owner: int, name: str) -> None:
+        kind = type(module)
+        self.function = _member(kind, owner, name)
+        code: CodeType = self.function.__code__
+        try:
+            source = inspect.getsource(code)
+        except (OSError, TypeError) as error:
+            raise Unremovable(f"the source of {kind.__name__}.{name} is not known") from error
+        nested = source[0].isspace()
+        tree = ast.parse(f"if True:\n{source}" if nested else source)
+        ast.increment_lineno(tree, code.co_firstlineno - 1 - nested)
+        body: Any = tree.body[0]
+        self.definition: ast.FunctionDef = body.body[0] if nested else body
+        self.written = copy.deepcopy(self.definition)
+        self.names: list[str] = []
+        if not isinstance(self.definition, ast.FunctionDef):
+            raise Unremovable(f"{kind.__name__}.{name} is not written as a function")
+        self.names = [argument.arg for argument in (*self.definition.args.posonlyargs, *self.definition.args.args)]
+        self.definition = _Drop(()).visit(_Resolved(self.names[0], module).visit(self.definition))
+
+    def remove(self, removals: Sequence[Removal], scales: dict[Span, str]) -> None:
+        """Replace expressions by their operands, and drop the statements that nothing needs any longer."""
+        dead = set(_Liveness(self.definition.body).dead)
+        replace = _Replace(removals, scales, self.names[0], self.function.__globals__)
+        self.definition = replace.visit(self.definition)
+        if missing := [r for r in removals if r.place.span not in replace.done]:
+            raise Unremovable(f"no single expression of its source is the product at line {missing[0].place.span[0]}")
+        while dropped := set(_Liveness(self.definition.body).dead) - dead:
+            self.definition = _Drop(dropped).visit(self.definition)
+        body = self.definition.body
+        while len(body) > 1 and isinstance(body[-1], ast.Return) and isinstance(body[-2], ast.Assign):
+            made, result = body[-2], body[-1].value
+            if result is None or [ast.unparse(target) for target in made.targets] != [ast.unparse(result)]:
+                return
+            body[-2:] = [ast.copy_location(ast.Return(made.value), made)]  # x = f(x); return x
+
+    def returned(self) -> int | None:
+        """Return which argument behind self the method gives back and does nothing else, None otherwise."""
+        body = _without_docstring(self.definition.body)
+        value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
+        return self.names.index(value.id) - 1 if isinstance(value, ast.Name) and value.id in self.names else None
+
+    def whole(self, module: nn.Module) -> nn.Module | None:
+        """Return the module that does the same as what is left of a forward of one argument, if it is so little."""
+        if len(self.names) != 2 or self.definition.args.vararg or self.definition.args.kwonlyargs:
+            return None
+        if self.returned() == 0:
+            return nn.Identity()
+        body = _without_docstring(self.definition.body)
+        value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
+        if isinstance(value, ast.Call) and [ast.unparse(a) for a in value.args] == [self.names[1]]:
+            called = ast.unparse(value.func).removeprefix(f"{self.names[0]}.")
+            return module.get_submodule(called) if called.startswith("channel_scale_") else None
+        return None
+
+    def is_as_with_none(self, names: Collection[str], module: nn.Module) -> bool:
+        """Whether the method as it was written does the same once the attributes `names`, now None, are so."""
+        plain = _Drop(()).visit(_Resolved(self.names[0], module).visit(self.written))
+        return bool(names) and [ast.dump(s) for s in plain.body] == [ast.dump(s) for s in self.definition.body]
+
+    def text(self) -> str:
+        """Return the source of a function that, given the method's free variables, returns the method."""
+        definition = self.definition
+        definition.returns = None
+        for argument in ast.walk(definition.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
+        definition.args.kw_defaults = [d and ast.Constant(None) for d in definition.args.kw_defaults]
+        free = ", ".join(self.function.__code__.co_freevars)
+        inner = ast.unparse(ast.fix_missing_locations(definition)).replace("\n", "\n    ")
+        return f"def made({free}):\n    {inner}\n    return {definition.name}\n"
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    first = body[0]
+    return body[1:] if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) else body
+
+
+class _Replace(ast.NodeTransformer):
+    """Puts operands in the places of expressions."""
+
+    def __init__(self, removals: Sequence[Removal], scales: dict[Span, str], self_name: str, names: Any) -> None:
+        self.done: set[Span] = set()
+        self._removals = {removal.place.span: removal for removal in removals}
+        self._scales = scales
+        self._self = self_name
+        self._globals = names
+
+    def visit(self, node: ast.AST) -> Any:
+        span = _span(node)
+        removal = self._removals.get(span) if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call) else None
+        if removal is None:
+            return self.generic_visit(node)
+        self.done.add(span)
+        operand = self.visit(self._operand(node, removal))
+        if span in self._scales:
+            function = ast.Attribute(ast.Name(self._self, ast.Load()), self._scales[span], ast.Load())
+            operand = ast.Call(function, [operand], [])
+        if isinstance(node, ast.AugAssign):
+            return ast.copy_location(ast.Assign([node.target], operand), node)
+        return ast.copy_location(operand, node)
+
+    def _operand(self, node: ast.AST, removal: Removal) -> ast.expr:
+        """Return the expression of an operation's argument."""
+        if isinstance(node, ast.BinOp):
+            return (node.left, node.right)[removal.operand]
+        if isinstance(node, ast.AugAssign):
+            target = copy.deepcopy(node.target)
+            target.ctx = ast.Load()
+            return (target, node.value)[removal.operand]
+        assert isinstance(node, ast.Call)
+        given = list(node.args)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        does = _SYNONYMS.get(name.strip("_"), name.strip("_"))
+        if isinstance(node.func, ast.Attribute) and does == removal.op and not self._is_module(node.func.value):
+            given.insert(0, node.func.value)
+        elif removal.op is not None and does != removal.op:
+            return given[0] if given else node  # a function around the product: what it is applied to
+        if removal.operand >= len(given) or any(isinstance(each, ast.Starred) for each in given):
+            raise Unremovable(f"the operands of {ast.unparse(node)} cannot be told")
+        return given[removal.operand]
+
+    def _is_module(self, value: ast.expr) -> bool:
+        """Whether an expression names a Python module, as torch in torch.mul, or a submodule that has the function."""
+        named = isinstance(value, ast.Name) and inspect.ismodule(self._globals.get(value.id))
+        owned = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == self._self
+        return named or owned
+
+
+def _span(node: ast.AST) -> Span:
+    end = getattr(node, "end_lineno", None), getattr(node, "end_col_offset", None)
+    return getattr(node, "lineno", None), end[0], getattr(node, "col_offset", None), end[1]  # type: ignore[return-value]
+
+
+# ---- statements that nothing needs ----
+class _Liveness:
+    """Finds the assignments, and the ifs, of a function's body whose names no later statement reads."""
+
+    def __init__(self, body: list[ast.stmt]) -> None:
+        self.dead: list[tuple[Span, str]] = []
+        self._block(body, set())
+
+    def _block(self, body: Sequence[ast.stmt], live: set[str]) -> set[str]:
+        for statement in reversed(body):
+            live = self._before(statement, live)
+        return live
+
+    def _before(self, statement: ast.stmt, live: set[str]) -> set[str]:
+        """Return the names that are read from `statement` on."""
+        written = _written(statement)
+        if written is not None and (not written & live or _is_idle(statement)):
+            self.dead.append(_key(statement))
+            return live
+        if isinstance(statement, ast.Return | ast.Raise):
+            return _read(statement)
+        if isinstance(statement, ast.If):
+            return self._if(statement, live)
+        if isinstance(statement, ast.For | ast.While | ast.With | ast.Try):
+            return live | _read(statement)
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and written is not None:
+            return (live - written) | _read(statement)
+        return live | _read(statement)
+
+    def _if(self, statement: ast.If, live: set[str]) -> set[str]:
+        before = len(self.dead)
+        branches = [self._block(branch, live) for branch in (statement.body, statement.orelse)]
+        gone = {key for key in self.dead[before:]}
+        inside = [*statement.body, *statement.orelse]
+        if all(_key(s) in gone or isinstance(s, ast.Pass) for s in inside) and _is_plain(statement.test):
+            self.dead[before:] = [*gone, _key(statement)]
+            return live
+        return branches[0] | branches[1] | _read(statement.test)
+
+
+def _key(statement: ast.stmt) -> tuple[Span, str]:
+    return _span(statement), type(statement).__name__
+
+
+def _written(statement: ast.stmt) -> set[str] | None:
+    """Return the local names that a statement does nothing but write, None for any other statement."""
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        parts = [part for target in targets for part in _parts(target)]
+        if statement.value is None or any(
+            isinstance(n, ast.NamedExpr | ast.Await | ast.Yield) for n in ast.walk(statement)
+        ):
+            return None
+        return {p.id for p in parts if isinstance(p, ast.Name)} if all(isinstance(p, ast.Name) for p in parts) else None
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):  # g.sigmoid_()
+        function = statement.value.func
+        if isinstance(function, ast.Attribute) and function.attr.endswith("_") and isinstance(function.value, ast.Name):
+            return {function.value.id}
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Name):  # what is left of x.mul_(g)
+        return set()
+    return None
+
+
+def _parts(target: ast.expr) -> Iterator[ast.expr]:
+    if isinstance(target, ast.Tuple | ast.List):
+        for part in target.elts:
+            yield from _parts(part)
+    else:
+        yield target
+
+
+def _is_idle(statement: ast.stmt) -> bool:
+    """Whether it is x = x."""
+    return isinstance(statement, ast.Assign) and [ast.unparse(t) for t in statement.targets] == [
+        ast.unparse(statement.value)
+    ]
+
+
+def _is_plain(test: ast.expr) -> bool:
+    """Whether a condition calls nothing."""
+    return not any(isinstance(node, ast.Call | ast.NamedExpr | ast.Await) for node in ast.walk(test))
+
+
+def _read(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and (isinstance(n.ctx, ast.Load))} | {
+        n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
+    }
+
+
+class _Drop(ast.NodeTransformer):
+    """Drops statements; a block that would be empty gets a pass."""
+
+    def __init__(self, dead: Collection[tuple[Span, str]]) -> None:
+        self._dead = dead
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if isinstance(node, ast.If | ast.For | ast.While | ast.With | ast.FunctionDef) and not node.body:
+            node.body = [ast.Pass()]
+        return node
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.stmt) and _key(node) in self._dead:
+            return None
+        return super().visit(node)
+
+
+class _Resolved(ast.NodeTransformer):
+    """Decides the ifs that ask for the module's settings alone: plain attributes, or whether a submodule is there."""
+
+    def __init__(self, self_name: str, module: nn.Module) -> None:
+        self._self = self_name
+        self._module = module
+
+    def visit_If(self, node: ast.If) -> Any:
+        """Keep the branch that runs."""
+        self.generic_visit(node)
+        settings = ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Name
+        parts = [n for n in ast.walk(node.test) if isinstance(n, ast.expr)]
+        if not all(isinstance(n, settings) for n in parts) or not all(self._is_setting(n) for n in parts):
+            return node
+        try:
+            value = eval(ast.unparse(node.test), {self._self: self._module})  # noqa: S307
+        except AttributeError:
+            return node
+        if not isinstance(value, bool | int | float | str | None | nn.Module):
+            return node
+        return (node.body if value is not None and value is not False and bool(value) else node.orelse) or None
+
+    def _is_setting(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Attribute):
+            return node.attr != "training"
+        return not isinstance(node, ast.Name) or node.id == self._self
+
+
+# ---- classes ----
+@cache
+def _derived(base: type, texts: tuple[tuple[int, str, str], ...]) -> type:
+    """Return a class like `base` in which methods, of its own or of its bases, are compiled anew from these sources.
+
+    A base's method that `base` overrides, and calls by super(), comes in by a class behind `base` in the order of
+    method resolution.
+    """
+    root, stages = getattr(base, "_folded_from", (base, ()))
+    members: dict[str, Any] = {"_folded_from": (root, (*stages, texts)), "__reduce_ex__": _reduce}
+    behind = []
+    for owner, name, text in texts:
+        method = _compiled(_member(base, owner, name), text)
+        if any(name in vars(each) for each in base.__mro__[:owner]):
+            behind.append(type(base.__name__, (base.__mro__[owner],), {name: method}))
+        else:
+            members[name] = method
+    for name in ("__module__", "__qualname__", "__doc__"):
+        members[name] = getattr(base, name)
+    return type(base.__name__, (base, *behind), members)
+
+
+def _compiled(function: Any, text: str) -> Any:
+    """Compile a method from its source, with what the method that it stands for is bound to."""
+    file = f"<{function.__qualname__} without {zlib.crc32(text.encode()):x}>"
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    made: dict[str, Callable[..., Any]] = {}
+    try:
+        exec(compile(text, file, "exec"), function.__globals__, made)  # noqa: S102
+        method: Any = made["made"](*(cell.cell_contents for cell in function.__closure__ or ()))
+    except Exception as error:  # a decorator, say, or a cell still empty: anything may come
+        raise Unremovable(f"{function.__qualname__} cannot be compiled anew ({error})") from error
+    innermost = inspect.unwrap(method)
+    innermost.__defaults__, innermost.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    innermost.__qualname__ = function.__qualname__
+    return method
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    return _revived, type(module)._folded_from, module.__dict__  # type: ignore[attr-defined]
+
+
+def _revived(root: type, stages: tuple[tuple[tuple[int, str, str], ...], ...]) -> nn.Module:
+    """Make an empty module of a derived class: what copies and pickles of one begin with."""
+    for texts in stages:
+        root = _derived(root, texts)
+    module: nn.Module = root.__new__(root)  # type: ignore[call-overload]
+    return module
+
+
+def _unused(module: nn.Module, derived: type, changed: Sequence[Any]) -> list[str]:
+    """Return submodules, parameters and buffers that the changed methods named, and that no method names any more."""
+    named = {name for function in changed for name in _names(function)}
+    own = [each for each in derived.__mro__ if each not in nn.Module.__mro__]
+    queue, still = ["forward"], set[str]()
+    while queue:  # what forward, and what it names of the class, name
+        name = queue.pop()
+        members = [vars(each)[name] for each in own if name in vars(each)]
+        found = {n for m in members if not callable(m) or inspect.unwrap(m) not in changed for n in _names(m)}
+        queue += found - still
+        still |= found
+    held = [*module._modules, *module._parameters, *module._buffers]
+    return [name for name in held if name in named - still and not name.startswith("channel_scale_")]
+
+
+def _names(member: Any) -> set[str]:
+    """Return the names that a function's or a property's code refers to, in functions within it too."""
+    function = member.fget if isinstance(member, property) else member
+    queue, found = [getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)], set[str]()
+    while queue:
+        code = queue.pop()
+        if isinstance(code, CodeType):
+            found |= {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
+            queue += list(code.co_consts)
+    return found

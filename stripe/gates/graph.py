@@ -1,0 +1,168 @@
+"""The graph of one forward pass, whatever it was read from: operations, the module calls they ran in, and values.
+
+No torch: the rules of what a gate is and of where a constant goes read nothing but this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FACTORS = {"mul": (0, 1), "add": (0, 1), "addcmul": (1, 2)}
+"""Operations that multiply or add two tensors, with the positions of the two among the arguments."""
+
+MOVES = frozenset(
+    "view _unsafe_view _reshape_alias expand permute transpose t squeeze unsqueeze clone _to_copy alias detach"
+    " select slice split split_with_sizes unbind cat stack repeat index index_select copy lift_fresh"
+    " upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d".split()
+)
+"""Operations that only place values elsewhere."""
+
+ARITHMETIC = frozenset("add sub rsub mul div neg pow reciprocal addcmul maximum minimum".split())
+"""Operations that combine values entry by entry."""
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor between two writes to it; values of equal `memory` alias each other unchanged.
+
+    `live` values depend on the network's input; `parameters` names the parameters and buffers that a value
+    was made from without meeting a live one; `even` holds the dimensions along which a full-shaped factor
+    was constant by comparison.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    memory: int
+    live: bool
+    parameters: frozenset[str] = frozenset()
+    even: frozenset[int] = frozenset()
+    producer: Op | None = field(default=None, repr=False)
+    consumers: list[Op] = field(default_factory=list, repr=False)
+
+    @property
+    def flat(self) -> frozenset[int]:
+        """Dimensions along which there is one entry in memory: size 1 or stride 0."""
+        return frozenset(
+            d for d, (n, step) in enumerate(zip(self.shape, self.stride, strict=True)) if n == 1 or step == 0
+        )
+
+    @property
+    def entries(self) -> int:
+        """Number of entries in memory."""
+        return math.prod(n for d, n in enumerate(self.shape) if d not in self.flat)
+
+    def upstream(self, passing: Collection[str] | None = None) -> Iterator[Op]:
+        """Yield the live operations that made this, nearest first, walking on through those named in `passing`."""
+        queue, seen = [self], set()
+        while queue:
+            op = queue.pop(0).producer
+            if op is not None and op not in seen and op.live_inputs:
+                seen.add(op)
+                yield op
+                if passing is None or op.name in passing:
+                    queue += op.live_inputs
+
+    def chain(self) -> Iterator[Op]:
+        """Yield the live operations that made this, following the main input of each."""
+        op = self.producer
+        while op is not None and op.live_inputs:
+            yield op
+            op = op.main_input.producer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the source of a module's class something happens: the method, and the expression's position in it.
+
+    `owner` counts, along the class and its bases in the order of method resolution, to the one that holds the method.
+    `span` is first line, last line, first column, column behind the last, as in the file (columns in bytes).
+    """
+
+    owner: int
+    method: str
+    span: tuple[int, int, int, int]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: its path ("" is the root), which call of it from 0, and what it was called by.
+
+    The operations from `start` to `end` ran within it. `place` is where its caller calls it, None where the caller
+    has no source, or runs it by way of something that has none.
+    """
+
+    path: str
+    index: int
+    start: int
+    caller: Call | None = field(default=None, repr=False)
+    place: Place | None = field(default=None, repr=False)
+    end: int = 0
+
+
+@dataclass(eq=False)
+class Op:
+    """One ATen operation; `args` and `kwargs` are its arguments with every tensor replaced by its Value.
+
+    A write in place outputs new values for the tensor written and then for its aliases, whose old values
+    are its last inputs. The name has neither overload nor trailing underscore. `place` is where the module of
+    `call` runs it, as in `Call`.
+    """
+
+    index: int
+    name: str
+    call: Call
+    inputs: tuple[Value, ...]
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
+    outputs: tuple[Value, ...] = ()
+    place: Place | None = field(default=None, repr=False)
+
+    @property
+    def live_inputs(self) -> tuple[Value, ...]:
+        """Inputs that depend on the network's input."""
+        return tuple(value for value in self.inputs if value.live)
+
+    @property
+    def main_input(self) -> Value:
+        """The largest live input."""
+        return max(self.live_inputs, key=lambda value: value.entries)
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of the parameters and buffers that this operation takes, directly or derived."""
+        return frozenset[str]().union(*(value.parameters for value in self.inputs if not value.live))
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it takes parameters for more than an entry-by-entry scale or shift."""
+        return bool(self.parameters) and self.name not in MOVES | ARITHMETIC
+
+
+@dataclass(frozen=True, eq=False)
+class Port:
+    """Where a hook meets a value: an input or output of a module call, by its position among them."""
+
+    call: Call
+    side: Literal["input", "output"]
+    position: int
+    value: Value
+
+
+@dataclass(eq=False)
+class Trace:
+    """The graph of one forward pass; operations and calls in order, ports by memory in order of passing.
+
+    `batch` is the size of the first input's first dimension.
+    """
+
+    batch: int
+    inputs: tuple[Value, ...] = ()
+    outputs: tuple[Value, ...] = ()
+    ops: list[Op] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    ports: defaultdict[int, list[Port]] = field(default_factory=lambda: defaultdict(list))
