@@ -14,7 +14,7 @@ from stripe.files import write_json
 
 BENCHMARKS = {
     "collect": "recording attention, beside the bare forward loop, torchlens, torchvision's feature extractor",
-    "stats": "moments, strength and drift of a run, beside a bare read, DuckDB, Polars, pandas; or the bootstrap",
+    "stats": "the table of a run's statistics, beside a bare read, DuckDB, Polars and pandas",
     "train": "training SE and ASR, beside the reference recipe",
     "deploy": "inference of plain, SE and ASR networks, in training form, deployed, fused, under onnxruntime",
     "fold": "inference of a network before and after its attention is folded, eager and under onnxruntime",

@@ -14,6 +14,8 @@ STUDIES = {
     "recipes": "train SE and ASR by stripe's recipe and by the reference's as written; paired differences of accuracy",
     "ablation": "train ASR networks that differ in one choice each",
     "robustness": "disturb the outputs of every norm of trained networks",
+    "coverage": "simulate gates of known strength: how often does the interval hold it?",
+    "constancy": "compare the first and last epoch of runs: does attention vary less over images at the end?",
     "losses": "run the tests that kill, damage and mislead, and count what they tried",
     "check": "make every table of the pages and every derived CSV anew from the records; exit code 1 if one differs",
 }

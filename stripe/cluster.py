@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from stripe.gate import Gate
 from stripe.messages import one_line
-from stripe.stats import Measured, Moments, measure, moments, tabulate
+from stripe.stats import Measured, Moments, measure, summarize, tabulate
 from stripe.store import Epoch, Part, Run, open_run
 
 if TYPE_CHECKING:
@@ -59,24 +60,24 @@ def connect(address: str, timeout: float | None = None) -> Iterator[Client]:
         yield client
 
 
-def summarize_on(client: Client, run: Run, *, samples: bool = True, **options: Any) -> pd.DataFrame:
-    """Return the table of `stats.summarize(run, samples=..., **options)`, computed on the cluster.
+def summarize_on(client: Client, run: Run, *, rank: bool = False, **options: Any) -> pd.DataFrame:
+    """Return the table of `stats.summarize(run, rank=..., **options)`, with its reading of rows done on the cluster.
 
-    With samples a task takes a gate of an epoch, so every figure is the local one: bit for bit where workers run BLAS
-    on a like processor with as many threads (else the rank may differ by 1e-14). Without, moments are taken part by
-    part and merged: figures agree to the rounding of means, 1e-12 relative.
+    Moments that the run keeps beside its rows are read here, there being little of them. Those of parts without any
+    are measured by the workers, part by part, and merged: figures agree with the local ones to the rounding of
+    means, 1e-12 relative. With the rank a task takes a gate of an epoch, and every figure is the local one (the rank
+    within 1e-14 where workers run BLAS on another processor or with other threads).
 
     Raises:
         ValueError: the run is empty, damaged, or another one where the workers look.
         OSError: the workers cannot read it.
     """
-    if run.has_samples and not samples:
-        found = moments_on(client, run)
-        return tabulate(Measured.of_moments(epoch, gate, merged) for (epoch, gate), merged in found.items())
-    names = [gate.name for gate in run.gates]
-    gates = [[name] for name in names] if run.has_samples else [names]
-    tasks = [(epoch, chosen) for epoch in run.epochs for chosen in gates]
+    if not run.has_samples or (run.keeps_moments and not rank):
+        return summarize(run, rank=rank, **options)
+    if not rank:
+        return summarize(_Measured(run, moments_on(client, run)), **options)
     path, stamp = _place(run)
+    tasks = [(epoch, gate) for epoch in run.epochs for gate in run.gates]
     futures = [client.submit(_measure, path, stamp, *task, options, pure=False) for task in tasks]
     measured: list[list[Measured]] = client.gather(futures)
     return tabulate(each for some in measured for each in some)
@@ -95,6 +96,17 @@ def moments_on(client: Client, run: Run) -> dict[Key, Moments]:
     return merged
 
 
+class _Measured:
+    """A run whose moments are known."""
+
+    def __init__(self, run: Run, moments: Mapping[Key, Moments]) -> None:
+        self.epochs, self.gates, self.has_samples = run.epochs, run.gates, run.has_samples
+        self.attention, self.labels, self._moments = run.attention, run.labels, moments
+
+    def moments(self, epochs: Sequence[int], gates: Sequence[str]) -> Mapping[Key, Moments]:
+        return {(epoch, gate): self._moments[epoch, gate] for epoch in epochs for gate in gates}
+
+
 def _merged(client: Client, futures: list[Future[Any]]) -> Future[Any]:
     while len(futures) > 1:
         groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
@@ -105,14 +117,14 @@ def _merged(client: Client, futures: list[Future[Any]]) -> Future[Any]:
 # ---- on the workers ----------------------------------------------------------------------------------------
 
 
-def _measure(path: str, stamp: str, epoch: int, gates: list[str], options: dict[str, Any]) -> list[Measured]:
-    return list(measure(_open(path, stamp), epoch, gates, **options))
+def _measure(path: str, stamp: str, epoch: int, gate: Gate, options: dict[str, Any]) -> list[Measured]:
+    return list(measure(_open(path, stamp), epoch, [gate], rank=True, **options))
 
 
 def _moments(path: str, stamp: str, epoch: int, part: Part) -> dict[Key, Moments]:
     alone = copy.copy(_open(path, stamp))  # as if the run held this part only
     alone.manifest, alone.epochs = replace(alone.manifest, epochs=(Epoch(epoch, (part,)),)), [epoch]
-    return moments(alone)
+    return alone.moments()
 
 
 def _merge(parts: Sequence[Mapping[Key, Moments]]) -> dict[Key, Moments]:

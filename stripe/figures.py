@@ -61,7 +61,6 @@ def draw(
     *,
     gates: Sequence[str | Gate] | None = None,
     epoch: int | None = None,
-    bootstrap: int = stats.RESAMPLES,
     formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Draw everything that a run can show, and write it to files.
@@ -71,7 +70,6 @@ def draw(
         directory: where the files go; it is made where it is missing, and files of the same names are replaced.
         gates: names of the gates to draw (default: up to 6, from the first to the last).
         epoch: the epoch of the stripe figures (default: the last).
-        bootstrap: resamples of the strengths' intervals; 0: no intervals.
         formats: file formats, of "png", "pdf" and "svg".
 
     Returns:
@@ -83,12 +81,12 @@ def draw(
     Example:
         >>> import stripe, tempfile
         >>> run = stripe.load_example("cifar10-se-resnet20")
-        >>> paths = stripe.figures.draw(run, tempfile.mkdtemp(), gates=["layer1.0"], bootstrap=0)
+        >>> paths = stripe.figures.draw(run, tempfile.mkdtemp(), gates=["layer1.0"])
         >>> [path.name for path in paths][:3]
         ['stripe-layer1.0.png', 'grid.png', 'std.png']
     """
     _require_formats(formats)
-    figures = each_figure(run, gates=gates, epoch=epoch, bootstrap=bootstrap)
+    figures = each_figure(run, gates=gates, epoch=epoch)
     return [file for name, figure in figures for file in save(figure, Path(directory, name), formats)]
 
 
@@ -112,7 +110,6 @@ def each_figure(
     *,
     gates: Sequence[str | Gate] | None = None,
     epoch: int | None = None,
-    bootstrap: int = stats.RESAMPLES,
 ) -> Iterator[tuple[str, Figure]]:
     """Yield (name, figure) of everything that a run can show, with what validation and folding left beside it.
 
@@ -122,7 +119,7 @@ def each_figure(
     run = run if isinstance(run, Run) else open_run(run)
     names = [name_of(gate) for gate in gates or spread(run.gates, GATES)]
     epoch = run.epochs[-1] if epoch is None else epoch
-    for name, figure in _each(run, names, epoch, bootstrap):
+    for name, figure in _each(run, names, epoch):
         plt.close(figure)
         yield name, figure
 
@@ -149,9 +146,9 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], formats: Sequence[
 # ---- the figures of a run --------------------------------------------------------------------------------
 
 
-def _each(run: Run, gates: Sequence[str], epoch: int, bootstrap: int) -> Iterator[tuple[str, Figure]]:
+def _each(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Figure]]:
     yield from _each_of_samples(run, gates, epoch)
-    table = stats.summarize(run, bootstrap=bootstrap)
+    table = stats.summarize(run)
     yield "strength", _figure_of(plots.strength_by_gate(table[table["epoch"] == epoch], title=f"epoch {epoch}"))
     if len(run.epochs) > 1:
         yield "strength-over-epochs", _figure_of(plots.strength_over_epochs(table))

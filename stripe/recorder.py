@@ -13,7 +13,7 @@ from stripe.devices import device_of
 from stripe.gate import Gate
 from stripe.gates import read_gates
 from stripe.messages import Progress
-from stripe.store import CONTENTS, KINDS, Rows, RunWriter
+from stripe.store import CONTENTS, KINDS, EpochWriter, RunWriter
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, sample ids
 Identify = Callable[[Any, int], tuple[Any, Any | None]]  # a batch and how many samples came before: ids, labels
@@ -95,7 +95,7 @@ class Recorder:
         self._columns, self._width = _side_by_side(self.gates, KINDS if squeeze else KINDS[:1])
         self._values: Tensor | None = None  # of the last forward pass, (N, width)
         self._kept: set[tuple[str, str]] = set()  # whose columns hold some
-        self._epoch: tuple[int, Rows] | None = None
+        self._epoch: tuple[int, EpochWriter] | None = None
         self._batch: _Batch | None = None  # committed, and on its way from a device
         self._open = ExitStack()  # the writer and the hooks
         self._open_epoch = ExitStack()
@@ -175,7 +175,7 @@ class Recorder:
             for module, flag in training:
                 module.training = flag
 
-    def _begin(self, number: int) -> Rows:
+    def _begin(self, number: int) -> EpochWriter:
         """Return the writer of epoch `number`; a change of number finishes the epoch before."""
         if self._epoch is None or self._epoch[0] != number:
             self._finish()
@@ -198,7 +198,7 @@ class Recorder:
 class _Batch:
     """What was committed, copied to the processor; from a CUDA device without waiting for it."""
 
-    def __init__(self, rows: Rows, block: Tensor, sample_ids: Any, labels: Any | None) -> None:
+    def __init__(self, rows: EpochWriter, block: Tensor, sample_ids: Any, labels: Any | None) -> None:
         self.rows = rows
         self.copying = block.device.type == "cuda"
         self._parts = [_to_processor(part) for part in (block, sample_ids, labels)]

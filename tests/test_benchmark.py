@@ -117,7 +117,7 @@ FORMS = [*deploy.FORMS, "fused, onnxruntime"]
 TRAINED = ["SE, reference", "SE, stripe", "ASR, reference", "ASR, stripe"]
 FOLDED = [f"{name}, {how}" for how in ("eager", "channels-last", "onnxruntime") for name in ("attention", "folded")]
 COLLECTED = ["forward", collect.CONTROL, "stripe", *collect.PEERS]
-READERS = ["checked read", "stripe", *stats.PEERS]
+READERS = ["checked read", "stripe", "stripe, rank", "stripe, rows", *stats.PEERS]
 SLOW = pytest.mark.slow
 MINIATURES = [
     pytest.param(
@@ -130,7 +130,6 @@ MINIATURES = [
         ["forward", collect.CONTROL, "stripe, squeeze"],
     ),
     ("stats", ["stats", "--epochs", "2", "--samples", "30", "--gates", "3"], ["read", *READERS]),
-    ("bootstrap", ["stats", "--bootstrap", "200", "--samples", "40", "--channels", "8"], ["scipy", "stripe"]),
     ("train", ["train", *SMALL, "--dataset", "digits", "--batch", "8", "--samples", "16", "--workers", "0"], TRAINED),
     pytest.param("deploy", ["deploy", *SMALL, "--batch", "4"], FORMS, marks=SLOW),
     ("memory", ["memory", *SMALL, "--batch", "4"], ["plain", "plain, kept", "SE", "SE, kept"]),
@@ -184,7 +183,7 @@ def test_sizes_and_rates_in_miniature(benchmark, tmp_path):
         assert float(shown["samples/s a core"].replace(",", "")) == pytest.approx(1 / row["seconds"], abs=0.5)
 
 
-STATS = ("", " --bootstrap 0", " --moments-only")
+STATS = ("", " --rank")
 
 
 def test_what_was_recorded_wrongly_is_exit_code_1(benchmark, monkeypatch, capsys):
@@ -318,22 +317,12 @@ def written(tmp_path_factory):
 def test_every_peer_takes_the_same_means_and_variances(written, peer):
     path, files = written
     columns = ["attention:gate0", "attention:gate1"]
-    found = stats._stripe(str(path), 2) if peer == "stripe" else stats.PEERS[peer](files, columns)
+    found = stats._stripe(path) if peer == "stripe" else stats.PEERS[peer](files, columns)
     run = open_run(path)
     values = [run.attention(gate.name, epoch).astype(np.float64) for epoch in (0, 1) for gate in run.gates]
     np.testing.assert_allclose(found[0], np.concatenate([each.mean(0) for each in values]), rtol=1e-5)
     np.testing.assert_allclose(found[1], np.concatenate([each.var(0, ddof=1) for each in values]), rtol=1e-4)
     assert not np.allclose(found[1], np.concatenate([each.var(0) for each in values]), rtol=1e-3)  # ddof matters
-
-
-def test_both_bootstraps_give_one_interval():
-    rng = np.random.default_rng(0)
-    values = (rng.random(8) + 0.3 * rng.standard_normal((60, 8))).astype(np.float32)
-    ours, theirs = (np.array(take(values, 500)) for take in (stats._stripe_bootstrap, stats._scipy_bootstrap))
-    allowed = stats._monte_carlo(500) * np.diff(ours)[0]
-    assert np.abs(ours - theirs).max() < allowed
-    wide = np.array(stats._scipy_bootstrap(values[:20], 500))
-    assert np.abs(ours - wide).max() > allowed
 
 
 def test_the_reference_normalises_as_the_loader_does():

@@ -214,7 +214,7 @@ def test_a_damaged_epoch_is_told_and_taken_out(tmp_path, damage, capsys):
     assert main(["check", str(tmp_path), "--repair"]) == 0
     assert open_run(tmp_path).epochs == [1, 3]
     np.testing.assert_array_equal(open_run(tmp_path).attention("layer1.0.se", 3), values)
-    aside = [content for name, content in listing(tmp_path).items() if name.startswith(".damaged/")]
+    aside = [content for name, content in listing(tmp_path).items() if name.startswith(".damaged/attention/")]
     assert aside == ([damaged[PART]] if PART in damaged else [])
     repaired = listing(tmp_path)
     assert repair_run(tmp_path).whole

@@ -93,7 +93,7 @@ def test_pandas_polars_and_duckdb_read_a_run(trained):
 
 
 def test_figures_of_every_kind_in_every_format(trained, tmp_path, capsys):
-    words = ["figures", str(trained), "--out", str(tmp_path), "--format", "png", "pdf", "svg", "--bootstrap", "50"]
+    words = ["figures", str(trained), "--out", str(tmp_path), "--format", "png", "pdf", "svg"]
     assert main([*words, "--gates", "layer1.0", "layer3.0"]) == 0
     names = {
         "stripe-layer1.0",
@@ -116,9 +116,7 @@ def test_figures_of_every_kind_in_every_format(trained, tmp_path, capsys):
 def test_figures_of_a_run_of_one_epoch_without_squeeze(trained, tmp_path, capsys):
     checkpoint = str(trained / "checkpoints/last.pt")
     assert main(["collect", "--ckpt", checkpoint, "--samples", "20", "--out", str(tmp_path / "run")]) == 0
-    assert (
-        main(["figures", str(tmp_path / "run"), str(trained), "--out", str(tmp_path / "out"), "--bootstrap", "0"]) == 0
-    )
+    assert main(["figures", str(tmp_path / "run"), str(trained), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/run/stripe-layer1.0.png").exists()
     assert not (tmp_path / "out/run/drift.png").exists()
     assert (tmp_path / "out/se/drift.png").exists()
@@ -139,7 +137,7 @@ def test_the_reference_codes_log_is_plotted(tmp_path, capsys):
 
 
 def test_stats_prints_and_writes_the_table(trained, tmp_path, capsys):
-    words = ["--bootstrap", "50", "--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json")]
+    words = ["--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json")]
     assert main(["stats", str(trained), *words]) == 0
     assert "strength_low" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "a.csv")
@@ -343,7 +341,7 @@ def test_nan_attention_is_named_in_the_table(tmp_path, capsys):
     with Recorder(model, gates, run) as recorder:
         recorder.record(loader)
     capsys.readouterr()
-    assert main(["stats", run, "--bootstrap", "10", "--csv", str(tmp_path / "a.csv")]) == 0
+    assert main(["stats", run, "--csv", str(tmp_path / "a.csv")]) == 0
     flags = pd.read_csv(tmp_path / "a.csv", keep_default_na=False).set_index("gate")["flags"]
     assert "nonfinite" in flags["layer2.0"]
     assert "nonfinite" not in flags["layer1.0"]

@@ -1,6 +1,8 @@
 """Statistics on a real Dask cluster of two worker processes: the local table, also when one of them is killed."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +19,7 @@ import pytest
 from stripe.cli import main
 from stripe.cluster import connect, moments_on, summarize_on
 from stripe.gate import Gate
-from stripe.stats import moments, summarize
+from stripe.stats import summarize
 from stripe.store import RunWriter, open_run
 
 distributed = pytest.importorskip("distributed")
@@ -65,10 +68,29 @@ def client(cluster):
 
 def test_the_table_is_the_local_one(tmp_path, client):
     run = record(tmp_path / "run")
-    expected = summarize(run, bootstrap=50)
-    pd.testing.assert_frame_equal(summarize_on(client, run, bootstrap=50), expected, rtol=1e-12, atol=1e-15)
-    assert not summarize_on(client, run, bootstrap=60).equals(expected)
-    assert expected["strength_low"].notna().all()
+    expected = summarize(run, rank=True)
+    pd.testing.assert_frame_equal(summarize_on(client, run, rank=True), expected, rtol=1e-12, atol=1e-15)
+    assert not summarize_on(client, run, rank=True, confidence=0.9).equals(expected)
+    assert expected[["strength_low", "rank"]].notna().all(axis=None)
+
+
+def test_moments_that_are_kept_are_read_without_the_workers(tmp_path):
+    run = record(tmp_path / "run")
+    pd.testing.assert_frame_equal(summarize_on(None, run), summarize(run))
+    with pytest.raises(AttributeError):
+        summarize_on(None, early(run))
+
+
+def early(run):
+    """Make of a run one of an early version, without moments beside its rows."""
+    path = Path(run.path)
+    manifest = json.loads((path / "run.json").read_text())
+    for epoch in manifest["epochs"]:
+        for part in epoch["parts"]:
+            del part["moments"]
+    (path / "run.json").write_text(json.dumps(manifest))
+    shutil.rmtree(path / ".moments")
+    return open_run(path)
 
 
 def test_a_run_of_moments_is_measured_too(tmp_path, client):
@@ -79,14 +101,13 @@ def test_a_run_of_moments_is_measured_too(tmp_path, client):
 def test_moments_of_parts_merge_in_a_tree(tmp_path, client):
     run = record(tmp_path / "run", ranks=11, samples=110)
     assert [len(epoch.parts) for epoch in run.manifest.epochs] == [11, 11]  # more than a task merges
-    found, whole = moments_on(client, run), moments(run)
-    assert list(found) == list(whole)
-    for key, expected in whole.items():
-        assert (found[key].count, found[key].near_bounds) == (expected.count, expected.near_bounds)
-        for name in ("mean", "m2", "low", "high"):
-            np.testing.assert_allclose(getattr(found[key], name), getattr(expected, name), rtol=1e-12)
-    table = summarize_on(client, run, samples=False)
-    pd.testing.assert_frame_equal(table, summarize(run, samples=False), rtol=1e-12)
+    kept = run.moments()
+    run = early(run)
+    found = moments_on(client, run)
+    assert list(found) == list(kept)
+    assert all(found[key].is_close(expected, rtol=1e-12) for key, expected in kept.items())
+    table = summarize_on(client, run)
+    pd.testing.assert_frame_equal(table, summarize(run), rtol=1e-12)
     assert table["strength"].notna().all()
     assert table["rank"].isna().all()
 
@@ -104,12 +125,12 @@ def kill_midway(cluster, victim, total, done):
 
 
 def test_a_worker_killed_midway_changes_nothing(tmp_path, cluster, client, record_property):
-    run = record(tmp_path / "run", epochs=range(20), samples=400)
-    expected = summarize(run, bootstrap=500)
+    run = record(tmp_path / "run", epochs=range(20), samples=6000)
+    expected = summarize(run, rank=True)
     victim, done = next(iter(client.run(os.getpid).values())), []
     killer = threading.Thread(target=kill_midway, args=(cluster, victim, len(expected), done))
     killer.start()
-    table = summarize_on(client, run, bootstrap=500)
+    table = summarize_on(client, run, rank=True)
     killer.join()
     assert 6 <= done[0] < len(expected) == 60
     pd.testing.assert_frame_equal(table, expected, rtol=1e-12, atol=1e-15)
@@ -122,9 +143,10 @@ def test_a_worker_killed_midway_changes_nothing(tmp_path, cluster, client, recor
 def test_the_command_writes_the_local_table(tmp_path, cluster):
     record(tmp_path / "run")
     for name, words in {"local": [], "cluster": ["--dask", cluster.scheduler_address]}.items():
-        assert main(["stats", str(tmp_path / "run"), "--csv", str(tmp_path / f"{name}.csv"), *words]) == 0
+        words = ["stats", str(tmp_path / "run"), "--rank", "--csv", str(tmp_path / f"{name}.csv"), *words]
+        assert main(words) == 0
     assert (tmp_path / "local.csv").read_bytes() == (tmp_path / "cluster.csv").read_bytes()
-    assert main(["stats", str(tmp_path / "run"), "--moments-only", "--csv", str(tmp_path / "moments.csv")]) == 0
+    assert main(["stats", str(tmp_path / "run"), "--csv", str(tmp_path / "moments.csv")]) == 0
     assert (tmp_path / "local.csv").read_bytes() != (tmp_path / "moments.csv").read_bytes()
 
 
@@ -132,10 +154,10 @@ def test_workers_that_cannot_read_the_run_say_so(tmp_path, client):
     run = record(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "away")
     with pytest.raises(FileNotFoundError, match="put it where all workers see it"):
-        summarize_on(client, run)
+        summarize_on(client, run, rank=True)
     record(tmp_path / "run", epochs=(1,))
     with pytest.raises(ValueError, match="another run"):
-        summarize_on(client, run)
+        summarize_on(client, run, rank=True)
 
 
 def test_a_damaged_part_is_named(tmp_path, client):
@@ -143,7 +165,7 @@ def test_a_damaged_part_is_named(tmp_path, client):
     part = tmp_path / "run" / "attention" / "epoch=0002" / "part-0000-000.parquet"
     part.write_bytes(part.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"epoch=0002/part-0000-000\.parquet is damaged"):
-        summarize_on(client, run)
+        summarize_on(client, run, rank=True)
 
 
 def test_no_scheduler_is_one_line(tmp_path, capsys, monkeypatch):

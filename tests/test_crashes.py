@@ -90,7 +90,7 @@ def assert_nothing_lost(path: Path, finished: set[int], undisturbed: dict[int, l
 
 STAGES = {
     "create_dir .unfinished", "open_output_stream .unfinished", "append", "write", "close", "fsync",
-    "create_dir attention", "move .unfinished", "open_output_stream .run.json", "move .run.json",
+    "create_dir attention", "create_dir .moments", "move .unfinished", "open_output_stream .run.json", "move .run.json",
     "delete_dir .unfinished",
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ def test_the_example_holds_what_notebooks_and_gallery_need():
     for epoch in run.epochs:
         assert len(run.samples(epoch)) == 500
         assert set(run.labels(epoch)) == set(range(10))
-    table = stripe.stats.summarize(run, epochs=run.epochs[-1:], bootstrap=0)
+    table = stripe.stats.summarize(run, epochs=run.epochs[-1:])
     assert table["strength"].between(0.05, 0.999).all()
     assert (table["flags"] == "").all()
 
@@ -102,9 +102,7 @@ def test_thinning_keeps_the_chosen_values(recorded, tmp_path):
 
 def test_float16_leaves_strengths_as_they_are(recorded, tmp_path):
     assert make_example(recorded, "--dtype", "float16", "--out", tmp_path / "half").returncode == 0
-    whole, half = (
-        stripe.stats.summarize(stripe.open_run(path), bootstrap=0)["strength"] for path in (recorded, tmp_path / "half")
-    )
+    whole, half = (stripe.stats.summarize(stripe.open_run(path))["strength"] for path in (recorded, tmp_path / "half"))
     assert not whole.equals(half)
     np.testing.assert_allclose(half, whole, atol=1e-3)
 

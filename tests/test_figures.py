@@ -42,7 +42,7 @@ def example(tmp_path):
 
 def drawn(path):
     """Return every figure of a run by name."""
-    return dict(each_figure(path, bootstrap=0))
+    return dict(each_figure(path))
 
 
 def write_validation(run, epoch, learned, gates=None):
@@ -151,7 +151,7 @@ def test_a_gates_name_never_leads_out_of_the_directory(gate, name):
 
 def test_draw_gives_the_files_in_every_format_and_closes_its_figures_alone(example, tmp_path):
     mine = plt.figure()
-    paths = stripe.figures.draw(example, tmp_path / "out", gates=["layer2.se"], bootstrap=0, formats=["png", "svg"])
+    paths = stripe.figures.draw(example, tmp_path / "out", gates=["layer2.se"], formats=["png", "svg"])
     assert sorted(paths) == sorted((tmp_path / "out").iterdir()), "no unfinished file is left"
     assert [path.name for path in paths[:4]] == ["stripe-layer2.se.png", "stripe-layer2.se.svg", "grid.png", "grid.svg"]
     assert plt.get_fignums() == [mine.number]
@@ -189,5 +189,5 @@ def test_the_examples_in_the_docstrings_run():
 
 def test_figures_go_to_a_directory_of_the_runs_name(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["figures", str(example), "--bootstrap", "0"]) == 0
+    assert main(["figures", str(example)]) == 0
     assert (tmp_path / "figures/small/grid.png").exists()

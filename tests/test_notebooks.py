@@ -135,7 +135,7 @@ def points_of(grid):
 
 
 def test_seaborn_draws_the_frames_as_they_are(run, validation):
-    summary = stripe.stats.summarize(run, bootstrap=10)
+    summary = stripe.stats.summarize(run)
     samples = pd.concat(run.to_pandas(gate.name, epoch) for gate in run.gates for epoch in run.epochs)
     kinds = {"hue": "gate", "col": "epoch"}
     frames = [

@@ -29,13 +29,10 @@ SCRIPTS = {
 }
 FEW = {  # appended to a command's words: argparse takes the last
     "collect": ["--samples", "20", "--workers", "0"],
-    "figures": ["--bootstrap", "10"],
     "fold": [
         *("--train-samples", "20", "--val-samples", "10", "--test-samples", "10", "--samples", "10", "--batch", "10"),
         *("--workers", "0", "--counts", "0", "1", "--order", "single", "--distill-steps", "1", "--backends"),
     ],
-    "report": ["--bootstrap", "10"],
-    "stats": ["--bootstrap", "10"],
     "train": ["--depth", "11", "--epochs", "2", "--train-samples", "80", "--record", "20", "--workers", "0"],
     "validate": ["--steps", "2", "--train-samples", "60", "--test-samples", "20", "--workers", "0"],
 }

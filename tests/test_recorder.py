@@ -216,8 +216,8 @@ def test_moments_alone_are_those_of_the_rows(tmp_path, network, loader):
         np.testing.assert_allclose(run[key].mean, whole[key].mean, rtol=1e-12)
         np.testing.assert_allclose(run[key].std, whole[key].std, rtol=1e-12)
     values, labels = open_run(tmp_path / "samples").attention("layer2.0", 1), loader.images.labels.numpy()
-    classes = open_run(tmp_path / "label-moments").label_means("layer2.0", 1)
-    np.testing.assert_allclose(classes.means[3], values[labels == classes.labels[3]].mean(0, dtype=float), rtol=1e-12)
+    classes = open_run(tmp_path / "label-moments").moments()[1, "layer2.0"].classes
+    np.testing.assert_allclose(classes.means[3], values[labels == classes.keys[3]].mean(0, dtype=float), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

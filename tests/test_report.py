@@ -94,14 +94,14 @@ def unpack(content: dict[str, Any], gate: int, panel: int) -> np.ndarray:
 
 def test_no_text_of_a_run_becomes_an_element(run, hostile):
     evil = {"</script>": [{HOSTILE[0]: HOSTILE[1]}]}
-    page = report.render(hostile, bootstrap=0, fold=evil, command=HOSTILE[0])
-    assert Elements(page).tags == Elements(report.render(run, bootstrap=0)).tags
+    page = report.render(hostile, fold=evil, command=HOSTILE[0])
+    assert Elements(page).tags == Elements(report.render(run)).tags
     assert [gate["name"] for gate in content_of(page)["gates"]] == list(HOSTILE)
     assert Elements(page + HOSTILE[1]).tags != Elements(page).tags  # the reader of tags sees
 
 
 def test_the_data_block_holds_no_character_that_html_or_script_reads(hostile):
-    page = report.render(hostile, bootstrap=0)
+    page = report.render(hostile)
     block = page.split('id="data">', 1)[1].split("</script>", 1)[0]
     assert not set(block) & set("<>&\u2028\u2029")
     facts = {key: value for section in content_of(page)["about"] for key, value in section["facts"]}
@@ -110,7 +110,7 @@ def test_the_data_block_holds_no_character_that_html_or_script_reads(hostile):
 
 
 def test_the_policy_allows_this_script_and_style_alone(run):
-    page = report.render(run, bootstrap=0)
+    page = report.render(run)
     [policy] = [attrs[1][1] for tag, attrs in Elements(page).tags if attrs and "Security" in str(attrs[0][1])]
     style, data, script = Elements(page).texts
     hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)}
@@ -125,7 +125,7 @@ def test_the_policy_allows_this_script_and_style_alone(run):
 
 
 def test_figures_are_those_of_stats(run):
-    content, table = content_of(report.render(run, bootstrap=50, tolerance=0.2)), stats.summarize(run, bootstrap=50)
+    content, table = content_of(report.render(run, tolerance=0.2)), stats.summarize(run)
     for gate in content["gates"]:
         rows = table[table["gate"] == gate["name"]]
         for name in ("strength", "strength_low", "strength_high", "std", "drift"):
@@ -142,7 +142,7 @@ def test_figures_are_those_of_stats(run):
 
 
 def test_heatmaps_are_the_recorded_values_to_half_a_step(run):
-    content = content_of(report.render(run, bootstrap=0))
+    content = content_of(report.render(run))
     heat = content["heatmaps"]
     assert heat["images"] == [{"samples": run.samples(4).tolist(), "labels": run.labels(4).tolist()}]
     for index, gate in enumerate(HARMLESS):
@@ -183,13 +183,13 @@ def test_spread_is_even_and_holds_both_ends(count, most):
 
 
 def test_panels_fit_the_room_and_use_it(run, monkeypatch):
-    full = len(report.render(run, bootstrap=0))
-    heatmaps = len(json.dumps(content_of(report.render(run, bootstrap=0))["heatmaps"]))
+    full = len(report.render(run))
+    heatmaps = len(json.dumps(content_of(report.render(run))["heatmaps"]))
     monkeypatch.setattr(report, "RESERVE", 0)
     sizes = {}
     for room in (40 * heatmaps, heatmaps, heatmaps // 2):
         monkeypatch.setattr(report, "LIMIT", full - heatmaps + room)
-        page = report.render(run, bootstrap=0)
+        page = report.render(run)
         assert len(page) <= report.LIMIT
         heat = content_of(page)["heatmaps"]
         sizes[room] = len(heat["images"][0]["samples"]) * len(heat["gates"][-1]["channels"])
@@ -217,7 +217,7 @@ def test_images_are_the_same_at_every_epoch_that_holds_them(tmp_path):
         for epoch, samples in ids.items():
             with run.epoch(epoch) as rows:
                 rows.append(samples, None, {"gate": values[samples % 100]})
-    heat = content_of(report.render(open_run(path), bootstrap=0))["heatmaps"]
+    heat = content_of(report.render(open_run(path)))["heatmaps"]
     assert heat["images_of"] == [0, 1, 0]
     assert [images["samples"] for images in heat["images"]] == [list(range(12)), list(range(100, 112))]
     assert set(heat["images"][0]["labels"]) == {-1}
@@ -226,7 +226,7 @@ def test_images_are_the_same_at_every_epoch_that_holds_them(tmp_path):
 def test_ids_beyond_a_double_stay_exact(tmp_path):
     with writer(tmp_path / "run", gates=[Gate("gate", 2)]) as run, run.epoch(0) as rows:
         rows.append(np.array([2**60 + 1, 5]), None, {"gate": np.ones((2, 2))})
-    heat = content_of(report.render(open_run(tmp_path / "run"), bootstrap=0))["heatmaps"]
+    heat = content_of(report.render(open_run(tmp_path / "run")))["heatmaps"]
     assert heat["images"][0]["samples"] == [str(2**60 + 1), 5]
 
 
@@ -256,7 +256,7 @@ VALIDATION = {
 
 
 def test_a_validation_brings_its_vectors_and_its_epochs_stripe(run):
-    content = content_of(report.render(run, bootstrap=0, validation=VALIDATION))
+    content = content_of(report.render(run, validation=VALIDATION))
     assert [gate["learned"] for gate in content["gates"]] == [None, [0.5] * 6, None, None]
     assert content["stripe_epoch"] == 2
     np.testing.assert_allclose(content["gates"][1]["mean"], run.attention("layer2", 2).mean(0), rtol=1e-4)
@@ -279,7 +279,7 @@ def test_a_validation_brings_its_vectors_and_its_epochs_stripe(run):
 )
 def test_a_foreign_validation_is_refused(run, change, words):
     with pytest.raises(ValueError, match=words) as caught:
-        report.render(run, bootstrap=0, validation=VALIDATION | change)
+        report.render(run, validation=VALIDATION | change)
     assert "\n" not in str(caught.value)
 
 
@@ -329,11 +329,11 @@ def test_a_run_in_a_bucket_is_reported_without_its_keys(tmp_path, monkeypatch):
         remote, local = record_named(uri, HARMLESS), record_named(tmp_path / "run", HARMLESS)
         client.put_object(Bucket="bucket", Key="run/validation.json", Body=json.dumps(VALIDATION))
         out = tmp_path / "report.html"
-        assert main(["report", uri, "--out", str(out), "--bootstrap", "0"]) == 0
+        assert main(["report", uri, "--out", str(out)]) == 0
         client.close()
     finally:
         moto.stop()
-    found, same = content_of(out.read_text()), content_of(report.render(local, bootstrap=0, validation=VALIDATION))
+    found, same = content_of(out.read_text()), content_of(report.render(local, validation=VALIDATION))
     assert found["run"] == "s3://bucket/run"
     assert found["run"] == address(remote.path)
     assert host not in out.read_text()
@@ -349,7 +349,7 @@ def test_the_command_finds_the_files_beside_the_run(run, tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"rows": [{"gate": "layer1", "drop": 0.25}]}))
     out = tmp_path / "new" / "report.html"
-    words = ["report", run.path, "--out", str(out), "--bootstrap", "0"]
+    words = ["report", run.path, "--out", str(out)]
     assert main(words) == 0
     assert re.search(r"report.html: 0\.\d\d MB", capsys.readouterr().out)
     found = content_of(out.read_text())
@@ -365,7 +365,7 @@ def test_a_broken_file_is_one_line_and_leaves_the_old_page(run, tmp_path, capsys
     Path(run.path, "validation.json").write_bytes(text.encode(errors="surrogateescape"))
     out = tmp_path / "report.html"
     out.write_text("old")
-    assert main(["report", run.path, "--out", str(out), "--bootstrap", "0"]) == 2
+    assert main(["report", run.path, "--out", str(out)]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "validation" in line
     assert out.read_text() == "old"
@@ -376,7 +376,7 @@ def test_what_is_no_run_or_no_place_is_refused(run, tmp_path, capsys):
     assert main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "a.html")]) == 2
     assert "is not a run" in capsys.readouterr().err
     (tmp_path / "folder").mkdir()
-    assert main(["report", run.path, "--out", str(tmp_path / "folder"), "--bootstrap", "0"]) == 2
+    assert main(["report", run.path, "--out", str(tmp_path / "folder")]) == 2
     assert "folder" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
     with writer(tmp_path / "empty"):
@@ -388,8 +388,8 @@ def test_what_is_no_run_or_no_place_is_refused(run, tmp_path, capsys):
 
 def test_the_same_run_gives_the_same_page(tmp_path):
     run = open_run(record(tmp_path / "run", 1, 2))
-    assert report.render(run, bootstrap=20) == report.render(run, bootstrap=20)
-    assert report.render(run, bootstrap=20) != report.render(run, bootstrap=21)
+    assert report.render(run) == report.render(run)
+    assert report.render(run) != report.render(run, tolerance=0.3)
 
 
 def test_the_example_run_is_reported_with_the_vectors_of_its_gates(tmp_path):
@@ -400,4 +400,4 @@ def test_the_example_run_is_reported_with_the_vectors_of_its_gates(tmp_path):
     assert len(found) < len(learned["learned"])  # the run was thinned to fewer gates
     with pytest.raises(ValueError, match="'other'.*expected no numbers"):
         learned_vectors(run, learned | {"learned": {"other": [0.5]}})
-    assert main(["report", run.path, "--bootstrap", "10", "--out", str(tmp_path / "report.html")]) == 0
+    assert main(["report", run.path, "--out", str(tmp_path / "report.html")]) == 0

@@ -73,9 +73,7 @@ FOLD = {
 @pytest.fixture(scope="module")
 def written(run: Run, validation: Validation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    return report.write(
-        run, path, validation=validation.to_dict(), fold=FOLD, bootstrap=50, command="stripe report run"
-    )
+    return report.write(run, path, validation=validation.to_dict(), fold=FOLD, command="stripe report run")
 
 
 class Watched:
@@ -208,7 +206,7 @@ def test_arrow_keys_read_values(run, watched):
 
 
 def test_the_overview_sorts_by_click_and_key(run, watched):
-    table = stats.summarize(run, epochs=[5], bootstrap=0).set_index("gate")["strength"]
+    table = stats.summarize(run, epochs=[5]).set_index("gate")["strength"]
     names = [gate.name for gate in GATES]
     assert watched.column("#table", "gate") == names
     shown = [float(text) for text in watched.column("#table", "strength")]
@@ -230,7 +228,7 @@ def test_choosing_a_gate_moves_every_figure(run, watched):
     assert watched.page.input_value("#gate") == "1"
     assert watched.page.locator("tr[aria-current]").text_content().startswith(f"2{GATES[1].name}")
     assert watched.pixels().shape == (SAMPLES, 32, 3)
-    table = stats.summarize(run, gates=[GATES[1].name], bootstrap=0)
+    table = stats.summarize(run, gates=[GATES[1].name])
     readouts = watched.page.locator("#curves output").all_text_contents()
     for text, column in zip(readouts, ("strength", "std", "drift"), strict=True):
         assert text.startswith(f"{GATES[1].name} · epoch 5 · {column} ")
@@ -239,7 +237,7 @@ def test_choosing_a_gate_moves_every_figure(run, watched):
 
 
 def test_a_curve_reads_and_chooses_the_nearest_line(run, watched):
-    strength = stats.summarize(run, bootstrap=0).query("epoch == 1").set_index("gate")["strength"]
+    strength = stats.summarize(run).query("epoch == 1").set_index("gate")["strength"]
     chart = watched.page.locator("#curves svg").first
     chart.scroll_into_view_if_needed()
     box = chart.bounding_box()
@@ -290,7 +288,6 @@ def test_hostile_names_are_shown_as_they_are(browser, tmp_path):
             record_named(tmp_path / "run", HOSTILE, model=texts),
             tmp_path / "report.html",
             fold={"rows": [{HOSTILE[1]: HOSTILE[0]}], HOSTILE[0]: HOSTILE[1]},
-            bootstrap=0,
         ),
     )
     assert found.column("#table", "gate") == list(HOSTILE)
@@ -399,7 +396,7 @@ def test_the_largest_run_is_a_page_under_10_mb(browser, tmp_path):
                 noise = {n: rng.normal(0, 0.3, (500, s.size)).astype(np.float32) for n, s in stripes.items()}
                 attention = {n: 1 / (1 + np.exp(-stripes[n].astype(np.float32) - each)) for n, each in noise.items()}
                 epoch.append(np.arange(500), np.arange(500) % 100, attention, noise)
-    page = report.write(open_run(tmp_path / "run"), tmp_path / "report.html", bootstrap=100)
+    page = report.write(open_run(tmp_path / "run"), tmp_path / "report.html")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     sys.stdout.write(f"\n{page.stat().st_size / 1e6:.2f} MB, {memory:.0f} MB of memory at most\n")
     assert 5e6 < page.stat().st_size < 10e6

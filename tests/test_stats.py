@@ -1,5 +1,6 @@
 """Every statistic against a slow reference, a property, or SciPy; and what breaks when a law is broken."""
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stripe import stats
-from stripe.stats import Moments, arithmetic
+from stripe.stats import GateMoments, Moments, arithmetic
+from stripe.stats.epochs import row_of
+from stripe.stats.groups import block_keys, coarse
+from stripe.stats.intervals import jackknife
 
 few = settings(deadline=None, max_examples=25)
 
@@ -28,12 +32,13 @@ def stripes(samples=60, channels=12, *, noise=0.05, row=0.0, seed=0, dtype=np.fl
 @dataclass
 class Named:
     name: str
+    form: str = "multiplicative"
 
 
 class MemoryRun:
-    """A run held in memory: {epoch: {gate: values}}, read in batches of 7."""
+    """A run held in memory: {epoch: {gate: values}}."""
 
-    has_samples, has_label_means = True, False
+    has_samples = True
 
     def __init__(self, records, labels=None):
         self.records, self._labels = records, labels
@@ -47,10 +52,10 @@ class MemoryRun:
         samples = len(next(iter(self.records[epoch].values())))
         return np.full(samples, -1) if self._labels is None else self._labels
 
-    def batches(self, epoch, gates=None):
-        names = [gate.name for gate in self.gates] if gates is None else gates
-        for start in range(0, len(self.labels(epoch)), 7):
-            yield {name: self.records[epoch][name][start : start + 7] for name in names}
+    def moments(self, epochs, gates):
+        return {
+            (e, g): Moments.of(self.records[e][g], labels=self.labels(e)) for e, g in itertools.product(epochs, gates)
+        }
 
 
 # ---- slow references: the definitions, value by value ----------------------------------------------------
@@ -69,24 +74,28 @@ def slow_columns(values):
     return [[float(value) for value in column] for column in np.asarray(values, dtype=float).T]
 
 
-def slow_strength(values):
-    columns = slow_columns(values)
-    within = slow_mean([slow_variance(column) for column in columns])
-    means = [slow_mean(column) for column in columns]
-    between = max(slow_variance(means) - within / len(values), 0.0)
-    return between / (between + within), between, within
-
-
-def slow_shares(values):
-    """Two-way mean squares from residuals A_nc - row - column + grand, cell by cell."""
+def slow_residuals(values):
+    """Residual mean square of the two-way layout: A_nc - row - column + grand, cell by cell."""
     samples, channels = values.shape
     rows, columns = [slow_mean(row) for row in values.tolist()], [slow_mean(c) for c in slow_columns(values)]
     grand = slow_mean(rows)
     residuals = [
         (float(values[n, c]) - rows[n] - columns[c] + grand) ** 2 for n in range(samples) for c in range(channels)
     ]
-    rest = math.fsum(residuals) / ((samples - 1) * (channels - 1))
-    sample = max(slow_variance(rows) - rest / channels, 0.0)
+    return math.fsum(residuals) / ((samples - 1) * (channels - 1)), slow_variance(rows)
+
+
+def slow_strength(values):
+    columns = slow_columns(values)
+    within = slow_mean([slow_variance(column) for column in columns])
+    means = [slow_mean(column) for column in columns]
+    between = max(slow_variance(means) - slow_residuals(values)[0] / len(values), 0.0)
+    return between / (between + within), between, within
+
+
+def slow_shares(values):
+    rest, rows = slow_residuals(values)
+    sample = max(rows - rest / values.shape[1], 0.0)
     strength, between, within = slow_strength(values)
     return strength, sample / (between + within), (within - sample) / (between + within)
 
@@ -112,7 +121,12 @@ def slow_label_share(values, labels):
 
 def assert_same_moments(actual, expected, rtol=1e-12):
     assert actual.count == expected.count
-    assert (actual.near_bounds, actual.nonfinite) == (expected.near_bounds, expected.nonfinite)
+    assert (actual.left_out, actual.nonfinite) == (expected.left_out, expected.nonfinite)
+    np.testing.assert_array_equal(actual.near, expected.near)
+    for mine, others in ((actual.blocks, expected.blocks), (actual.classes, expected.classes)):
+        np.testing.assert_array_equal(mine.keys, others.keys)
+        np.testing.assert_array_equal(mine.counts, others.counts)
+        np.testing.assert_allclose(mine.means, others.means, rtol=rtol)
     for name in ("mean", "m2"):
         np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=rtol, atol=1e-300)
     for name in ("low", "high"):
@@ -131,7 +145,7 @@ def test_moments_equal_a_slow_reference(shape, dtype):
     np.testing.assert_array_equal(measured.low, values.min(axis=0))
     np.testing.assert_array_equal(measured.high, values.max(axis=0))
     wide = values.astype(np.float64)
-    assert measured.near_bounds == np.count_nonzero((wide <= 1e-3) | (wide >= 1 - 1e-3))
+    assert measured.near.tolist() == [np.count_nonzero(np.abs(wide - bound) <= 1e-3) for bound in (0, 1, 2)]
     assert measured.nonfinite == 0
 
 
@@ -163,15 +177,16 @@ def test_moments_of_any_split_merge_to_the_whole(samples, channels, cuts, seed, 
     values = stripes(samples, channels, noise=noise, seed=seed, dtype=np.float32)
     values[:, 0] = 0.0005
     at = sorted({int(cut * samples) for cut in cuts} - {0, samples})
-    merged = reduce(Moments.merge, [Moments.of(part) for part in np.split(values, at)])
+    parts = [Moments.of(values[rows], sample_ids=rows) for rows in np.split(np.arange(samples), at)]
+    merged = reduce(Moments.merge, parts)
     assert_same_moments(merged, Moments.of(values))
-    reverse = reduce(Moments.merge, [Moments.of(part) for part in np.split(values, at)[::-1]])
+    reverse = reduce(Moments.merge, parts[::-1])
     assert_same_moments(reverse, merged)
 
 
 def test_merging_is_not_adding():
     values = stripes(40, 3)
-    low, high = Moments.of(values[:20]), Moments.of(values[20:] + 1)
+    low, high = Moments.of(values[:20]), Moments.of(values[20:] + 1, sample_ids=np.arange(20, 40))
     whole = Moments.of(np.concatenate([values[:20], values[20:] + 1]))
     assert_same_moments(low.merge(high), whole)
     assert np.all(low.m2 + high.m2 < 0.5 * whole.m2)  # control: the distance of the means is most of it
@@ -183,7 +198,7 @@ def test_statistics_ignore_the_order_of_samples(samples, seed):
     values = stripes(samples, 6, row=0.02, seed=seed)
     labels = np.arange(samples) % 2
     order = np.random.default_rng(seed).permutation(samples)
-    assert_same_moments(Moments.of(values[order]), Moments.of(values), rtol=1e-11)
+    assert_same_moments(Moments.of(values[order], sample_ids=order), Moments.of(values), rtol=1e-11)
     one, two = stats.two_way_shares(values), stats.two_way_shares(values[order])
     assert (one.channel, one.sample) == pytest.approx((two.channel, two.sample), rel=1e-9, abs=1e-12)
     assert stats.effective_rank(values[order]) == pytest.approx(stats.effective_rank(values), rel=1e-9)
@@ -210,27 +225,114 @@ def test_moments_of_different_gates_do_not_merge():
         Moments.of(np.zeros((4, 2))).merge(Moments.of(np.zeros((4, 3))))
 
 
+def parted(values, pieces, ids, labels):
+    """Measure samples in so many pieces."""
+    cuts = [np.array_split(each, pieces) for each in (values, ids, labels)]
+    return [Moments.of(v, sample_ids=i, labels=k) for v, i, k in zip(*cuts, strict=True)]
+
+
+@pytest.mark.parametrize("samples", [20, 33, 300])
+def test_every_statistic_of_1_2_and_7_parts_in_any_order_is_that_of_one_pass(samples):
+    rng = np.random.default_rng(samples)
+    values = stripes(samples, 9, noise=0.1, row=0.05, dtype=np.float32)
+    ids, labels = rng.permutation(10**6)[:samples], rng.integers(-1, 3, samples)
+    whole = row_of(Moments.of(values, sample_ids=ids, labels=labels))
+    assert whole["strength_low"] < whole["strength"] < whole["strength_high"]
+    for pieces in (1, 2, 7):
+        found = parted(values, pieces, ids, labels)
+        for order in (found, found[::-1], [found[i] for i in rng.permutation(pieces)]):
+            row = row_of(reduce(Moments.merge, order))
+            assert all(
+                row[name] == pytest.approx(value, rel=1e-12, nan_ok=True)
+                for name, value in whole.items()
+                if value != ""
+            )
+    other = row_of(reduce(Moments.merge, parted(values, 7, ids, labels)[1:]))
+    assert other["strength"] != pytest.approx(whole["strength"], rel=1e-12)  # control: a part is missing
+
+
+def test_samples_are_dealt_by_their_ids_alone():
+    ids = np.arange(-5, 4000)
+    keys = coarse(block_keys(ids))
+    sizes = np.bincount(keys)
+    assert sizes.size == 32
+    assert scipy.stats.chisquare(sizes).pvalue > 1e-3
+    assert scipy.stats.chisquare(np.bincount(coarse(block_keys(32 * ids)), minlength=32)).pvalue > 1e-3
+    np.testing.assert_array_equal(coarse(block_keys(ids[::-1])), keys[::-1])
+    assert len(set(block_keys(ids).tolist())) == len(ids)
+
+
+def test_no_more_samples_than_blocks_are_a_block_each():
+    assert Moments.of(stripes(32, 3)).blocks.counts.tolist() == [1] * 32
+    assert Moments.of(stripes(33, 3)).blocks.counts.max() > 1
+    halves = [Moments.of(stripes(20, 3), sample_ids=np.arange(20) + at) for at in (0, 20)]
+    assert len(halves[0].merge(halves[1]).blocks.keys) <= 32
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_non_finite_value_stays_in_its_channel(bad):
-    values = stripes(50, 4)
-    clean = stats.stripe_strength(Moments.of(values[:, [0, 1, 3]]))
-    values[7, 2] = bad
-    measured = Moments.of(values[:20]).merge(Moments.of(values[20:]))
-    assert measured.nonfinite == 1
-    assert measured.finite.tolist() == [True, True, False, True]
-    assert math.isnan(measured.mean[2])
-    assert math.isnan(measured.m2[2])
-    assert stats.stripe_strength(measured).strength == pytest.approx(clean.strength, rel=1e-12)
-    assert stats.flags(measured) == ("nonfinite",)
+def test_a_sample_that_is_not_finite_is_counted_and_left_out(bad):
+    values, ids, labels = stripes(50, 4), np.arange(50), np.arange(50) % 3
+    values[7], values[30, 2] = bad, bad
+    rest = np.delete(np.arange(50), [7, 30])
+    clean = Moments.of(values[rest], sample_ids=ids[rest], labels=labels[rest])
+    for pieces in (1, 2, 7, 50):
+        found = reduce(Moments.merge, parted(values, pieces, ids, labels))
+        assert (found.count, found.left_out, found.nonfinite) == (48, 2, 5)
+        assert found.finite.all()
+        assert stats.flags(found) == ("nonfinite",)
+        ours, expected = row_of(found), row_of(clean)
+        for name in set(ours) - {"left_out", "flags"}:
+            assert ours[name] == pytest.approx(expected[name], rel=1e-10, nan_ok=True), name
+    with_it = stats.stripe_strength(stripes(50, 4)).strength
+    assert with_it != pytest.approx(stats.stripe_strength(clean).strength, rel=1e-10)  # control: two samples matter
 
 
-def test_streamed_moments_equal_the_whole_run():
-    run = MemoryRun({e: {g: stripes(30, 5, seed=e + ord(g)) for g in "ab"} for e in (1, 2, 4)})
-    measured = stats.moments(run)
-    assert set(measured) == {(epoch, gate) for epoch in (1, 2, 4) for gate in "ab"}
-    for (epoch, gate), found in measured.items():
-        assert_same_moments(found, Moments.of(run.attention(gate, epoch)))
-    assert set(stats.moments(run, epochs=[4], gates=["b"])) == {(4, "b")}
+def test_a_channel_that_is_never_finite_is_left_out_in_place_of_all_samples():
+    values, ids = stripes(50, 5), np.arange(50)
+    values[:, 2], values[9, 0] = np.nan, np.inf
+    clean = Moments.of(np.delete(np.delete(values, 2, axis=1), 9, axis=0), sample_ids=np.delete(ids, 9))
+    for pieces in (1, 2, 7, 50):
+        found = reduce(Moments.merge, parted(values, pieces, ids, np.full(50, -1)))
+        assert (found.count, found.left_out, found.nonfinite) == (49, 1, 51)
+        assert found.finite.tolist() == [True, True, False, True, True]
+        assert stats.stripe_strength(found).strength == pytest.approx(stats.stripe_strength(clean).strength, rel=1e-10)
+        assert stats.strength_interval(found).low == pytest.approx(stats.strength_interval(clean).low, rel=1e-8)
+
+
+def test_moments_of_nothing_finite_say_so():
+    nothing = Moments.of(np.full((4, 3), np.nan))
+    assert (nothing.count, nothing.left_out) == (0, 4)
+    assert all(np.isnan(value) for name, value in row_of(nothing).items() if isinstance(value, float))
+    some = Moments.of(stripes(10, 3), sample_ids=np.arange(10) + 4)
+    assert nothing.merge(some).count == some.merge(nothing).count == 10
+    assert some.merge(nothing).left_out == 4
+
+
+def test_many_gates_side_by_side_are_each_gate_by_itself():
+    rng = np.random.default_rng(0)
+    values = {gate: stripes(90, width, seed=width, dtype=np.float32) for gate, width in (("a", 5), ("b", 1), ("c", 8))}
+    values["b"][70, 0] = np.nan
+    ids, labels = rng.permutation(90), rng.integers(-1, 4, 90)
+    measured = GateMoments({gate: each.shape[1] for gate, each in values.items()})
+    assert measured.empty
+    for rows in np.array_split(np.arange(90), 5):
+        measured.add({gate: each[rows] for gate, each in values.items()}, ids[rows], labels[rows])
+    for gate, found in measured.moments().items():
+        assert_same_moments(found, Moments.of(values[gate], sample_ids=ids, labels=labels), rtol=1e-11)
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_means_of_too_many_classes_are_not_kept(spoiled):
+    values = stripes(30, 3)
+    if spoiled:
+        values[3] = np.nan
+    for most, kept in ((30, True), (10, False), (0, False), (None, True)):
+        measured = GateMoments({"a": 3}, classes=most)
+        for rows in (slice(0, 7), slice(7, 30)):
+            measured.add({"a": values[rows]}, np.arange(30)[rows], np.arange(30)[rows])
+        found = measured.moments()["a"]
+        assert (found.classes is not None) == kept
+        assert math.isnan(stats.label_share(found).eta_squared) == (not kept)
 
 
 # ---- flags -----------------------------------------------------------------------------------------------
@@ -240,22 +342,38 @@ def test_flags_name_what_is_wrong_and_leave_stripes_alone():
     perfect = np.broadcast_to(np.linspace(0.1, 0.9, 6), (30, 6))
     half = np.full((30, 6), 0.5)
     open_or_shut = np.tile([0.0005, 0.9995, 1.0], (30, 2))
-    assert stats.flags(Moments.of(perfect)) == ()
-    assert stats.flags(Moments.of(half)) == ("dead",)
-    assert stats.flags(Moments.of(half + np.linspace(0, 9e-7, 6))) == ("dead",)
-    assert stats.flags(Moments.of(half + np.linspace(0, 2e-6, 6))) == ()
-    assert stats.flags(Moments.of(open_or_shut)) == ("saturated",)
-    assert stats.flags(Moments.of(np.zeros((30, 6)))) == ("dead", "saturated")
-    assert stats.flags(Moments.of(np.full((30, 6), np.nan))) == ("nonfinite",)
-    assert stats.flags(Moments.of(np.full((30, 6), np.inf))) == ("nonfinite",)
+    noisy = perfect + 1e-5 * np.random.default_rng(0).normal(size=perfect.shape)
+    assert stats.flags(noisy) == ()
+    assert stats.flags(perfect) == ("constant",)  # what a module gives whose hidden units are all inactive
+    assert stats.flags(half) == ("dead",)
+    assert stats.flags(half + np.linspace(0, 9e-7, 6)) == ("dead",)
+    assert stats.flags(half + np.linspace(0, 2e-6, 6)) == ("constant",)
+    assert stats.flags(open_or_shut) == ("constant", "saturated")
+    assert stats.flags(np.zeros((30, 6))) == ("dead", "saturated")
+    assert stats.flags(np.full((30, 6), np.nan)) == ("nonfinite",)
+    assert stats.flags(np.full((30, 6), np.inf)) == ("nonfinite",)
+    assert stats.flags(Moments.of(noisy)) == ()
 
 
 def test_saturated_means_more_than_99_percent():
     values = np.ones((100, 2))
     values[:2, 0] = 0.5
-    assert stats.flags(Moments.of(values)) == ()
+    assert stats.flags(values) == ()
     values[0, 0] = -0.0005
-    assert stats.flags(Moments.of(values)) == ("saturated",)
+    assert stats.flags(values) == ("saturated",)
+
+
+def test_saturation_knows_the_gates_form_and_its_upper_bound():
+    rng = np.random.default_rng(0)
+    at_zero = 1e-4 * rng.normal(size=(50, 4))
+    assert stats.flags(at_zero, "additive") == ()
+    assert stats.flags(np.abs(at_zero), "multiplicative") == ("saturated",)
+    doubled = np.where(rng.random((50, 4)) < 0.5, 2 - 1e-5, 1e-5)  # 2 * sigmoid, open or shut
+    assert stats.flags(doubled) == ("saturated",)
+    assert stats.flags(np.where(doubled > 1, 1.0, 0.0) + 0.5) == ()
+    assert stats.flags(np.where(rng.random((50, 4)) < 0.5, 1.0, 2.0)) == ()  # 1 is amid the range of 2 * sigmoid
+    unbounded = np.where(rng.random((50, 4)) < 0.5, 1.0, 7.0)
+    assert stats.flags(unbounded) == ()
 
 
 # ---- strength, shares, rank ------------------------------------------------------------------------------
@@ -287,7 +405,7 @@ def test_nothing_varies_nothing_is_claimed(value, dtype):
     measured = Moments.of(values[:5]).merge(Moments.of(values[5:]))
     assert math.isnan(stats.stripe_strength(measured).strength)
     shares = stats.two_way_shares(values)
-    interval = stats.bootstrap_strength(values, resamples=20)
+    interval = stats.strength_interval(values)
     label = stats.label_share(values, np.arange(33) % 3)
     found = [shares.channel, shares.sample, shares.rest, interval.low, interval.high]
     found += [label.eta_squared, label.omega_squared, stats.effective_rank(values)]
@@ -322,54 +440,113 @@ def test_a_single_channel_has_no_strength():
     assert np.isnan([shares.channel, shares.sample, shares.rest]).all()
 
 
-def strength_of_axes(values, axis):
-    """Statistic as scipy.stats.bootstrap wants it: samples along ``axis``, channels along the first axis."""
-    within = values.var(axis=axis, ddof=1).mean(axis=0)
-    between = np.maximum(values.mean(axis=axis).var(axis=0, ddof=1) - within / values.shape[axis], 0)
-    return between / (between + within)
+def test_the_strength_is_icc_2_1_by_a_mixed_model_simulation_and_its_relatives_are_named():
+    """Shrout and Fleiss's table of six targets by four judges: they print .17, .29 and .71."""
+    ratings = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float)
+    found = stats.intraclass_correlations(ratings.T)  # judges are samples, targets channels
+    assert round(found.icc_1_1, 2) == 0.17
+    assert round(found.icc_2_1, 2) == 0.29
+    assert round(found.icc_3_1, 2) == 0.71
+    assert found.icc_2_1 == stats.stripe_strength(ratings.T).strength
+    swapped = stats.intraclass_correlations(ratings)
+    assert swapped.icc_2_1 != pytest.approx(found.icc_2_1, abs=0.05)  # control: samples are not channels
 
 
-def test_bootstrap_interval_equals_scipys():
-    values = stripes(80, 10, noise=0.1, row=0.1)
-    found = stats.bootstrap_strength(values, resamples=4000, confidence=0.9, seed=1)
-    rows = np.arange(80)
-
-    def strength(drawn, axis):
-        return strength_of_axes(np.moveaxis(values[drawn], -1, 0), axis)
-
-    reference = scipy.stats.bootstrap(
-        (rows,), strength, n_resamples=4000, method="percentile", confidence_level=0.9, batch=200, rng=2
-    ).confidence_interval
-    width = reference.high - reference.low
-    assert found.low == pytest.approx(reference.low, abs=0.06 * width)
-    assert found.high == pytest.approx(reference.high, abs=0.06 * width)
-    narrow = stats.bootstrap_strength(values, resamples=4000, confidence=0.8, seed=1)
-    assert abs(narrow.low - reference.low) > 0.06 * width  # control: another level is told apart
+def simulated(samples, channels, strength, *, common, seed):
+    """Yield gates of this true strength; so much of the noise's variance is common to a row."""
+    rng = np.random.default_rng(seed)
+    while True:
+        mean = rng.normal(size=channels)
+        mean = (mean - mean.mean()) / mean.std(ddof=1) * math.sqrt(strength)
+        noise = math.sqrt(common) * rng.normal(size=(samples, 1)) + math.sqrt(1 - common) * rng.normal(
+            size=(samples, channels)
+        )
+        yield 0.5 + 0.1 * (mean + math.sqrt(1 - strength) * noise)
 
 
-def test_bootstrap_equals_a_slow_resampling():
-    values = stripes(9, 5, noise=0.2, row=0.1)
-    draws = np.random.default_rng(7).integers(9, size=(40, 9))
-    expected = np.quantile([slow_strength(values[draw])[0] for draw in draws], [0.05, 0.95])
-    found = stats.bootstrap_strength(values, resamples=40, confidence=0.9, seed=7)
-    assert (found.low, found.high) == pytest.approx(tuple(expected), rel=1e-10)
+@pytest.mark.parametrize("common", [0.0, 0.5, 0.95])
+def test_the_estimate_is_unbiased_where_rows_shift_as_a_whole(common):
+    gates = list(itertools.islice(simulated(20, 64, 0.3, common=common, seed=1), 200))
+    estimates = [stats.stripe_strength(gate).between / 0.01 for gate in gates]
+    error = np.std(estimates) / math.sqrt(len(estimates))
+    assert np.mean(estimates) == pytest.approx(0.3, abs=4 * error + 0.002)
+    plain = np.mean([max(gate.mean(0).var(ddof=1) - gate.var(0, ddof=1).mean() / 20, 0) / 0.01 for gate in gates])
+    assert (plain < 0.3 - 0.01) == (common > 0)  # control: W / N is too much, unless rows do not shift
 
 
-def test_bootstrap_is_seeded_and_independent_of_blocks(monkeypatch):
-    values = stripes(50, 6, dtype=np.float32)
-    found = stats.bootstrap_strength(values, resamples=64, seed=3)
-    assert found == stats.bootstrap_strength(values, resamples=64, seed=3)
-    assert found != stats.bootstrap_strength(values, resamples=64, seed=4)
-    monkeypatch.setattr(arithmetic, "COUNT_VALUES", 400)
-    monkeypatch.setattr(arithmetic, "BLOCK_VALUES", 100)
-    blocked = stats.bootstrap_strength(values, resamples=64, seed=3)
-    assert (blocked.low, blocked.high) == pytest.approx((found.low, found.high), rel=1e-10)
+@pytest.mark.parametrize(
+    ("samples", "channels", "strength", "common"),
+    [(20, 64, 0.3, 0.0), (20, 64, 0.9, 0.0), (100, 256, 0.1, 0.0), (100, 256, 0.5, 0.0), (60, 32, 0.5, 0.5)],
+)
+def test_the_interval_holds_the_true_strength_and_its_estimate(samples, channels, strength, common):
+    held = narrow = 0
+    for gate in itertools.islice(simulated(samples, channels, strength, common=common, seed=2), 150):
+        moments = Moments.of(gate)
+        estimate, interval = stats.stripe_strength(moments).strength, stats.strength_interval(moments)
+        half = stats.strength_interval(moments, confidence=0.5)
+        assert interval.low <= half.low <= estimate <= half.high <= interval.high
+        held += interval.low <= strength <= interval.high
+        narrow += half.low <= strength <= half.high
+    assert 0.88 <= held / 150 <= 1.0
+    assert 0.3 < narrow / 150 < 0.7  # control: half is held half the time
 
 
-@pytest.mark.parametrize(("resamples", "confidence"), [(0, 0.95), (10, 0.0), (10, 1.0), (10, 95)])
-def test_bootstrap_refuses_what_makes_no_interval(resamples, confidence):
-    with pytest.raises(ValueError, match="expected resamples >= 1 and 0 < confidence < 1"):
-        stats.bootstrap_strength(stripes(), resamples=resamples, confidence=confidence)
+def test_the_jackknife_of_a_mean_is_the_interval_of_students_t():
+    """Of single normal samples the jackknife is the textbook's interval, but for what is estimated of their shape."""
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=400)
+    values = np.concatenate([values, -values])  # no skewness
+    without = (values.sum() - values) / (len(values) - 1)
+    low, high = jackknife(np.ones(len(values), np.int64), values.mean(), without, 0.9)
+    expected = scipy.stats.t.interval(0.9, len(values) - 1, values.mean(), scipy.stats.sem(values))
+    assert (low, high) == pytest.approx(expected, rel=0.01)
+    skewed = rng.exponential(size=60)
+    without = (skewed.sum() - skewed) / 59
+    low, high = jackknife(np.ones(60, np.int64), skewed.mean(), without, 0.9)
+    assert high - skewed.mean() > 1.2 * (skewed.mean() - low)  # a long tail to the right is reached for
+
+
+def test_the_interval_of_blocks_of_unequal_sizes_holds_the_mean():
+    rng, held = np.random.default_rng(5), 0
+    sizes = rng.integers(1, 9, 25)
+    for _ in range(400):
+        sums = rng.normal(size=25) * np.sqrt(sizes)
+        without = (sums.sum() - sums) / (sizes.sum() - sizes)
+        low, high = jackknife(sizes, sums.sum() / sizes.sum(), without, 0.95)
+        held += low <= 0 <= high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.broadcast_to([0.1, 0.5, 0.7], (9, 3)), (1.0, 1.0)),
+        (stripes(2, 5), (math.nan, math.nan)),
+        (stripes(9, 1), (math.nan, math.nan)),
+        (np.where(np.arange(40)[:, None] == 3, 0.9, np.broadcast_to([0.1, 0.5], (40, 2))), (0.0, 1.0)),
+    ],
+    ids=["constant", "two samples", "one channel", "one sample that differs"],
+)
+def test_intervals_where_there_is_little_to_go_by(values, expected):
+    interval = stats.strength_interval(values)
+    assert (interval.low, interval.high) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95])
+def test_a_confidence_that_is_none_is_refused(confidence):
+    with pytest.raises(ValueError, match="expected a number between 0 and 1"):
+        stats.strength_interval(stripes(), confidence=confidence)
+
+
+def test_the_coefficient_of_variation_is_what_is_not_constant_whatever_the_contrast():
+    flat, wide = (0.5 + spread * np.linspace(-1, 1, 40) for spread in (0.01, 0.4))
+    noise = 0.05 * np.random.default_rng(0).normal(size=(400, 40))
+    found = [stats.coefficient_of_variation(mean + noise) for mean in (flat, wide)]
+    expected = [0.05 / math.sqrt(np.mean(mean**2)) for mean in (flat, wide)]
+    assert found == pytest.approx(expected, rel=0.02)
+    strengths = [stats.stripe_strength(mean + noise).strength for mean in (flat, wide)]
+    assert strengths[0] < 0.1  # the same constancy, another contrast
+    assert strengths[1] > 0.9
 
 
 @pytest.mark.parametrize("shape", [(40, 7), (7, 40), (20, 20)])
@@ -428,6 +605,15 @@ def test_one_sample_a_class_leaves_no_error_to_correct_with():
     assert math.isnan(share.omega_squared)
 
 
+def test_labels_come_with_an_array_and_not_with_moments():
+    values, labels = stripes(30, 4), np.arange(30) % 3
+    moments = Moments.of(values, labels=labels)
+    assert stats.label_share(moments) == stats.label_share(values, labels)
+    for arguments in ((values,), (moments, labels)):
+        with pytest.raises(ValueError, match="the label of every sample, or moments"):
+            stats.label_share(*arguments)
+
+
 def test_labels_of_other_samples_are_refused():
     with pytest.raises(ValueError, match=r"shape \(59,\); expected \(60,\)"):
         stats.label_share(stripes(), np.zeros(59, int))
@@ -442,7 +628,7 @@ def test_drift_is_the_mean_change_of_the_observed_stripe():
     expected = slow_mean([abs(slow_mean(b) - slow_mean(a)) for a, b in columns])
     assert stats.drift(Moments.of(before), Moments.of(after)) == pytest.approx(expected, rel=1e-12)
     after[3, 0] = np.nan
-    others = stats.drift(Moments.of(before[:, 1:]), Moments.of(after[:, 1:]))
+    others = stats.drift(Moments.of(before), Moments.of(np.delete(after, 3, axis=0)))
     assert stats.drift(Moments.of(before), Moments.of(after)) == others
     after[:] = np.nan
     assert math.isnan(stats.drift(Moments.of(before), Moments.of(after)))
@@ -485,7 +671,7 @@ def run():
 
 
 def test_the_table_equals_slow_references(run):
-    table = stats.summarize(run, bootstrap=50)
+    table = stats.summarize(run, rank=True)
     assert list(zip(table.epoch, table.gate, strict=True)) == [
         (epoch, gate.name) for epoch in run.epochs for gate in run.gates
     ]
@@ -500,8 +686,10 @@ def test_the_table_equals_slow_references(run):
         assert row.std == pytest.approx(slow_mean([math.sqrt(slow_variance(c)) for c in columns]), rel=1e-10)
         label = slow_label_share(values, run.labels(row.epoch))
         assert (row.label_share, row.label_omega) == pytest.approx(label, rel=1e-9)
-        interval = stats.bootstrap_strength(values, resamples=50)
+        interval = stats.strength_interval(values)
         assert (row.strength_low, row.strength_high) == (interval.low, interval.high)
+        energy = slow_mean([slow_mean(column) ** 2 for column in columns])
+        assert row.cv == pytest.approx(math.sqrt(slow_strength(values)[2] / energy), rel=1e-10)
         assert row.strength_low < row.strength < row.strength_high
         assert row.rank == stats.effective_rank(values)
         assert row.flags == ""
@@ -515,36 +703,110 @@ def test_the_table_equals_slow_references(run):
 
 
 def test_the_table_gives_settled_epochs(run):
-    table = stats.summarize(run, bootstrap=0)
+    table = stats.summarize(run)
     rows = table[table["gate"] == "layer2.se"]
     assert stats.settled_epoch(rows["epoch"], rows["drift"], rows["drift"].max() * 1.01) == 1
     assert stats.settled_epoch(rows["epoch"], rows["drift"], rows["drift"].iloc[-1]) is None
 
 
-def test_the_table_can_be_narrowed_and_do_without_the_interval(run):
-    table = stats.summarize(run, epochs=[1, 5], gates=["layer2.se"], bootstrap=0)
+def test_the_table_can_be_narrowed_and_takes_the_rank_on_request(run):
+    table = stats.summarize(run, epochs=[1, 5], gates=["layer2.se"])
     assert table.epoch.tolist() == [1, 5]
     assert table.gate.unique().tolist() == ["layer2.se"]
-    assert table[["strength_low", "strength_high"]].isna().all(axis=None)
+    assert table["rank"].isna().all()
     a, b = (Moments.of(run.attention("layer2.se", epoch)) for epoch in (1, 5))
     assert table.drift[1] == stats.drift(a, b)
 
 
 def test_the_table_names_gates_with_non_finite_values(run):
-    clean = stats.summarize(run, bootstrap=20)
+    clean = stats.summarize(run, rank=True)
     run.records[2]["layer1.se"][5, 3] = np.nan
     run.records[2]["layer2.se"][:] = np.inf
-    table = stats.summarize(run, bootstrap=20)
+    table = stats.summarize(run, rank=True)
     assert table["flags"].tolist() == ["", "", "nonfinite", "nonfinite", "", ""]
+    assert table["left_out"].tolist() == [0, 0, 1, 40, 0, 0]
     untouched = [column for column in table.columns if column != "drift"]
     pd.testing.assert_frame_equal(table.loc[[0, 1, 4, 5], untouched], clean.loc[[0, 1, 4, 5], untouched])
-    others = MemoryRun({2: {"layer1.se": np.delete(run.attention("layer1.se", 2), 3, axis=1)}}, run.labels(2))
-    expected = stats.summarize(others, bootstrap=20)
-    same = [column for column in untouched if column not in ("channels", "flags")]
-    pd.testing.assert_frame_equal(table.loc[[2], same].reset_index(drop=True), expected[same], rtol=1e-10)
-    assert (table.channels[2], expected.channels[0]) == (6, 5)
+    values = np.delete(run.attention("layer1.se", 2), 5, axis=0)
+    assert (table.samples[2], table.channels[2]) == values.shape
+    assert table.strength[2] == pytest.approx(slow_strength(values)[0], rel=1e-10)
+    assert table["rank"][2] == stats.effective_rank(values)
     assert table.drift[2] > 0
     assert table.loc[3, "strength":"rank"].isna().all()
+
+
+def test_the_labels_share_of_many_classes_takes_the_rows(run):
+    expected = stats.summarize(run)
+
+    def without_classes(epochs, gates):
+        return {key: dataclasses.replace(each, classes=None) for key, each in moments(epochs, gates).items()}
+
+    moments, run.moments = run.moments, without_classes
+    pd.testing.assert_frame_equal(stats.summarize(run), expected)
+    run.has_samples = False
+    assert stats.summarize(run)["label_share"].isna().all()
+
+
+# ---- from one epoch to another ---------------------------------------------------------------------------
+
+
+def images_twice(samples, shrink, *, seed, spread=0.1):
+    """Attention of the same images early and late: what an image does stays, and shrinks."""
+    rng = np.random.default_rng(seed)
+    effect, own = rng.uniform(0.3, 0.7, 16), spread * rng.normal(size=(samples, 1)) * rng.normal(size=16)
+    early, late = (effect + scale * own + 0.01 * rng.normal(size=(samples, 16)) for scale in (1.0, shrink))
+    return early, late
+
+
+@pytest.mark.parametrize(
+    ("shrink", "direction"), [(0.7, "falls"), (1.3, "rises"), (1.0, "unsettled")], ids=["less", "more", "as much"]
+)
+def test_whether_attention_varies_less_is_told_by_an_interval(shrink, direction):
+    early, late = images_twice(300, shrink, seed=0)
+    for measure in ("cv", "within"):
+        found = stats.change_between(Moments.of(early), Moments.of(late), measure)
+        assert found.direction == direction
+        assert found.change == pytest.approx(found.after / found.before, rel=1e-12)
+        own = early.var(axis=0, ddof=1).mean() - 1e-4  # without the noise, which does not shrink
+        true = (shrink**2 * own + 1e-4) / (own + 1e-4)
+        assert found.low < (true if measure == "within" else math.sqrt(true)) < found.high
+    opposite = {"falls": "rises", "rises": "falls"}.get(direction, direction)
+    strength = stats.change_between(Moments.of(early), Moments.of(late), "strength")
+    assert strength.direction == opposite
+    assert strength.change == pytest.approx(strength.after - strength.before)
+
+
+def test_the_interval_of_a_change_holds_the_truth_and_pairing_narrows_it():
+    held = 0
+    for seed in range(120):
+        early, late = images_twice(100, 0.9, seed=seed)
+        found = stats.change_between(Moments.of(early), Moments.of(late), "within")
+        held += found.low <= (0.81 * 0.01 + 1e-4) / (0.01 + 1e-4) <= found.high
+    # the channels' own weights vary between draws, and enter early and late alike
+    assert held / 120 >= 0.88
+    early, late = (Moments.of(each) for each in images_twice(300, 0.9, seed=0))
+    others = Moments.of(images_twice(300, 0.9, seed=0)[1], sample_ids=np.arange(300) + 1000)
+    paired, apart = (stats.change_between(early, each, "cv") for each in (late, others))
+    assert apart.high - apart.low > 3 * (paired.high - paired.low)
+    assert apart.change == pytest.approx(paired.change, rel=1e-12)
+
+
+def test_changes_of_a_run_are_a_row_for_each_gate_and_measure(run):
+    table = stats.changes(run)
+    assert list(table["gate"]) == [gate.name for gate in run.gates for _ in stats.MEASURES]
+    assert set(table["epoch_before"]) == {1}
+    assert set(table["epoch_after"]) == {5}
+    assert set(table.loc[table["measure"] == "cv", "direction"]) == {"falls"}  # the noise is 0.2 / epoch
+    assert set(table.loc[table["measure"] == "strength", "direction"]) == {"rises"}
+    summary = stats.summarize(run).set_index(["epoch", "gate"])
+    for row in table.itertuples():
+        assert row.before == summary.loc[(1, row.gate), row.measure]
+    same = stats.changes(run, epochs=(5, 5))
+    assert set(same["direction"]) == {"unsettled"}
+    with pytest.raises(ValueError, match="needs two epochs; the run has 1"):
+        stats.changes(MemoryRun({3: {"a": stripes()}}))
+    with pytest.raises(ValueError, match="no measure 'std'"):
+        stats.change_between(Moments.of(stripes()), Moments.of(stripes()), "std")
 
 
 def test_an_empty_run_is_refused():
@@ -646,11 +908,11 @@ def test_match_of_constants_claims_nothing():
     assert dead.inside == 0
 
 
-def test_match_leaves_non_finite_channels_out():
+def test_match_leaves_out_what_is_not_finite():
     values = stripes(30, 8)
     learned = values.mean(axis=0) + 0.01
-    expected = stats.match(learned[1:], values[:, 1:], permutations=99)
-    values[4, 0] = np.nan
+    expected = stats.match(learned[1:], np.delete(values[:, 1:], 4, axis=0), permutations=99)
+    values[4, 3], values[:, 0] = np.nan, np.nan
     assert stats.match(learned, values, permutations=99) == expected
     nothing = stats.match(learned, np.full((30, 8), np.nan), permutations=99)
     assert np.isnan([nothing.r, nothing.r2, nothing.rmse, nothing.mean_abs_z, nothing.inside, nothing.p]).all()

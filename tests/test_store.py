@@ -225,7 +225,7 @@ def test_a_gate_stands_wherever_its_name_is_expected(tmp_path):
     assert run.to_pandas(first, 1).equals(run.to_pandas(first.name, 1))
     assert next(run.batches(1, [second])).keys() == {second.name}
     assert run.moments([1], [second]).keys() == {(1, second.name)}
-    assert set(summarize(run, gates=[second], bootstrap=0)["gate"]) == {second.name}
+    assert set(summarize(run, gates=[second])["gate"]) == {second.name}
     with refused(ValueError, "no gate 'other'", "layer1.0.se, layer2.0.se"):
         run.attention(Gate("other", 4), 1)
 
@@ -243,10 +243,10 @@ def as_version_1(manifest):
 
 def test_a_run_of_the_first_version_opens_and_gives_the_same_table(tmp_path):
     path = record(tmp_path, 1, 2)
-    now = summarize(open_run(path), bootstrap=0)
+    now = summarize(open_run(path))
     edit(path, as_version_1)
     old = open_run(path)
-    pd.testing.assert_frame_equal(summarize(old, bootstrap=0), now)
+    pd.testing.assert_frame_equal(summarize(old), now)
     assert old.gates[0] == Gate("layer1.0.se", 4, site="layer1.0.se", attention=Tap("layer1.0.se.gate", 0, "output", 0))
     assert [gate.source for gate in old.gates] == ["layer1.0.se.gate", "layer2.0.se.gate"]
     assert check_run(path).whole

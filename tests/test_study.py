@@ -387,7 +387,7 @@ def test_trends_rise_and_fall_only_where_the_intervals_are_apart():
 def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys):
     run_forms(tmp_path, "--forms", "attention")
     words = ["growth", str(tmp_path / "runs/resnet20-attention-senet-1"), "--dataset", "digits", "--samples", "20"]
-    words += ["--bootstrap", "20", "--out", str(tmp_path / "study/a"), "--runs", str(tmp_path / "runs")]
+    words += ["--out", str(tmp_path / "study/a"), "--runs", str(tmp_path / "runs")]
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "study/a/inputs.csv")
     assert list(table["input"].unique()) == ["test", "train", "blur", "noise", "digits"]

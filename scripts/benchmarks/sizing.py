@@ -79,8 +79,7 @@ def _stored(gates: list[stripe.Gate], samples: int) -> list[Found]:
         recorded = stripe.open_run(Path(folder, "samples"))
         works: dict[str, Callable[[], object]] = {
             "stats": lambda: summarize(recorded),
-            "stats --bootstrap 0": lambda: summarize(recorded, bootstrap=0),
-            "stats --moments-only": recorded.moments,
+            "stats --rank": lambda: summarize(recorded, rank=True),
         }
         for name, work in works.items():
             found.append((name, _processor_time(work) / samples, None))

@@ -1,10 +1,13 @@
-"""Time moments, strength and drift of a run beside reads, DuckDB, Polars and pandas; or one gate's bootstrap.
+"""Time the table of a run's statistics, with and without the rank, beside reads, DuckDB, Polars and pandas.
 
-The bare read checks nothing; the other one, like stripe's, the checksum of every page.
+The table comes from the moments that a recording keeps beside its rows. "stripe, rows" measures the rows anew, as of
+a run without them, which is what the peers do. The bare read checks nothing; the other one, like stripe's, the
+checksum of every page.
 """
 
 import argparse
-import math
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,29 +35,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="of every epoch")
     add_run(parser, gates=54)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all cases")
-    parser.add_argument("--bootstrap", type=int, metavar="N", help="instead: N resamples of one gate, beside SciPy's")
-    parser.add_argument("--channels", type=int, default=256, metavar="N", help="of the gate of --bootstrap")
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Take every statistic from the same files, or the same interval from the same values."""
-    if arguments.bootstrap:
-        return _compare_bootstraps(arguments)
+    """Take every statistic from the same files."""
     channels = gate_channels(arguments.gates)
     with tempfile.TemporaryDirectory() as folder:
-        files = write_run(Path(folder), arguments.epochs, arguments.samples, channels)
+        kept, rows_alone = Path(folder, "kept"), Path(folder, "rows")
+        files = write_run(kept, arguments.epochs, arguments.samples, channels)
+        shutil.copytree(kept, rows_alone, ignore=shutil.ignore_patterns(".moments"), copy_function=os.link)
         columns = [f"attention:gate{number}" for number in range(len(channels))]
         cases: dict[str, Prepare] = {"read": partial(_prepare, _read, files, columns, False)}
         cases["checked read"] = partial(_prepare, _read, files, columns, True)
-        cases["stripe"] = partial(_prepare, _stripe, folder, arguments.epochs)
+        cases["stripe"] = partial(_prepare, _summarize, kept, False)
+        cases["stripe, rank"] = partial(_prepare, _summarize, kept, True)
+        cases["stripe, rows"] = partial(_prepare, _stripe, rows_alone)
         cases |= {
             name: partial(_prepare, peer, files, columns) for name, peer in PEERS.items() if find_spec(name) is not None
         }
         timings = measure(cases, arguments.rounds)
+        means, variances = _stripe(kept)
     rows = report(timings, "read")
-    means, variances = timings["stripe"].returned
     error = 0.0
-    for name in PEERS.keys() & timings.keys():
+    for name in ["stripe, rows", *(PEERS.keys() & timings.keys())]:
         other_means, other_variances = timings[name].returned
         spread = np.sqrt(variances)
         error = max(error, float(np.abs((other_means - means) / spread).max()))
@@ -71,15 +74,14 @@ def _read(files: Sequence[str], columns: Sequence[str], checked: bool) -> None:
         pq.read_table(file, columns=columns, page_checksum_verification=checked)
 
 
-def _stripe(path: str, epochs: int) -> Found:
-    moments = open_run(path).moments()
-    for (epoch, gate), now in moments.items():
-        stats.stripe_strength(now)
-        if epoch:
-            stats.drift(moments[epoch - 1, gate], now)
-    return np.stack(
-        [np.concatenate([getattr(each, name) for each in moments.values()]) for name in ("mean", "variance")]
-    )
+def _summarize(path: Path, rank: bool) -> None:
+    stats.summarize(open_run(path), rank=rank)
+
+
+def _stripe(path: Path) -> Found:
+    """Return the means and variances that a run's moments hold: kept, or measured where they are not."""
+    moments = open_run(path).moments().values()
+    return np.stack([np.concatenate([getattr(each, name) for each in moments]) for name in ("mean", "variance")])
 
 
 def _pandas(files: Sequence[str], columns: Sequence[str]) -> Found:
@@ -118,50 +120,3 @@ def _duckdb(files: Sequence[str], columns: Sequence[str]) -> Found:
 
 
 PEERS = {"duckdb": _duckdb, "polars": _polars, "pandas": _pandas}
-
-
-# ---- bootstrap ---------------------------------------------------------------------------------------------
-
-
-def _compare_bootstraps(arguments: argparse.Namespace) -> Result:
-    rng = np.random.default_rng(0)
-    stripe = 0.2 + 0.6 * rng.random(arguments.channels)
-    values = (stripe + 0.3 * rng.standard_normal((arguments.samples, arguments.channels))).astype(np.float32)
-    cases = {
-        "scipy": partial(_prepare, _scipy_bootstrap, values, arguments.bootstrap),
-        "stripe": partial(_prepare, _stripe_bootstrap, values, arguments.bootstrap),
-    }
-    timings = measure(cases, arguments.rounds)
-    rows = report(timings, "scipy")
-    intervals = np.array([timing.returned for timing in timings.values()])
-    error = float(np.abs(intervals[0] - intervals[1]).max() / np.diff(intervals[0])[0])
-    print(f"intervals: {', '.join(f'{low:.6f} to {high:.6f}' for low, high in intervals)}")
-    return Result(rows, not check("difference of their ends, in widths", error, _monte_carlo(arguments.bootstrap)))
-
-
-def _monte_carlo(resamples: int) -> float:
-    """Return five standard errors of the difference of two 2.5 % quantiles of normal resamples, in interval widths."""
-    density, width = math.exp(-(1.96**2) / 2) / math.sqrt(2 * math.pi), 2 * 1.96
-    return 5 * math.sqrt(2 * 0.025 * 0.975 / resamples) / density / width
-
-
-def _stripe_bootstrap(values: NDArray[np.float32], resamples: int) -> tuple[float, float]:
-    interval = stats.bootstrap_strength(values, resamples=resamples)
-    return interval.low, interval.high
-
-
-def _scipy_bootstrap(values: NDArray[np.float32], resamples: int) -> tuple[float, float]:
-    from scipy.stats import bootstrap
-
-    def strength(rows: NDArray[np.int64]) -> float:
-        drawn = values[rows]
-        within = drawn.var(axis=0, ddof=1).mean()
-        between = max(drawn.mean(axis=0).var(ddof=1) - within / len(drawn), 0.0)
-        return float(between / (between + within))
-
-    rows = (np.arange(len(values)),)
-    rng = np.random.default_rng(1)  # other draws than stripe's
-    found = bootstrap(
-        rows, strength, n_resamples=resamples, vectorized=False, method="percentile", random_state=rng
-    ).confidence_interval
-    return float(found.low), float(found.high)

@@ -52,7 +52,7 @@ def folded(variants: pd.DataFrame) -> pd.DataFrame:
 
 def example() -> pd.DataFrame:
     """Return strength in the example run, measured anew from its Parquet files, a column for each epoch."""
-    table = summarize(stripe.load_example(EXAMPLE), bootstrap=0)
+    table = summarize(stripe.load_example(EXAMPLE))
     strength = table.pivot(index="gate", columns="epoch", values="strength")
     columns = {"gate": "gate"} | {f"epoch {epoch}": f"{epoch}:.2f" for epoch in strength}
     return headed(strength.rename(columns=str).reset_index(), columns)

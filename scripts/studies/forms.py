@@ -146,7 +146,7 @@ def train_case(
     )
     if not gated:
         return row, []
-    table = summarize(stripe.open_run(directory), bootstrap=0)[STRIPES]
+    table = summarize(stripe.open_run(directory))[STRIPES]
     return row, [{str(name): value for name, value in found.items()} for found in table.to_dict("records")]
 
 

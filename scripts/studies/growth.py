@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", metavar="PATH", help="its network (default: RUN/checkpoints/last.pt)")
     parser.add_argument("--samples", type=int, default=1_000, metavar="N", help="images of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--bootstrap", type=int, default=1_000, metavar="N", help="resamples of the intervals")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where runs go")
 
 
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     observed, out = stripe.open_run(arguments.run), arguments.out
     if len(observed.epochs) < 2:
         raise ValueError(f"run '{arguments.run}' holds epochs {observed.epochs}: growth takes two or more")
-    write(summarize(observed, bootstrap=arguments.bootstrap)[EPOCHS].round(2 * DECIMALS), out / "epochs.csv")
+    write(summarize(observed)[EPOCHS].round(2 * DECIMALS), out / "epochs.csv")
     checkpoint = read_checkpoint(arguments.ckpt or Path(arguments.run, "checkpoints", "last.pt"))
     data = {key: checkpoint.description.get("data", {}).get(key) for key in ("size", "mean", "std")}
     images = inputs(arguments, {key: value for key, value in data.items() if value is not None})
@@ -122,7 +121,7 @@ def measure(model: nn.Module, images: dict[str, ImageSet], arguments: argparse.N
     tables, reference = [], None
     for kind, part in images.items():
         observed = record(model, part, arguments.runs / f"{Path(arguments.run).resolve().name}-{kind}")
-        table = summarize(observed, bootstrap=arguments.bootstrap).set_index("gate")
+        table = summarize(observed).set_index("gate")
         moments = {gate: found for (_, gate), found in observed.moments().items()}
         reference = reference or moments
         shift = pd.Series({gate: drift(reference[gate], found) for gate, found in moments.items()})

@@ -202,4 +202,4 @@ class Observer:
         if rows:
             write(pd.DataFrame(rows), out / f"{name}-epochs.csv")
         if rows and self._gates:
-            write(summarize(stripe.open_run(self.directory / "all"), bootstrap=0), out / f"{name}-stripes.csv")
+            write(summarize(stripe.open_run(self.directory / "all")), out / f"{name}-stripes.csv")

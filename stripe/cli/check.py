@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="take damaged epochs out of the run, rebuild an unreadable run.json, clear what is unfinished; "
-        "files are moved to RUN/.damaged, none that was recorded is deleted",
+        help="take damaged epochs out of the run, rebuild an unreadable run.json and missing or damaged moments, clear "
+        "what is unfinished; files are moved to RUN/.damaged, none that was recorded is deleted",
     )
     options.add_json(parser)
 
@@ -40,10 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"epoch {number}: its recording is under way or was interrupted; it is not part of the run")
     for name in found.unnamed:
         print(f"{name}: belongs to no finished epoch")
-    if arguments.repair and not (found.whole and not found.interrupted and not found.unnamed):
+    moments = any(epoch.moments != "whole" for epoch in found.epochs)
+    if arguments.repair and not (found.whole and not found.interrupted and not found.unnamed and not moments):
         before, found = len(found.epochs), repair_run(arguments.run_path)
         print(f"repaired: {len(found.epochs)} of {before} epochs are left; what was damaged is in .damaged")
-    damaged = sum(epoch.problem is not None for epoch in found.epochs)
+    damaged = sum(not epoch.whole for epoch in found.epochs)
     print(f"{found.path}: {len(found.epochs) - damaged} epochs whole, {damaged} damaged")
     options.write_json(arguments.json, asdict(found) | {"whole": found.whole})
     return 0 if found.whole else 1
@@ -51,4 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _line(epoch: EpochCheck) -> str:
     size = f"{epoch.parts} parts, {epoch.rows} rows, {epoch.bytes / 1e6:.1f} MB"
-    return f"epoch {epoch.epoch}: {epoch.problem or f'whole, {size}'}"
+    if epoch.problem:
+        return f"epoch {epoch.epoch}: {epoch.problem}"
+    if epoch.moments == "none":
+        return f"epoch {epoch.epoch}: whole, {size}, no moments beside its rows: --repair measures them"
+    return f"epoch {epoch.epoch}: {f'whole, {size}' if epoch.whole else f'rows whole; {epoch.moments}'}"

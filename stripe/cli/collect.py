@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--out", metavar="RUN", help="directory of the run, or s3://BUCKET/RUN")
     files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
     files.add_argument("--dtype", default="float32", help="float32, or float16 at half the size")
-    files.add_argument("--moments-only", action="store_true", help="no row per sample: count, mean, M2, min, max alone")
+    files.add_argument(
+        "--moments-only", action="store_true", help="no row per sample: what all statistics but the rank need"
+    )
     files.add_argument("--by-label", action="store_true", help="with --moments-only: the mean of every class as well")
     held = files.add_mutually_exclusive_group()
     held.add_argument("--overwrite", action="store_true", help="replace epochs that the run holds already")

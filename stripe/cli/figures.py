@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epoch", type=int, metavar="E", help="epoch of the stripe figure (default: the last)")
     parser.add_argument("--gates", nargs="+", metavar="G", help="gates to draw (default: 6 from first to last)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"], help="file formats")
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
             curves = plots.training_curves({name.parent.name: figures.read_log(path)})
             files = figures.save(curves, out / "training", arguments.format)
         else:
-            choices = {"gates": arguments.gates, "epoch": arguments.epoch, "bootstrap": arguments.bootstrap}
+            choices = {"gates": arguments.gates, "epoch": arguments.epoch}
             files = figures.draw(path, out, formats=arguments.format, **choices)
         print(*files, sep="\n")
     return 0

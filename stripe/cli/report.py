@@ -18,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=Path, metavar="FILE", help=f"{name}.json of {made_by} (default: the run's own, if any)"
         )
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -39,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         validation=report.read_beside(run, "validation.json", arguments.validation),
         fold=report.read_beside(run, "fold.json", arguments.fold),
-        bootstrap=arguments.bootstrap,
         tolerance=arguments.tolerance,
         command=f"stripe report {report.address(arguments.run_path)} --out {arguments.out}",
         progress=options.progress("epochs"),

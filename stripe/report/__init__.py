@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stripe import plots, stats
+from stripe import plots
 from stripe.files import write_text
 from stripe.messages import Progress
 from stripe.recipe import SETTLED_DRIFT
@@ -46,7 +46,6 @@ def render(
     *,
     validation: dict[str, Any] | None = None,
     fold: dict[str, Any] | None = None,
-    bootstrap: int = stats.RESAMPLES,
     tolerance: float = SETTLED_DRIFT,
     command: str = "",
     progress: Progress = iter,
@@ -57,7 +56,6 @@ def render(
         run: of samples or of moments; these have no heatmaps.
         validation: what ``Validation.to_dict`` gave, of this run's gates.
         fold: tables (lists of plain records) and figures by name, such as fold.json's.
-        bootstrap: resamples of the strengths' intervals; 0: none.
         tolerance: a gate has settled at the first epoch after which its drift stays below.
         command: how the page is made, shown on it.
         progress: wraps the iterators over epochs.
@@ -72,7 +70,7 @@ def render(
         "epochs": shown_epochs(run),
         "tolerance": tolerance,
         "stripe_epoch": epoch,
-        "gates": describe_gates(run, learned, epoch, tolerance=tolerance, bootstrap=bootstrap, progress=progress),
+        "gates": describe_gates(run, learned, epoch, tolerance=tolerance, progress=progress),
         "colors": base64.b64encode(plots.HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
         "validation": validation and judged(validation),
         "fold": fold and document(fold),

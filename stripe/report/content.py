@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +19,7 @@ from stripe.store import Run
 MAX_EPOCHS = 400  # points of a curve
 MAX_RECORDS, MAX_COLUMNS, MAX_TEXT = 500, 40, 300  # of a table from a file, its columns, and a text
 CURVES = ("strength", "strength_low", "strength_high", "std", "drift")
-LAST = (*CURVES, "sample_share", "label_share", "rank")
+LAST = (*CURVES, "cv", "sample_share", "label_share", "rank")
 
 Plain = str | int | float | bool | None
 Learned = dict[str, list[Plain]]  # by gate, (channels,)
@@ -63,12 +62,11 @@ def describe_gates(
     stripe_epoch: int,
     *,
     tolerance: float,
-    bootstrap: int,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> list[dict[str, Any]]:
     """Return what the page knows of each gate: figures of the last epoch, curves, its stripe and learned vector."""
     gates, shown = [], spread(len(run.epochs), MAX_EPOCHS)
-    tables = _tables(run, bootstrap, progress)
+    tables = _tables(run, progress)
     stripes = run.moments([stripe_epoch])
     for gate in run.gates:
         table, stripe = tables[gate.name], stripes[stripe_epoch, gate.name]
@@ -89,11 +87,14 @@ def describe_gates(
     return gates
 
 
-def _tables(run: Run, bootstrap: int, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, pd.DataFrame]:
+def _tables(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, pd.DataFrame]:
     """Return each gate's rows of summarize."""
-    names = [gate.name for gate in run.gates]
-    one = partial(stats.measure, run, gates=names, bootstrap=bootstrap)
-    rows = stats.tabulate(measured for epoch in progress(run.epochs) for measured in one(epoch))
+    last = run.epochs[-1:]  # whose ranks are told
+    rows = stats.tabulate(
+        measured
+        for epoch in progress(run.epochs)
+        for measured in stats.measure(run, epoch, run.gates, rank=[epoch] == last)
+    )
     return {str(name): its for name, its in rows.groupby("gate")}
 
 

@@ -99,6 +99,7 @@ function overview() {
   byId("overview").textContent =
     `${data.gates.length} gates at epoch ${last}, the last of ${data.epochs.length} shown. ` +
     "Strength: the share of variance that the channel alone explains, 1 for perfect stripes, with its interval. " +
+    "CV: how far the gate is from constant, the standard deviation over images by the size of the stripe. " +
     "Std: over images, mean over channels. " +
     `Settled: the first epoch after which drift stays below ${data.tolerance}.`;
   const columns = [
@@ -107,6 +108,7 @@ function overview() {
     "channels",
     "strength",
     "interval",
+    "CV",
     "std",
     "drift",
     "settled",
@@ -116,13 +118,14 @@ function overview() {
     "flags",
   ];
   const rows = data.gates.map((gate, index) => {
-    const { strength, strength_low, strength_high, std, drift, label_share, sample_share, rank } = gate.last;
+    const { strength, strength_low, strength_high, cv, std, drift, label_share, sample_share, rank } = gate.last;
     return [
       index + 1,
       gate.name,
       gate.channels,
       strength,
       strength_low === null ? null : strength_high - strength_low,
+      cv,
       std,
       drift,
       gate.settled,

@@ -1,12 +1,18 @@
 """Statistics over samples: arrays of shape (samples, channels) in, frozen dataclasses or one DataFrame out.
 
-Law: NumPy and pandas alone; nothing here knows a path or a network; moments of parts merge into those of the
-whole. Non-finite values are never repaired: they are counted, make the moments of their own channel NaN and raise
-the "nonfinite" flag, and the statistics of the gate are then those of its other channels.
+Law: NumPy, SciPy and pandas alone; nothing here knows a path or a network; moments of parts merge into those of the
+whole. What takes attention takes an array or its moments alike. Non-finite values are never repaired: a sample that
+has one is counted and left out of its gate's statistics, and the gate is flagged "nonfinite"; only a channel without
+any finite value is left out instead of its samples.
 """
 
 from stripe.stats.arithmetic import SEED, Array, Counts, Labels
+from stripe.stats.changes import MEASURES, Change, change_between, changes
 from stripe.stats.epochs import SUMMARY, Measured, drift, measure, settled_epoch, summarize, tabulate
+from stripe.stats.flags import DEAD_RANGE, SATURATED_SHARE, flags
+from stripe.stats.groups import BLOCKS, Groups
+from stripe.stats.intervals import CONFIDENCE, Interval, strength_interval
+from stripe.stats.labels import LabelShare, label_share
 from stripe.stats.matching import (
     OBSERVED_RANGE,
     PERMUTATIONS,
@@ -18,28 +24,26 @@ from stripe.stats.matching import (
     swap_test,
     wasserstein,
 )
-from stripe.stats.moments import DEAD_RANGE, NEAR_BOUND, SATURATED_SHARE, Moments, flags, moments
-from stripe.stats.runs import Batch, ClassMeans, NamedGate, RecordedRun
+from stripe.stats.measuring import NEAR_BOUND
+from stripe.stats.moments import CLASSES, GateMoments, Moments
+from stripe.stats.runs import NamedGate, RecordedRun
 from stripe.stats.strength import (
-    CONFIDENCE,
-    RESAMPLES,
-    Interval,
-    LabelShare,
+    IntraclassCorrelations,
     Shares,
     Strength,
-    bootstrap_strength,
+    coefficient_of_variation,
     effective_rank,
-    label_share,
-    label_share_of_means,
+    intraclass_correlations,
     stripe_strength,
     two_way_shares,
 )
 
 __all__ = [
-    "CONFIDENCE", "DEAD_RANGE", "NEAR_BOUND", "OBSERVED_RANGE", "PERMUTATIONS",
-    "RESAMPLES", "SATURATED_SHARE", "SEED", "SUMMARY", "Array", "Batch", "ClassMeans", "Counts", "Interval",
-    "LabelShare", "Labels", "Match", "Measured", "Moments", "NamedGate", "RecordedRun", "Shares", "Strength",
-    "benjamini_hochberg", "bootstrap_strength", "drift", "effective_rank", "flags", "label_share",
-    "label_share_of_means", "match", "measure", "moments", "pearson", "permutation_test", "settled_epoch",
-    "stripe_strength", "summarize", "swap_test", "tabulate", "two_way_shares", "wasserstein",
+    "BLOCKS", "CLASSES", "CONFIDENCE", "DEAD_RANGE", "MEASURES", "NEAR_BOUND", "OBSERVED_RANGE", "PERMUTATIONS",
+    "SATURATED_SHARE", "SEED", "SUMMARY", "Array", "Change", "Counts", "GateMoments", "Groups", "Interval",
+    "IntraclassCorrelations", "LabelShare", "Labels", "Match", "Measured", "Moments", "NamedGate", "RecordedRun",
+    "Shares", "Strength", "benjamini_hochberg", "change_between", "changes", "coefficient_of_variation", "drift",
+    "effective_rank", "flags", "intraclass_correlations", "label_share", "match", "measure", "pearson",
+    "permutation_test", "settled_epoch", "strength_interval", "stripe_strength", "summarize", "swap_test", "tabulate",
+    "two_way_shares", "wasserstein",
 ]  # fmt: skip

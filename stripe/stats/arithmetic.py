@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +12,10 @@ import numpy.typing as npt
 Array = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.integer[Any]]
 Counts = npt.NDArray[np.int64]
-T = TypeVar("T")
 
 SEED = 0
 BLOCK_VALUES = 2**18  # float64 values worked on at once: fits a core's cache
-COUNT_VALUES = 2**21  # resampling counts or permuted values in a portion: 16 MB; two are held where one is read ahead
+COUNT_VALUES = 2**21  # permuted values in a portion: 16 MB
 
 
 def matrix(values: Array) -> Array:
@@ -41,15 +39,6 @@ def deviation_blocks(values: Array, centre: Array) -> Iterator[tuple[slice, Arra
         yield rows, deviations
 
 
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield items while another thread makes the next one."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next, items, None)
-        while (item := waiting.result()) is not None:
-            waiting = pool.submit(next, items, None)
-            yield item
-
-
 def portions(total: int, width: int) -> Iterator[int]:
     """Yield numbers of rows of ``width`` values that sum to ``total``, each within the memory for counts."""
     step = max(1, COUNT_VALUES // width)
@@ -64,5 +53,7 @@ def mean_of(values: npt.NDArray[Any]) -> float:
 
 def ratio(part: Any, whole: Any) -> Any:
     """Divide, with NaN wherever the whole is not above 0."""
+    if isinstance(whole, float):
+        return part / whole if whole > 0 else part * math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.greater(whole, 0), np.divide(part, whole), np.nan)

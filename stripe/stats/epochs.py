@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,24 +12,17 @@ import numpy.typing as npt
 import pandas as pd
 
 from stripe.gate import Gate, name_of
-from stripe.stats.arithmetic import SEED, Array, Labels, mean_of
-from stripe.stats.moments import Moments, flags
-from stripe.stats.runs import ClassMeans, RecordedRun
-from stripe.stats.strength import (
-    CONFIDENCE,
-    RESAMPLES,
-    Strength,
-    bootstrap_strength,
-    effective_rank,
-    label_share,
-    label_share_of_means,
-    shares_of,
-    stripe_strength,
-)
+from stripe.stats.arithmetic import mean_of
+from stripe.stats.flags import flags
+from stripe.stats.intervals import CONFIDENCE, strength_interval
+from stripe.stats.labels import label_share
+from stripe.stats.moments import Moments
+from stripe.stats.runs import NamedGate, RecordedRun
+from stripe.stats.strength import effective_rank, stripe_strength, two_way_shares
 
 SUMMARY = (
-    "epoch gate channels samples strength strength_low strength_high std between within sample_share rest_share drift"
-    " label_share label_omega rank flags"
+    "epoch gate channels samples left_out strength strength_low strength_high cv std between within sample_share"
+    " rest_share drift label_share label_omega rank flags"
 ).split()
 """Columns of `summarize`."""
 
@@ -62,64 +54,60 @@ class Measured:
     moments: Moments
     row: dict[str, Any]
 
-    @classmethod
-    def of_moments(cls, epoch: int, gate: str, moments: Moments) -> Measured:
-        """Measure what moments alone tell."""
-        return cls(epoch, gate, moments, _of_moments(moments))
-
 
 def summarize(
     run: RecordedRun,
     *,
     epochs: Sequence[int] | None = None,
     gates: Sequence[Gate | str] | None = None,
-    samples: bool = True,
-    bootstrap: int = RESAMPLES,
+    rank: bool = False,
     confidence: float = CONFIDENCE,
-    seed: int = SEED,
 ) -> pd.DataFrame:
-    """Tabulate every statistic, one row per epoch and gate, with one gate of one epoch in memory at a time.
+    """Tabulate every statistic, one row per epoch and gate, from the moments that a run keeps beside its rows.
 
-    ``std`` is the mean over channels, ``drift`` is NaN at a gate's first epoch, ``flags`` joins its names by
-    commas. ``bootstrap=0`` leaves the interval NaN; a run of moments alone leaves so whatever takes samples, and
-    so does ``samples=False``, with one batch in memory at a time. Raises ValueError when the run holds no finished
-    epoch.
+    Rows are read where a run has no moments, for the label's share where it has too many classes to keep their
+    means, and for the rank.
+
+    Args:
+        run: what `stripe.open_run` returns.
+        epochs: the finished ones by default.
+        gates: of the run, or their names; all by default.
+        rank: take the effective rank as well, which reads a gate's rows at a time; NaN without it.
+        confidence: of the strength's interval.
+
+    Returns:
+        A table with the columns SUMMARY: ``samples`` is how many were measured and ``left_out`` how many were not
+        because a value of theirs is not finite, ``std`` is the mean over channels, ``drift`` is NaN at a gate's
+        first epoch, ``flags`` joins its names by commas.
+
+    Raises:
+        ValueError: the run holds no finished epoch, or the confidence is not between 0 and 1.
+
+    Example:
+        >>> summarize(stripe.open_run("runs/probe"))[["epoch", "gate", "strength", "cv", "flags"]]
     """
+    known = {gate.name: gate for gate in run.gates}
+    chosen = list(known.values()) if gates is None else [known[name_of(gate)] for gate in gates]
     epochs = run.epochs if epochs is None else epochs
-    names = [gate.name for gate in run.gates] if gates is None else [name_of(gate) for gate in gates]
-    one = partial(measure, run, gates=names, samples=samples, bootstrap=bootstrap, confidence=confidence, seed=seed)
-    return tabulate(measured for epoch in epochs for measured in one(epoch))
+    return tabulate(
+        measured for epoch in epochs for measured in measure(run, epoch, chosen, rank=rank, confidence=confidence)
+    )
 
 
 def measure(
-    run: RecordedRun,
-    epoch: int,
-    gates: Sequence[str],
-    *,
-    samples: bool = True,
-    bootstrap: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = SEED,
+    run: RecordedRun, epoch: int, gates: Sequence[NamedGate], *, rank: bool = False, confidence: float = CONFIDENCE
 ) -> Iterator[Measured]:
     """Measure gates of one epoch one after the other; see `summarize`, which tabulates them."""
-    if not (samples and run.has_samples):
-        for (_, gate), now in run.moments([epoch], gates).items():
-            measured = Measured.of_moments(epoch, gate, now)
-            if run.has_label_means:
-                measured.row.update(_of_classes(now, run.label_means(gate, epoch)))
-            yield measured
-        return
-    labels = run.labels(epoch)
+    found = run.moments([epoch], [gate.name for gate in gates])
     for gate in gates:
-        values = run.attention(gate, epoch)
-        now = Moments.of(values)
-        if 0 < now.finite.sum() < now.finite.size:
-            values = values[:, now.finite]
-        row = _of_moments(now) | _of_samples(values, labels, stripe_strength(now))
-        if bootstrap:
-            interval = bootstrap_strength(values, resamples=bootstrap, confidence=confidence, seed=seed)
-            row |= {"strength_low": interval.low, "strength_high": interval.high}
-        yield Measured(epoch, gate, now, row)
+        moments = found[epoch, gate.name]
+        row = row_of(moments, gate.form, confidence=confidence)
+        if moments.classes is None and run.has_samples:
+            share = label_share(run.attention(gate.name, epoch), run.labels(epoch))
+            row |= {"label_share": share.eta_squared, "label_omega": share.omega_squared}
+        if rank and run.has_samples:
+            row["rank"] = _rank(run.attention(gate.name, epoch), moments)
+        yield Measured(epoch, gate.name, moments, row)
 
 
 def tabulate(measured: Iterable[Measured]) -> pd.DataFrame:
@@ -138,30 +126,35 @@ def tabulate(measured: Iterable[Measured]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=SUMMARY)
 
 
-def _of_moments(moments: Moments) -> dict[str, Any]:
-    strength = stripe_strength(moments)
+def row_of(moments: Moments, form: str = "multiplicative", *, confidence: float = CONFIDENCE) -> dict[str, Any]:
+    """Return what moments tell of a gate of this form, by the names of `summarize`'s columns."""
+    strength, interval = stripe_strength(moments), strength_interval(moments, confidence=confidence)
+    shares, classes = two_way_shares(moments), label_share(moments)
     return {
         "channels": moments.mean.size,
         "samples": moments.count,
+        "left_out": moments.left_out,
         "strength": strength.strength,
+        "strength_low": interval.low,
+        "strength_high": interval.high,
+        "cv": float(moments.split.cv),
         "std": mean_of(moments.std[moments.finite]),
         "between": strength.between,
         "within": strength.within,
-        "flags": ",".join(flags(moments)),
-    }
-
-
-def _of_samples(values: Array, labels: Labels, strength: Strength) -> dict[str, Any]:
-    classes, shares = label_share(values, labels), shares_of(values, strength)
-    return {
         "sample_share": shares.sample,
         "rest_share": shares.rest,
         "label_share": classes.eta_squared,
         "label_omega": classes.omega_squared,
-        "rank": effective_rank(values),
+        "rank": math.nan,
+        "flags": ",".join(flags(moments, form)),
     }
 
 
-def _of_classes(moments: Moments, classes: ClassMeans) -> dict[str, Any]:
-    share = label_share_of_means(moments, classes.means, classes.counts)
-    return {"label_share": share.eta_squared, "label_omega": share.omega_squared}
+def _rank(values: npt.NDArray[np.floating[Any]], moments: Moments) -> float:
+    """Take the effective rank of what the moments are of: without samples and channels that are not finite."""
+    if not moments.count:
+        return math.nan
+    if moments.nonfinite:
+        values = values[:, moments.finite]
+        values = values[np.isfinite(values).all(axis=1)]
+    return effective_rank(values)

@@ -17,7 +17,7 @@ OBSERVED_RANGE = (0.05, 0.95)  # quantiles between which a learned value counts 
 
 @dataclass(frozen=True)
 class Match:
-    """How well a learned vector fits an observed stripe, over the channels with finite observations."""
+    """How well a learned vector fits an observed stripe, over the samples whose values are all finite."""
 
     r: float  # Pearson correlation with the stripe
     r2: float  # 1 - SS(stripe - learned) / SS(stripe): no slope or offset is fitted, so it can be negative
@@ -41,7 +41,10 @@ def match(learned: Array, observed: Array, *, permutations: int = PERMUTATIONS, 
     stripe = Moments.of(observed)
     keep = stripe.finite
     learned, mean, std = learned[keep], stripe.mean[keep], stripe.std[keep]
-    low, high = np.quantile(observed[:, keep], OBSERVED_RANGE, axis=0)
+    seen = observed[:, keep]
+    if stripe.nonfinite:
+        seen = seen[np.isfinite(seen).all(axis=1)]
+    low, high = np.quantile(seen, OBSERVED_RANGE, axis=0)
     misfit = np.square(learned - mean)
     return Match(
         r=pearson(learned, mean),

@@ -1,41 +1,92 @@
-"""Moments per channel, which merge: of values, of a run as it is read, and what they say is wrong with a gate."""
+"""Moments of a gate's attention, which merge: all that the statistics of a run need to know of its samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from stripe.stats.arithmetic import Array, Counts, deviation_blocks, matrix, read_ahead
-from stripe.stats.runs import RecordedRun
+from stripe.stats.arithmetic import Array, Labels, matrix
+from stripe.stats.groups import BLOCKS, Groups, coarse
+from stripe.stats.measuring import Measuring, Sums
+from stripe.stats.variance import Variance
 
-NEAR_BOUND = 1e-3  # a value this close to 0 or 1 counts as saturated
-SATURATED_SHARE = 0.99  # more than this share of saturated values flags the gate
-DEAD_RANGE = 1e-6  # a gate whose values span no more than this is dead
+Mask = npt.NDArray[np.bool_]
+
+CLASSES = 200
+"""The most classes whose means are kept beside a recording's rows; of more, the label's share takes the rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean, sum of squared deviations and range per channel; the arrays are (channels,) float64."""
+    """What is kept of the attention vectors of one gate in one epoch; arrays per channel are (channels,) float64.
+
+    A sample with a value that is not finite is left out, with all its channels, and counted. Only a channel without
+    a single finite value is left out as a channel; its mean and all else of it is NaN.
+
+    Attributes:
+        count: samples that were measured.
+        mean: the observed stripe.
+        m2: sum of squared deviations from the mean.
+        low: least value.
+        high: greatest value.
+        near: how many values are within 0.001 of 0, of 1 and of 2, (3,).
+        nonfinite: how many values are not finite.
+        left_out: how many samples were left out for one.
+        broken: marks the channels without a finite value.
+        blocks: the samples dealt by their ids into 32 blocks, or one each where there are no more than 32.
+        classes: the samples by label, -1 where it is unknown; None where there were too many classes to keep.
+    """
 
     count: int
     mean: Array
     m2: Array
     low: Array
     high: Array
-    near_bounds: int
+    near: npt.NDArray[np.int64]
     nonfinite: int
+    left_out: int
+    broken: Mask
+    blocks: Groups
+    classes: Groups | None
 
     @classmethod
-    def of(cls, values: Array) -> Moments:
-        """Measure ``values`` (samples, channels) in float64, in one pass; ValueError when a dimension is empty."""
-        found, near_bounds, nonfinite = _measure_channels(matrix(values))
-        return replace(found, near_bounds=int(near_bounds.sum()), nonfinite=int(nonfinite.sum()))
+    def of(cls, values: Array, *, sample_ids: Labels | None = None, labels: Labels | None = None) -> Moments:
+        """Measure ``values`` (samples, channels) in float64, in one pass.
+
+        Args:
+            values: attention vectors.
+            sample_ids: (samples,), by which samples are dealt into blocks; their positions by default.
+            labels: the class of each sample, (samples,); negative where it is unknown, as all are by default.
+
+        Raises:
+            ValueError: the values are not (samples, channels) with at least one of each, or ids or labels are not
+                as many as the samples.
+
+        Example:
+            >>> moments = Moments.of(run.attention(gate, epoch), labels=run.labels(epoch))
+            >>> stripe_strength(moments).strength
+        """
+        values = matrix(values)
+        ids = np.arange(len(values)) if sample_ids is None else np.asarray(sample_ids)
+        labels = np.full(len(values), -1) if labels is None else np.asarray(labels)
+        for what, given in {"sample_ids": ids, "labels": labels}.items():
+            if given.shape != (len(values),):
+                raise ValueError(f"{what} have shape {given.shape}; expected ({len(values)},), one for each sample")
+        finite = np.isfinite(values)
+        if finite.all():
+            return _measured(values, ids, labels)
+        broken: Mask = np.asarray(~finite.any(axis=0))
+        nonfinite = int(np.count_nonzero(~finite))
+        sound: Mask = np.asarray((finite | broken).all(axis=1) & (not broken.all()))
+        found = _measured(values[sound][:, ~broken], ids[sound], labels[sound]) if sound.any() else None
+        return _with_broken(found, broken, nonfinite=nonfinite, left_out=int(np.count_nonzero(~sound)))
 
     def merge(self, other: Moments) -> Moments:
-        """Combine with the moments of other samples of the same channels (Chan, Golub, LeVeque 1983).
+        """Combine with the moments of other samples of the same gate (Chan, Golub, LeVeque 1983).
 
         Exact but for the rounding of the means: m2 is within about 1e-16 mean / std of one pass over all samples.
         """
@@ -43,17 +94,45 @@ class Moments:
             raise ValueError(
                 f"moments of {self.mean.size} and of {other.mean.size} channels cannot merge: merge per gate"
             )
-        count = self.count + other.count
-        delta = other.mean - self.mean
+        broken = self.broken & other.broken
+        a, b = (each if (each.broken == broken).all() else each._without_samples(broken) for each in (self, other))
+        nonfinite, left_out = a.nonfinite + b.nonfinite, a.left_out + b.left_out
+        if not (a.count and b.count):
+            whole = a if a.count else b
+            return replace(whole, broken=broken, nonfinite=nonfinite, left_out=left_out)
+        count, delta = a.count + b.count, b.mean - a.mean
+        both_kept = a.classes is not None and b.classes is not None
         return Moments(
             count,
-            self.mean + delta * (other.count / count),
-            self.m2 + other.m2 + delta**2 * (self.count * (other.count / count)),
-            np.minimum(self.low, other.low),
-            np.maximum(self.high, other.high),
-            self.near_bounds + other.near_bounds,
-            self.nonfinite + other.nonfinite,
+            a.mean + delta * (b.count / count),
+            a.m2 + b.m2 + delta**2 * (a.count * (b.count / count)),
+            np.minimum(a.low, b.low),
+            np.maximum(a.high, b.high),
+            a.near + b.near,
+            nonfinite,
+            left_out,
+            broken,
+            _dealt(a, count).merge(_dealt(b, count)),
+            a.classes.merge(b.classes) if both_kept else None,  # type: ignore[union-attr, arg-type]
         )
+
+    def is_close(self, other: Moments, *, rtol: float = 1e-9) -> bool:
+        """Tell whether these are the moments of the same samples, but for the rounding of another order of adding."""
+        exact = ("count", "low", "high", "near", "nonfinite", "left_out", "broken")
+        if not all(np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in exact):
+            return False
+        size = np.nan_to_num(np.maximum(np.abs(self.low), np.abs(self.high)))
+        sides = ((self.blocks, other.blocks), (self.classes, other.classes))
+        return (
+            bool(np.allclose(self.mean, other.mean, rtol=rtol, atol=0, equal_nan=True))
+            and bool((np.nan_to_num(np.abs(self.m2 - other.m2)) <= rtol * (self.m2 + self.count * size**2)).all())
+            and all((a is None) == (b is None) and (a is None or a.is_close(b, rtol=rtol)) for a, b in sides)  # type: ignore[arg-type]
+        )
+
+    @cached_property
+    def split(self) -> Variance:
+        """The variance of all samples, split by a two-way layout; its fields are floats."""
+        return Variance.of_all(self.blocks, self.mean.size)
 
     @property
     def variance(self) -> Array:
@@ -66,88 +145,110 @@ class Moments:
         return np.sqrt(self.variance)
 
     @property
-    def finite(self) -> npt.NDArray[np.bool_]:
-        """Mark the channels that hold finite values only, (channels,)."""
+    def finite(self) -> Mask:
+        """Mark the channels that were measured, (channels,)."""
         return np.isfinite(self.mean)
 
-
-def moments(
-    run: RecordedRun, epochs: Sequence[int] | None = None, gates: Sequence[str] | None = None
-) -> dict[tuple[int, str], Moments]:
-    """Stream a run into the moments of every (epoch, gate name); a batch is measured while the next one is read.
-
-    All gates of a batch are measured as one matrix: they are many and narrow, so a pass over each would cost more in
-    calls than in arithmetic.
-    """
-    found: dict[tuple[int, str], Moments] = {}
-    for epoch in run.epochs if epochs is None else epochs:
-        whole: Moments | None = None
-        memory: Array = np.empty((0, 0))
-        for batch in read_ahead(run.batches(epoch, gates)):
-            matrices = list(batch.values())
-            rows, ends = len(matrices[0]), np.cumsum([matrix.shape[1] for matrix in matrices])
-            if rows > len(memory):
-                memory = np.empty((rows, ends[-1]), matrices[0].dtype)
-            part, near_part, nonfinite_part = _measure_channels(np.concatenate(matrices, axis=1, out=memory[:rows]))
-            if whole is None:
-                whole, near_bounds, nonfinite = part, near_part, nonfinite_part
-                columns = {gate: slice(end - batch[gate].shape[1], end) for gate, end in zip(batch, ends, strict=True)}
-            else:
-                whole = whole.merge(part)
-                near_bounds += near_part
-                nonfinite += nonfinite_part
-        if whole is not None:
-            for gate, its in columns.items():
-                arrays = (getattr(whole, name)[its] for name in ("mean", "m2", "low", "high"))
-                counts = (int(each[its].sum()) for each in (near_bounds, nonfinite))
-                found[epoch, gate] = Moments(whole.count, *arrays, *counts)
-    return found
+    def _without_samples(self, broken: Mask) -> Moments:
+        """Leave out every sample: each has a value that is not finite in a channel that is sound elsewhere."""
+        return _with_broken(None, broken, nonfinite=self.nonfinite, left_out=self.left_out + self.count)
 
 
-@np.errstate(invalid="ignore", over="ignore")
-def _measure_channels(values: Array) -> tuple[Moments, Counts, Counts]:
-    """Return the moments of (samples, channels), and how many values of each channel are near a bound, not finite.
-
-    Shifting by the mean of the first rows keeps the sum of squares from cancelling (Chan, Golub, LeVeque 1983); a
-    constant channel gets its exact value and zero.
-    """
-    count, channels = values.shape
-    shift = values[:16].mean(axis=0, dtype=np.float64)
-    low, high = np.full_like(shift, np.inf), np.full_like(shift, -np.inf)
-    total, squares = np.zeros_like(shift), np.zeros_like(shift)
-    near_bounds, nonfinite = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
-    for rows, deviations in deviation_blocks(values, shift):
-        block = values[rows]
-        lowest, highest = block.min(axis=0), block.max(axis=0)
-        np.minimum(low, lowest, out=low)
-        np.maximum(high, highest, out=high)
-        if (near := (lowest <= NEAR_BOUND) | (highest >= 1 - NEAR_BOUND)).any():
-            near_bounds[near] += _count_near_bounds(block[:, near])
-        total += deviations.sum(axis=0)
-        squares += np.einsum("nc,nc->c", deviations, deviations)
-    mean = shift + total / count
-    m2 = np.maximum(squares - total**2 / count, 0.0)
-    if not (finite := np.isfinite(low) & np.isfinite(high)).all():
-        mean[~finite] = m2[~finite] = np.nan
-        nonfinite[~finite] = np.count_nonzero(~np.isfinite(values[:, ~finite]), axis=0)
-    return Moments(count, mean, m2, low, high, 0, 0), near_bounds, nonfinite
+def _dealt(moments: Moments, count: int) -> Groups:
+    """Return the blocks of a part of ``count`` samples: those that each hold one sample are put together if need be."""
+    blocks = moments.blocks
+    return blocks.regrouped(coarse(blocks.keys)) if moments.count <= BLOCKS < count else blocks
 
 
-def _count_near_bounds(values: Array) -> Counts:
-    distance = values - 0.5  # then in place: | |x - 1/2| - 1/2 | is the distance to the nearer of 0 and 1
-    np.abs(distance, out=distance)
-    distance -= 0.5
-    np.abs(distance, out=distance)
-    counts: Counts = np.count_nonzero(distance <= NEAR_BOUND, axis=0)
-    return counts
+def moments_of(attention: Array | Moments) -> Moments:
+    """Return moments as they are, and those of an array (samples, channels)."""
+    return attention if isinstance(attention, Moments) else Moments.of(attention)
 
 
-def flags(moments: Moments) -> tuple[str, ...]:
-    """Name what is wrong with a gate, of "dead", "saturated" and "nonfinite"; a stripe is none of them."""
-    low, high = moments.low[moments.finite], moments.high[moments.finite]
-    found = {
-        "dead": low.size > 0 and high.max() - low.min() <= DEAD_RANGE,
-        "saturated": moments.near_bounds > SATURATED_SHARE * moments.count * moments.mean.size,
-        "nonfinite": moments.nonfinite > 0,
-    }
-    return tuple(name for name, raised in found.items() if raised)
+class GateMoments:
+    """The moments of many gates over batches of samples, measured as they come: what a recording keeps, and reads."""
+
+    def __init__(self, channels: Mapping[str, int], *, classes: int | None = CLASSES) -> None:
+        """Measure gates of so many ``channels`` by name; keep at most so many ``classes``, None: however many."""
+        self._channels, self._limit = dict(channels), classes
+        self._measuring = Measuring(channels, classes)
+        self._others: dict[str, Moments] = {}  # of batches with values that are not finite
+
+    def add(self, batch: Mapping[str, Array], sample_ids: Labels, labels: Labels) -> None:
+        """Take values (n, channels) by gate, and the id and label of each sample, (n,)."""
+        if all(np.isfinite(batch[gate]).all() for gate in self._channels):
+            self._measuring.add(batch, sample_ids, labels)
+            return
+        for gate in self._channels:
+            found = Moments.of(batch[gate], sample_ids=sample_ids, labels=labels)
+            self._others[gate] = self._others[gate].merge(found) if gate in self._others else found
+
+    @property
+    def empty(self) -> bool:
+        """Whether no sample has come."""
+        return not (self._measuring.count or self._others)
+
+    def moments(self) -> dict[str, Moments]:
+        """Return the moments of every gate so far; ValueError when no sample has come."""
+        if self.empty:
+            raise ValueError("no sample has been measured")
+        found = dict(self._others)
+        if self._measuring.count:
+            for gate, sums in self._measuring.sums().items():
+                found[gate] = found[gate].merge(_from_sums(sums)) if gate in found else _from_sums(sums)
+        return {gate: self._limited(each) for gate, each in found.items()}
+
+    def _limited(self, moments: Moments) -> Moments:
+        many = self._limit is not None and moments.classes is not None and len(moments.classes.keys) > self._limit
+        return replace(moments, classes=None) if many else moments
+
+
+def _measured(values: Array, ids: Labels, labels: Labels) -> Moments:
+    measuring = Measuring({"": values.shape[1]}, classes=None)
+    measuring.add({"": values}, ids, labels)
+    return _from_sums(measuring.sums()[""])
+
+
+def _from_sums(sums: Sums) -> Moments:
+    return Moments(
+        count=sums.count,
+        mean=sums.mean,
+        m2=sums.m2,
+        low=sums.low,
+        high=sums.high,
+        near=sums.near,
+        nonfinite=0,
+        left_out=0,
+        broken=np.zeros(sums.mean.size, np.bool_),
+        blocks=sums.blocks,
+        classes=sums.classes,
+    )
+
+
+def _with_broken(found: Moments | None, broken: Mask, *, nonfinite: int, left_out: int) -> Moments:
+    """Put what was found of the sound channels among the broken ones; None: no sample is left."""
+    channels = broken.size
+    if found is None:
+        nothing = np.full(channels, np.nan)
+        none = Groups.empty(channels)
+        near = np.zeros(3, np.int64)
+        return Moments(0, nothing, nothing, nothing, nothing, near, nonfinite, left_out, broken, none, none)
+
+    def spread(values: Array) -> Array:
+        whole = np.full(channels, np.nan)
+        whole[~broken] = values
+        return whole
+
+    return Moments(
+        found.count,
+        spread(found.mean),
+        spread(found.m2),
+        spread(found.low),
+        spread(found.high),
+        found.near,
+        nonfinite,
+        left_out,
+        broken,
+        found.blocks.with_channels(~broken),
+        None if found.classes is None else found.classes.with_channels(~broken),
+    )

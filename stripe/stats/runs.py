@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from stripe.stats.arithmetic import Array, Labels
@@ -10,29 +10,18 @@ from stripe.stats.arithmetic import Array, Labels
 if TYPE_CHECKING:
     from stripe.stats.moments import Moments
 
-Batch = Mapping[str, Array]  # by gate, (samples, channels)
-
 
 class NamedGate(Protocol):
-    """What a statistic needs to know of a gate."""
+    """What a table needs to know of a gate."""
 
     @property
     def name(self) -> str:
         """Module path of the gate."""
         ...
 
-
-class ClassMeans(Protocol):
-    """What a statistic needs to know of classes whose samples are gone."""
-
     @property
-    def counts(self) -> Labels:
-        """Number of samples, (classes,)."""
-        ...
-
-    @property
-    def means(self) -> Array:
-        """Mean attention vectors, (classes, channels)."""
+    def form(self) -> str:
+        """What the gate does to the map: "multiplicative", "additive", "affine" or "radix"."""
         ...
 
 
@@ -51,12 +40,7 @@ class RecordedRun(Protocol):
 
     @property
     def has_samples(self) -> bool:
-        """Whether there are vectors, labels and batches; else there are moments and class means alone."""
-        ...
-
-    @property
-    def has_label_means(self) -> bool:
-        """Whether there are class means."""
+        """Whether there are vectors and labels; else there are moments alone."""
         ...
 
     def attention(self, gate: str, epoch: int) -> Array:
@@ -67,14 +51,6 @@ class RecordedRun(Protocol):
         """Class of every sample, (samples,); -1 where unknown."""
         ...
 
-    def batches(self, epoch: int, gates: Sequence[str] | None = None) -> Iterator[Batch]:
-        """Attention vectors of all the gates, a bounded number of samples at a time."""
-        ...
-
     def moments(self, epochs: Sequence[int], gates: Sequence[str]) -> Mapping[tuple[int, str], Moments]:
         """Moments by epoch and gate."""
-        ...
-
-    def label_means(self, gate: str, epoch: int) -> ClassMeans:
-        """Stripe of every class."""
         ...

@@ -13,6 +13,7 @@ from datetime import UTC
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyarrow import fs
 
 from stripe.messages import listing, one_line, require
@@ -28,21 +29,31 @@ from stripe.store.manifest import (
     epoch_number,
     rank_and_sequence,
 )
-from stripe.store.parts import parse_footer, read_footer
-from stripe.store.reading import read_part
+from stripe.store.parts import measure, measuring, parse_footer, read_footer, write_moments
+from stripe.store.reading import measure_rows, read_moments, read_part, to_block
 
 DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
 class EpochCheck:
-    """What was found of an epoch; no problem: all its values can be read, and are those that were written."""
+    """What was found of an epoch; no problem: all its values can be read, and are those that were written.
+
+    ``moments`` says the same of the moments kept beside its rows: "whole" where they are those of the rows, "none"
+    where a part has none, as of an early version, or what is wrong with them. They can be rebuilt from whole rows.
+    """
 
     epoch: int
     parts: int
     rows: int
     bytes: int
     problem: str | None
+    moments: str = "whole"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rows, and the moments there are, can be relied on."""
+        return self.problem is None and self.moments in ("whole", "none")
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class RunCheck:
     @property
     def whole(self) -> bool:
         """Whether run.json and every finished epoch are whole."""
-        return self.problem is None and not any(epoch.problem for epoch in self.epochs)
+        return self.problem is None and all(epoch.whole for epoch in self.epochs)
 
 
 def check_run(path: str | os.PathLike[str]) -> RunCheck:
@@ -77,7 +88,8 @@ def check_run(path: str | os.PathLike[str]) -> RunCheck:
 def repair_run(path: str | os.PathLike[str]) -> RunCheck:
     """Make a run whole again and return what is left of it; doing it twice, or after a crash, is safe.
 
-    Damaged epochs leave the manifest, which is rebuilt from the parts where it cannot be read. Parts that no epoch
+    Damaged epochs leave the manifest, which is rebuilt from the parts where it cannot be read. Moments that are
+    missing, damaged or not those of the rows beside them are measured anew from the rows. Parts that no epoch
     names, and an unreadable run.json, go to ``.damaged/``; what an interrupted recording staged is deleted.
     Raises what ``check_run`` does, BlockingIOError while the run is being written, and ValueError where run.json
     cannot be read and no part is whole.
@@ -89,16 +101,23 @@ def repair_run(path: str | os.PathLike[str]) -> RunCheck:
         if manifest is None:
             raise ValueError(f"{check.problem}; it cannot be rebuilt either: no part that is left tells how")
         with directory.writing():
-            if not check.whole:
+            if not check.whole or any(epoch.moments != "whole" for epoch in check.epochs):
                 if check.problem and directory.holds(MANIFEST):
                     _set_aside(directory, MANIFEST, keep=True)
-                whole = {epoch.epoch for epoch in check.epochs if not epoch.problem}
-                manifest = replace(manifest, epochs=tuple(each for each in manifest.epochs if each.epoch in whole))
+                manifest = _of_whole_epochs(directory, manifest, check)
                 directory.write_manifest(manifest)
             for name in directory.unnamed(manifest):
                 _set_aside(directory, name)
             directory.clear()
         return _check(directory)[0]
+
+
+def _of_whole_epochs(directory: Directory, manifest: Manifest, check: RunCheck) -> Manifest:
+    """Return the manifest without damaged epochs, once moments that cannot be relied on have been measured anew."""
+    whole = {epoch.epoch: epoch.moments == "whole" for epoch in check.epochs if not epoch.problem}
+    epochs = (each for each in manifest.epochs if each.epoch in whole)
+    kept = (each if whole[each.epoch] else _with_moments(directory, manifest, each) for each in epochs)
+    return replace(manifest, epochs=tuple(kept))
 
 
 def _check(directory: Directory) -> tuple[RunCheck, Manifest | None]:
@@ -120,19 +139,39 @@ def _check(directory: Directory) -> tuple[RunCheck, Manifest | None]:
 
 
 def _check_epoch(directory: Directory, manifest: Manifest, epoch: Epoch) -> EpochCheck:
-    problem = None
-    try:
-        columns = ["sample"] if manifest.has_samples else ["gate"]
-        tables = [
-            table.select(columns) for part in epoch.parts for table in read_part(directory, manifest, epoch.epoch, part)
-        ]
-        if manifest.has_samples:
-            values, times = np.unique(pa.concat_tables(tables)["sample"].to_numpy(), return_counts=True)
-            require((times == 1).all(), f"samples come twice: {listing(values[times > 1].tolist())}")
-    except (FileNotFoundError, ValueError) as error:
-        problem = one_line(error)
     rows, size = (sum(getattr(part, field) for part in epoch.parts) for field in ("rows", "bytes"))
-    return EpochCheck(epoch.epoch, len(epoch.parts), rows, size, problem)
+    found = EpochCheck(epoch.epoch, len(epoch.parts), rows, size, None)
+    try:
+        if not manifest.has_samples:
+            for part in epoch.parts:
+                read_moments(directory, manifest, epoch.epoch, part)
+            return found
+        samples, moments = zip(
+            *(_read_whole(directory, manifest, epoch.epoch, part) for part in epoch.parts), strict=True
+        )
+        values, times = np.unique(np.concatenate(samples), return_counts=True)
+        require((times == 1).all(), f"samples come twice: {listing(values[times > 1].tolist())}")
+    except (FileNotFoundError, ValueError) as error:
+        return replace(found, problem=one_line(error))
+    return replace(found, moments=next((each for each in moments if each != "whole"), "whole"))
+
+
+def _read_whole(directory: Directory, manifest: Manifest, epoch: int, part: Part) -> tuple[NDArray[np.int64], str]:
+    """Return the samples of a part, and what is to be said of the moments beside it."""
+    samples, measured = [], measuring(manifest)
+    for table in read_part(directory, manifest, epoch, part):
+        samples.append(table["sample"].to_numpy())
+        measure(measured, manifest, to_block(table, manifest))
+    try:
+        kept = read_moments(directory, manifest, epoch, part)
+    except ValueError as error:
+        return np.concatenate(samples), one_line(error)
+    if kept is None:
+        lost = f"{manifest.moments_file(epoch, part.name)} is missing: rebuild it with `stripe check --repair`"
+        return np.concatenate(samples), "none" if part.moments is None else lost
+    other = next((gate for gate, its in measured.moments().items() if not its.is_close(kept[gate])), None)
+    wrong = f"{manifest.moments_file(epoch, part.name)} is not of the rows of {part.name}, as gate '{other}' shows"
+    return np.concatenate(samples), wrong if other else "whole"
 
 
 # ---- rebuilding -------------------------------------------------------------------------------------------
@@ -177,12 +216,28 @@ def _describe(directory: Directory, info: fs.FileInfo) -> tuple[str | None, Part
         with directory.reading(), directory.files.open_input_file(info.path) as stream:
             footer = read_footer(stream)
         metadata = parse_footer(footer)
-        origin = Manifest.from_json((metadata.metadata or {})[ORIGIN.encode()]).origin()
-        return origin, Part(info.base_name, metadata.num_rows, info.size, zlib.crc32(footer))
+        manifest = Manifest.from_json((metadata.metadata or {})[ORIGIN.encode()])
+        part = Part(info.base_name, metadata.num_rows, info.size, zlib.crc32(footer))
+        return manifest.origin(), replace(part, moments=_moments_crc(directory, manifest, info))
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         if out_of_reach(error):
             raise
         return None, Part(info.base_name, 1, max(1, info.size))
+
+
+def _moments_crc(directory: Directory, manifest: Manifest, info: fs.FileInfo) -> int | None:
+    """Return what a manifest says of the moments beside a part: None where there are none that can be read."""
+    number = epoch_number(info.path)
+    if not manifest.has_samples or number is None:
+        return None
+    name = manifest.moments_file(number, info.base_name)
+    try:
+        with directory.files.open_input_file(name) as stream:
+            return zlib.crc32(read_footer(stream))
+    except (OSError, ValueError) as error:
+        if out_of_reach(error) and not isinstance(error, FileNotFoundError):
+            raise
+        return None
 
 
 def _with_gaps(parts: Iterable[Part]) -> list[Part]:
@@ -193,6 +248,18 @@ def _with_gaps(parts: Iterable[Part]) -> list[Part]:
         for sequence in range(min(sequences), max(sequences)):
             known.setdefault((rank, sequence), Part(f"part-{rank:04d}-{sequence:03d}.parquet", 1, 1))
     return [known[key] for key in sorted(known)]
+
+
+def _with_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> Epoch:
+    """Measure the parts of an epoch anew, and write their moments beside them, each file by rename."""
+    if not manifest.has_samples:
+        return epoch
+    parts, gates = [], [gate.name for gate in manifest.gates]
+    for part in epoch.parts:
+        moments = measure_rows(directory, manifest, epoch.epoch, part, gates)
+        name = manifest.moments_file(epoch.epoch, part.name)
+        parts.append(replace(part, moments=write_moments(directory, name, moments)))
+    return replace(epoch, parts=tuple(parts))
 
 
 def _set_aside(directory: Directory, name: str, keep: bool = False) -> None:

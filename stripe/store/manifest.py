@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from stripe.gate import Form, Gate, Product, Tap
 from stripe.messages import listing, one_line, require, require_count, require_unique
+from stripe.store.moments import MOMENTS_SCHEMA
 
 SCHEMA_VERSION = 2
 UNKNOWN_LABEL = -1
@@ -23,6 +24,7 @@ CONTENTS = ("samples", "moments", "label-moments")
 MANIFEST = "run.json"
 ORIGIN = "stripe"  # the key, in a part's metadata, of Manifest.origin
 FOLDERS = {"samples": "attention", "moments": "moments", "label-moments": "moments"}  # by contents
+MOMENTS_FOLDER, MOMENTS_SUFFIX = ".moments", ".moments"  # of the files beside parts; Polars reads whole folders
 PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
 MAX_CHANNELS = 2**20  # this and the next refuse a hostile manifest, far above any real one
 MAX_COUNT = 2**50
@@ -31,19 +33,24 @@ LAYOUT = re.compile(r"N(?=[^C]*C[^C]*$)[RGCDHWLS]{1,15}")
 
 @dataclass(frozen=True)
 class Part:
-    """A finished Parquet file: its name inside the epoch's folder, rows, size, and CRC-32 of its footer."""
+    """A finished Parquet file: its name inside the epoch's folder, rows, size, and CRC-32 of its footer.
+
+    ``moments`` is the CRC-32 of the footer of the file with the moments of its rows, None where there is no such file.
+    """
 
     name: str
     rows: int
     bytes: int
     footer: int | None = None  # pages carry their own checksums; early runs have none of the footer
+    moments: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a name that could lead out of the folder, and sizes that are none (ValueError)."""
         require(type(self.name) is str and PART_NAME.fullmatch(self.name), f"unsafe part name {self.name!r:.80}")
         require_count(self.rows, 1, MAX_COUNT, f"rows of {self.name}")
         require_count(self.bytes, 1, MAX_COUNT, f"bytes of {self.name}")
-        require_count(0 if self.footer is None else self.footer, 0, 2**32 - 1, f"footer of {self.name}")
+        for crc in (self.footer, self.moments):
+            require_count(0 if crc is None else crc, 0, 2**32 - 1, f"footer of {self.name}")
 
 
 @dataclass(frozen=True)
@@ -131,19 +138,25 @@ class Manifest:
         """Return where the parts of ``epoch`` lie."""
         return f"{FOLDERS[self.contents]}/{epoch_name(epoch)}"
 
+    def moments_file(self, epoch: int, part: str) -> str:
+        """Return where the moments of a part of ``epoch`` lie."""
+        return f"{MOMENTS_FOLDER}/{epoch_name(epoch)}/{part.removesuffix('.parquet')}{MOMENTS_SUFFIX}"
+
     @cached_property
     def arrow_schema(self) -> pa.Schema:
-        """Columns of every part; the label is null where it is unknown, or stands for all samples."""
-        origin = {ORIGIN: self.origin()}
-        if not self.has_samples:
-            return MOMENTS_SCHEMA.with_metadata(origin)
+        """Columns of every part."""
+        return self.row_schema if self.has_samples else MOMENTS_SCHEMA.with_metadata({ORIGIN: self.origin()})
+
+    @cached_property
+    def row_schema(self) -> pa.Schema:
+        """Columns of a row for each sample; the label is null where it is unknown."""
         value = pa.field("element", VALUE_TYPES[self.dtype], nullable=False)
         columns = [pa.field("sample", pa.int64(), nullable=False), pa.field("label", pa.int32())]
         for kind in KINDS if self.squeeze else KINDS[:1]:
             for gate in self.gates:
                 vectors = pa.list_(value, gate.channels)
                 columns.append(pa.field(f"{kind}:{gate.name}", vectors, nullable=False))
-        return pa.schema(columns, metadata=origin)
+        return pa.schema(columns, metadata={ORIGIN: self.origin()})
 
 
 # ---- gates, as run.json holds them ----
@@ -196,18 +209,6 @@ def require_gate(gate: Gate) -> None:
         require(type(flag) is bool, f"{flag!r:.80} in {what}: expected true or false")
     require(not gate.exclusive or gate.source is not None, f"{what} is exclusive but has no module's output")
     require(not gate.pooled or gate.squeeze, f"{what} is pooled but has no tensor of it")
-
-
-MOMENTS_SCHEMA = pa.schema(
-    [
-        pa.field("gate", pa.string(), nullable=False),
-        pa.field("label", pa.int32()),
-        pa.field("count", pa.int64(), nullable=False),
-        pa.field("mean", pa.list_(pa.float64()), nullable=False),
-        *(pa.field(name, pa.list_(pa.float64())) for name in ("m2", "low", "high")),  # these and the next: null
-        *(pa.field(name, pa.int64()) for name in ("near_bounds", "nonfinite")),  # in the row of a class
-    ]
-)
 
 
 def epoch_name(epoch: int) -> str:

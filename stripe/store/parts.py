@@ -1,29 +1,45 @@
-"""Parquet parts: row groups are encoded into staged files of bounded size."""
+"""Parquet parts: row groups are encoded into staged files of bounded size, with the moments of their rows beside."""
 
 from __future__ import annotations
 
 import posixpath
+import zlib
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from stripe.messages import require
 from stripe.store.directory import Directory
+from stripe.store.manifest import MOMENTS_SUFFIX, Manifest
+from stripe.store.moments import MOMENTS_SCHEMA, to_table
+
+if TYPE_CHECKING:
+    from stripe.stats import GateMoments, Moments
 
 PART_BYTES = 2**30
 MAX_FOOTER_BYTES = 64 * 2**20  # refuses a damaged or hostile length, far above any real one
 
+Block = Mapping[str, NDArray[Any]]  # column -> (rows,) or (rows, channels)
+
 
 class PartWriter:
-    """Encodes row groups into staged parts of about ``PART_BYTES``; used by one thread at a time."""
+    """Encodes row groups into staged parts of about ``PART_BYTES``, and measures them; used by one thread at a time.
 
-    def __init__(self, directory: Directory, schema: pa.Schema, name: str) -> None:
-        """Write parts with the columns of ``schema``, each staged as ``name`` and a sequence number."""
-        self._directory, self._schema, self._prefix = directory, schema, name
+    A part of a run of moments holds the moments of its rows, any other one the rows, with the moments in a file that
+    has the same name with MOMENTS_SUFFIX.
+    """
+
+    def __init__(self, directory: Directory, manifest: Manifest, name: str) -> None:
+        """Write parts of the run that ``manifest`` describes, each staged as ``name`` and a sequence number."""
+        self._directory, self._manifest, self._prefix = directory, manifest, name
         self._sequence = 0
         self._writer: pq.ParquetWriter | None = None
+        self._measured = measuring(manifest)
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -36,40 +52,102 @@ class PartWriter:
             with suppress(OSError):
                 self._sink.close()
 
-    def write(self, rows: pa.Table) -> None:
-        """Write rows as a row group."""
-        with self._directory.writing():
-            writer = self._writer or self._open()
-            writer.write_table(rows, row_group_size=len(rows))
-        if self._sink.tell() >= PART_BYTES:
+    def write(self, block: Block) -> None:
+        """Write rows as a row group, by column."""
+        if self._manifest.has_samples:
+            schema = self._manifest.arrow_schema
+            rows = pa.Table.from_arrays([_to_arrow(field, block[field.name]) for field in schema], schema=schema)
+            with self._directory.writing():
+                self._writer = self._writer or self._open(self._name, self._manifest.arrow_schema)
+                self._writer.write_table(rows, row_group_size=len(rows))
+        measure(self._measured, self._manifest, block)
+        if self._writer and self._sink.tell() >= PART_BYTES:
             self.close()
 
     def close(self) -> None:
         """Complete the open part, if there is one, and push it to the disk."""
-        if self._writer:
-            with self._directory.writing():
-                self._writer.close()
-                self._sink.close()
-                self._directory.sync(self._name)
-            self._writer, self._sequence = None, self._sequence + 1
+        if self._measured.empty:
+            return
+        with self._directory.writing():
+            if self._writer:
+                self._complete(self._writer, self._name)
+            if self._manifest.has_samples:
+                self._write_moments(f"{self._name}{MOMENTS_SUFFIX}", MOMENTS_SCHEMA)
+            else:
+                self._write_moments(self._name, self._manifest.arrow_schema)
+        self._writer, self._sequence = None, self._sequence + 1
+        self._measured = measuring(self._manifest)
 
-    def _open(self) -> pq.ParquetWriter:
-        self._name = f"{self._prefix}-{self._sequence:03d}"
-        self._directory.files.create_dir(posixpath.dirname(self._name), recursive=True)
-        self._sink = self._directory.files.open_output_stream(self._name)
-        vectors = [field for field in self._schema if pa.types.is_fixed_size_list(field.type)]
-        self._writer = pq.ParquetWriter(
-            self._sink,
-            self._schema,
-            compression="zstd",
-            compression_level=1,
-            use_dictionary=False,
-            # DuckDB does not read float16 in this encoding
-            use_byte_stream_split=[f"{f.name}.list.element" for f in vectors if f.type.value_type == pa.float32()],
-            write_statistics=["sample", "gate", "label"],
-            write_page_checksum=True,
-        )
-        return self._writer
+    @property
+    def _name(self) -> str:
+        return f"{self._prefix}-{self._sequence:03d}"
+
+    def _write_moments(self, name: str, schema: pa.Schema) -> None:
+        self._writer = self._open(name, schema)
+        self._writer.write_table(to_table(self._measured.moments(), schema))
+        self._complete(self._writer, name)
+
+    def _complete(self, writer: pq.ParquetWriter, name: str) -> None:
+        writer.close()
+        self._sink.close()
+        self._directory.sync(name)
+
+    def _open(self, name: str, schema: pa.Schema) -> pq.ParquetWriter:
+        self._directory.files.create_dir(posixpath.dirname(name), recursive=True)
+        self._sink = self._directory.files.open_output_stream(name)
+        return parquet_writer(self._sink, schema)
+
+
+def parquet_writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
+    """Encode tables of this schema into ``sink``; moments are few, and written as they are."""
+    vectors = [field for field in schema if pa.types.is_fixed_size_list(field.type)]
+    return pq.ParquetWriter(
+        sink,
+        schema,
+        compression="zstd" if vectors else "none",
+        compression_level=1 if vectors else None,
+        use_dictionary=False,
+        # DuckDB does not read float16 in this encoding
+        use_byte_stream_split=[f"{f.name}.list.element" for f in vectors if f.type.value_type == pa.float32()],
+        write_statistics=["sample", "gate", "label"],
+        write_page_checksum=True,
+    )
+
+
+def write_moments(directory: Directory, name: str, moments: Mapping[str, Moments]) -> int:
+    """Write moments beside a part that is in its place, by rename; return the CRC-32 of the file's footer."""
+    staged = f"{name}.new"
+    with directory.writing():
+        directory.files.create_dir(posixpath.dirname(name), recursive=True)
+        with directory.files.open_output_stream(staged) as sink, parquet_writer(sink, MOMENTS_SCHEMA) as writer:
+            writer.write_table(to_table(moments))
+        directory.sync(staged)
+        directory.files.move(staged, name)
+        directory.sync(posixpath.dirname(name))
+    with directory.files.open_input_file(name) as stream:
+        return zlib.crc32(read_footer(stream))
+
+
+def measuring(manifest: Manifest) -> GateMoments:
+    """Return what measures the rows of a part: means of classes are kept where they are asked for, or few."""
+    from stripe.stats import CLASSES, GateMoments  # a run can be read without it
+
+    channels = {gate.name: gate.channels for gate in manifest.gates}
+    classes = {"samples": CLASSES, "moments": 0, "label-moments": None}
+    return GateMoments(channels, classes=classes[manifest.contents])
+
+
+def measure(measured: GateMoments, manifest: Manifest, block: Block) -> None:
+    """Add rows, by column, to what has been measured."""
+    batch = {gate.name: block[f"attention:{gate.name}"] for gate in manifest.gates}
+    measured.add(batch, block["sample"], block["label"])
+
+
+def _to_arrow(field: pa.Field, values: NDArray[Any]) -> pa.Array:
+    """Wrap a column without copying it; negative labels become null."""
+    if pa.types.is_fixed_size_list(field.type):
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(values)), type=field.type)
+    return pa.array(values, mask=values < 0 if field.nullable else None)
 
 
 def read_footer(stream: pa.NativeFile) -> bytes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from stripe.messages import listing, one_line, require
 from stripe.store.directory import Directory, out_of_reach
 from stripe.store.display import run_html
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest, Part
-from stripe.store.parts import parse_footer, read_footer
+from stripe.store.moments import MOMENTS_SCHEMA, from_table
+from stripe.store.parts import Block, measure, measuring, parse_footer, read_footer
 
 if TYPE_CHECKING:
     from stripe.stats import Moments
@@ -30,19 +32,10 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return Run(Directory(path))
 
 
-@dataclass(frozen=True, eq=False)
-class LabelMeans:
-    """The classes of an epoch's samples, ascending, (K,), how often each came, (K,), and its stripe, (K, C)."""
-
-    labels: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    means: NDArray[np.float64]
-
-
 class Run:
     """A recorded run, read-only: its manifest's fields, and the values of its finished epochs as arrays.
 
-    One that was recorded as moments (``has_samples`` is False) has ``moments`` and ``label_means`` alone.
+    One that was recorded as moments (``has_samples`` is False) has ``moments`` alone.
     """
 
     def __init__(self, directory: Directory) -> None:
@@ -54,8 +47,13 @@ class Run:
         self.data = self.manifest.data
         self.gates = Gates(self.manifest.gates)
         self.has_samples = self.manifest.has_samples
-        self.has_label_means = self.manifest.contents == "label-moments"
         self.epochs = sorted(epoch.epoch for epoch in self.manifest.epochs)
+
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether moments of all samples are at hand without reading a row."""
+        parts = (part for epoch in self.manifest.epochs for part in epoch.parts)
+        return not self.has_samples or all(part.moments is not None for part in parts)
 
     def __repr__(self) -> str:
         """Summarise the run in one line."""
@@ -131,38 +129,20 @@ class Run:
     def moments(
         self, epochs: Sequence[int] | None = None, gates: Sequence[Gate | str] | None = None
     ) -> dict[tuple[int, str], Moments]:
-        """Return count, mean, M2 and range of each epoch and gate, streamed from the samples where they are held."""
-        from stripe.stats import Moments, moments  # a run can be read without it
-
-        if self.has_samples:
-            return moments(self, epochs, None if gates is None else [name_of(gate) for gate in gates])
-        chosen, columns = self._channels(gates), [field.name for field in fields(Moments)]
+        """Return the moments of each epoch and gate: those kept beside the rows, or measured from rows without them."""
+        chosen = self._channels(gates)
         found: dict[tuple[int, str], Moments] = {}
         for epoch in self.epochs if epochs is None else epochs:
-            for gate, table in self._gate_tables(epoch, columns):
-                if gate in chosen:
-                    part = Moments(**{name: _to_python(table[name][0]) for name in columns})
-                    found[epoch, gate] = found[epoch, gate].merge(part) if (epoch, gate) in found else part
+            for part in self._parts(epoch):
+                for gate, its in self._part_moments(epoch, part, list(chosen)).items():
+                    found[epoch, gate] = found[epoch, gate].merge(its) if (epoch, gate) in found else its
         return found
 
-    def label_means(self, gate: Gate | str, epoch: int) -> LabelMeans:
-        """Return the mean of each class, from a run recorded as label-moments; ValueError for another one."""
-        require(
-            self.has_label_means,
-            f"run '{self.path}' holds no means by label: record it with --moments-only --by-label",
-        )
-        [(wanted, channels)] = self._channels([gate]).items()
-        tables = [
-            table.slice(1) for name, table in self._gate_tables(epoch, ["label", "count", "mean"]) if name == wanted
-        ]
-        rows = pa.concat_tables(tables)  # a class comes once from each rank
-        labels, places = np.unique(rows["label"].to_numpy(), return_inverse=True)
-        counts, means = np.zeros(len(labels), np.int64), np.zeros((len(labels), channels))
-        np.add.at(counts, places, rows["count"].to_numpy())
-        shares = rows["count"].to_numpy() / counts[places]
-        parts = rows["mean"].combine_chunks().flatten().to_numpy().reshape(-1, channels)
-        np.add.at(means, places, shares[:, None] * parts)
-        return LabelMeans(labels.astype(np.int64), counts, means)
+    def _part_moments(self, epoch: int, part: Part, gates: Sequence[str]) -> dict[str, Moments]:
+        found = read_moments(self._directory, self.manifest, epoch, part)
+        if found is None:
+            found = measure_rows(self._directory, self.manifest, epoch, part, gates)
+        return {gate: found[gate] for gate in gates}
 
     def _channels(self, gates: Sequence[Gate | str] | None) -> dict[str, int]:
         """Return the channels of the gates asked for, by name; all by default."""
@@ -172,11 +152,6 @@ class Run:
             require(name in channels, f"run '{self.path}' has no gate '{name:.80}'; it has {listing(channels)}")
         return {name: channels[name] for name in names}
 
-    def _gate_tables(self, epoch: int, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-        """Iterate over the gates of an epoch of moments: the row of all samples, then those of the classes."""
-        for table in self._tables(epoch, ["gate", *columns]):
-            yield table["gate"][0].as_py(), table
-
     def _sample_tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         require(
             self.has_samples,
@@ -185,12 +160,15 @@ class Run:
         return self._tables(epoch, columns)
 
     def _tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Iterate over the row groups of an epoch; ValueError for an epoch that was not recorded."""
+        """Iterate over the row groups of an epoch."""
+        parts = self._parts(epoch)
+        return (table for part in parts for table in read_part(self._directory, self.manifest, epoch, part, columns))
+
+    def _parts(self, epoch: int) -> Sequence[Part]:
+        """Return the parts of an epoch; ValueError for one that was not recorded."""
         parts = {found.epoch: found.parts for found in self.manifest.epochs}
         require(epoch in parts, f"run '{self.path}' has no epoch {epoch}; it has {listing(self.epochs)}")
-        return (
-            table for part in parts[epoch] for table in read_part(self._directory, self.manifest, epoch, part, columns)
-        )
+        return parts[epoch]
 
 
 def read_part(
@@ -201,29 +179,81 @@ def read_part(
     FileNotFoundError for a part that is missing; ValueError for one cut, damaged, or not what the manifest says.
     """
     name = f"{manifest.folder(epoch)}/{part.name}"
-    try:
+    with _damage_named(directory, name, f"record epoch {epoch} again with --overwrite"):
         with directory.reading(), directory.files.open_input_file(name) as stream:
             require(stream.size() == part.bytes, f"{stream.size()} bytes; expected {part.bytes}")
-            footer = read_footer(stream)
-            require(part.footer in (None, zlib.crc32(footer)), "its footer differs from what was written")
-            metadata = parse_footer(footer)
+            metadata = _metadata(stream, part.footer)
             require(metadata.num_rows == part.rows, f"{metadata.num_rows} rows; expected {part.rows}")
-            file = pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
-            require(file.schema_arrow.equals(manifest.arrow_schema), "other columns than the manifest's")
-            for index in range(file.num_row_groups):
-                table = file.read_row_group(index, columns)
-                rows = metadata.row_group(index).num_rows
-                require(table.num_rows == rows, f"{table.num_rows} rows in row group {index}; expected {rows}")
-                table.validate()  # columns of the same length, vectors within what was read
-                yield table
+            yield from _row_groups(stream, metadata, manifest.arrow_schema, columns)
+
+
+def read_moments(directory: Directory, manifest: Manifest, epoch: int, part: Part) -> dict[str, Moments] | None:
+    """Return the moments of a part's rows by gate; None where they are not kept, or their file is gone.
+
+    Raises ValueError for a file that is cut, damaged, or not what the manifest says.
+    """
+    channels = {gate.name: gate.channels for gate in manifest.gates}
+    if not manifest.has_samples:
+        return from_table(pa.concat_tables(read_part(directory, manifest, epoch, part)), channels)
+    name = manifest.moments_file(epoch, part.name)
+    if part.moments is None or not directory.holds(name):
+        return None
+    with _damage_named(directory, name, "rebuild it with `stripe check --repair`"):
+        with directory.reading(), directory.files.open_input_file(name) as stream:
+            metadata = _metadata(stream, part.moments)
+            return from_table(pa.concat_tables(_row_groups(stream, metadata, MOMENTS_SCHEMA, None)), channels)
+
+
+def measure_rows(
+    directory: Directory, manifest: Manifest, epoch: int, part: Part, gates: Sequence[str]
+) -> dict[str, Moments]:
+    """Return the moments of some gates by reading a part's rows."""
+    chosen = replace(manifest, gates=tuple(gate for gate in manifest.gates if gate.name in gates))
+    measured = measuring(chosen)
+    columns = ["sample", "label", *(f"attention:{gate.name}" for gate in chosen.gates)]
+    for table in read_part(directory, manifest, epoch, part, columns):
+        measure(measured, chosen, to_block(table, chosen))
+    return measured.moments()
+
+
+def to_block(table: pa.Table, manifest: Manifest) -> Block:
+    """View a row group's samples, labels and attention as arrays."""
+    block = {"sample": table["sample"].to_numpy(), "label": table["label"].fill_null(UNKNOWN_LABEL).to_numpy()}
+    attention = {f"attention:{gate.name}": gate.channels for gate in manifest.gates}
+    return block | {name: _to_numpy(table[name], channels) for name, channels in attention.items()}
+
+
+def _metadata(stream: pa.NativeFile, footer_crc: int | None) -> pq.FileMetaData:
+    footer = read_footer(stream)
+    require(footer_crc in (None, zlib.crc32(footer)), "its footer differs from what was written")
+    return parse_footer(footer)
+
+
+def _row_groups(
+    stream: pa.NativeFile, metadata: pq.FileMetaData, schema: pa.Schema, columns: Sequence[str] | None
+) -> Iterator[pa.Table]:
+    file = pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
+    require(file.schema_arrow.equals(schema), "other columns than the manifest's")
+    for index in range(file.num_row_groups):
+        table = file.read_row_group(index, columns)
+        rows = metadata.row_group(index).num_rows
+        require(table.num_rows == rows, f"{table.num_rows} rows in row group {index}; expected {rows}")
+        table.validate()  # columns of the same length, vectors within what was read
+        yield table
+
+
+@contextmanager
+def _damage_named(directory: Directory, name: str, remedy: str) -> Iterator[None]:
+    """Turn what a damaged file raises into a ValueError of one line that names it and the remedy."""
+    try:
+        yield
     except FileNotFoundError as error:
-        message = f"run '{directory.path}' lacks {name}: open the run again, or record epoch {epoch} again"
+        message = f"run '{directory.path}' lacks {name}: open the run again, or {remedy}"
         raise FileNotFoundError(message) from error
     except (OSError, ValueError, pa.ArrowException) as error:
         if out_of_reach(error):
             raise
-        message = f"{name} is damaged ({one_line(error)}): record epoch {epoch} again with --overwrite"
-        raise ValueError(f"run '{directory.path}': {message}") from error
+        raise ValueError(f"run '{directory.path}': {name} is damaged ({one_line(error)}): {remedy}") from error
 
 
 def _to_numpy(column: pa.ChunkedArray, channels: int) -> NDArray[Any]:
@@ -234,8 +264,3 @@ def _to_numpy(column: pa.ChunkedArray, channels: int) -> NDArray[Any]:
     ]
     values = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
     return values.astype(np.float32, copy=False) if values.dtype == np.float16 else values
-
-
-def _to_python(scalar: pa.Scalar) -> Any:
-    """Return a vector as an array (C,), a number as it is."""
-    return scalar.values.to_numpy() if isinstance(scalar, pa.ListScalar) else scalar.as_py()

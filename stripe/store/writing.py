@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import posixpath
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from stripe.store.manifest import (
     CONTENTS,
     MANIFEST,
     MAX_COUNT,
+    MOMENTS_SUFFIX,
     SCHEMA_VERSION,
     Epoch,
     Manifest,
@@ -31,7 +33,7 @@ from stripe.store.manifest import (
     rank_and_sequence,
 )
 from stripe.store.parts import PartWriter, parse_footer, read_footer
-from stripe.store.rows import EpochWriter, MomentsWriter, Rows
+from stripe.store.rows import EpochWriter
 
 DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
 
@@ -105,7 +107,7 @@ class RunWriter:
         return sorted(epoch.epoch for epoch in self._manifest.epochs)
 
     @contextmanager
-    def epoch(self, number: int) -> Iterator[Rows]:
+    def epoch(self, number: int) -> Iterator[EpochWriter]:
         """Record epoch ``number``: published when the block ends, gone without a trace when it raises.
 
         The parts of an overwritten epoch get new names and one rename of the manifest switches from old to
@@ -121,14 +123,9 @@ class RunWriter:
             if self._rank == 0:
                 self._directory.clear(number)
             self._barrier()
-            schema = self._manifest.arrow_schema
             staged = f"{STAGING}/{epoch_name(number)}/part-{self._rank:04d}"
-            with PartWriter(self._directory, schema, staged) as parts, ThreadPoolExecutor(1) as thread:
-                rows: Rows
-                if self._manifest.has_samples:
-                    rows = EpochWriter(schema, parts, thread)
-                else:
-                    rows = MomentsWriter(self._manifest, parts)
+            with PartWriter(self._directory, self._manifest, staged) as parts, ThreadPoolExecutor(1) as thread:
+                rows = EpochWriter(self._manifest, parts, thread)
                 yield rows
                 rows.finish()
             self._barrier()
@@ -184,20 +181,31 @@ class RunWriter:
     def _staged(self, number: int) -> list[str]:
         """List what has been written of an epoch and not yet published, by rank and sequence."""
         infos = self._directory.files_in(f"{STAGING}/{epoch_name(number)}")
-        return sorted((info.path for info in infos), key=rank_and_sequence)
+        return sorted((info.path for info in infos if not info.path.endswith(MOMENTS_SUFFIX)), key=rank_and_sequence)
 
     def _move_parts(self, staged: Sequence[str], number: int, first: int) -> Iterator[Part]:
-        """Give staged parts their final names, numbered from ``first`` within each rank."""
+        """Give staged parts and their moments their final names, numbered from ``first`` within each rank."""
         files, folder = self._directory.files, self._manifest.folder(number)
         files.create_dir(folder, recursive=True)
         for path in staged:
             rank, sequence = rank_and_sequence(path)
             name = f"part-{rank:04d}-{first + sequence:03d}.parquet"
-            with files.open_input_file(path) as stream:
-                footer = read_footer(stream)
-                yield Part(name, parse_footer(footer).num_rows, stream.size(), zlib.crc32(footer))
+            footer, size = self._footer(path)
+            moments = None
+            if self._manifest.has_samples:
+                moments = zlib.crc32(self._footer(f"{path}{MOMENTS_SUFFIX}")[0])
+                target = self._manifest.moments_file(number, name)
+                files.create_dir(posixpath.dirname(target), recursive=True)
+                files.move(f"{path}{MOMENTS_SUFFIX}", target)
+                self._directory.sync(posixpath.dirname(target))
+            yield Part(name, parse_footer(footer).num_rows, size, zlib.crc32(footer), moments)
             files.move(path, f"{folder}/{name}")
         self._directory.sync(folder, folder.partition("/")[0])
+
+    def _footer(self, path: str) -> tuple[bytes, int]:
+        """Return the footer and the size of a file."""
+        with self._directory.files.open_input_file(path) as stream:
+            return read_footer(stream), stream.size()
 
     def _require_samples_once(self, staged: Sequence[str]) -> None:
         """Refuse samples that two ranks recorded; within a rank, ``append`` did. Moments cannot tell."""

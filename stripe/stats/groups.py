@@ -1,0 +1,135 @@
+"""Samples dealt into groups, by a hash of their ids or by class: counts, means and sums of squares that merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stripe.stats.arithmetic import Array, Counts, Labels
+
+BLOCKS = 32
+"""Into how many blocks samples are dealt; with no more samples than that, each is a block of its own."""
+
+COARSE_BITS = 63 - 5  # the five highest of a key's 63 bits number 32 blocks
+
+
+def block_keys(sample_ids: Labels) -> Counts:
+    """Hash sample ids (N,) to keys from 0 to 2^63 - 1, (N,): the mixing function of SplitMix64 (Steele et al. 2014).
+
+    Which block a sample belongs to depends on its id alone, so that parts of a run, ranks and machines agree on it,
+    and neighbouring ids are not dealt alike.
+    """
+    key = np.asarray(sample_ids).astype(np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((key ^ (key >> np.uint64(31))) >> np.uint64(1)).view(np.int64)
+
+
+def coarse(keys: Counts) -> Counts:
+    """Turn the keys of samples into the numbers of the 32 blocks that they belong to."""
+    return keys >> COARSE_BITS
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Groups of samples at one gate, ascending by key: what a statistic over samples needs of each.
+
+    Attributes:
+        keys: what the samples of a group share, (groups,): a block's number, or a class (-1: unknown).
+        counts: samples of each, (groups,).
+        means: mean vector of each, (groups, channels).
+        scatter: sum over samples and channels of squared deviations from the group's means, (groups,).
+        rows: sum over samples of the squared deviation of a row's mean from the mean of such means, (groups,).
+    """
+
+    keys: Counts
+    counts: Counts
+    means: Array
+    scatter: Array
+    rows: Array
+
+    @classmethod
+    def empty(cls, channels: int) -> Groups:
+        """Return no group at all."""
+        none = np.empty(0, np.int64)
+        return cls(none, none, np.empty((0, channels)), np.empty(0), np.empty(0))
+
+    @cached_property
+    def pooled(self) -> Groups:
+        """Return all samples as a single group."""
+        if not len(self.keys):
+            return self
+        count = self.counts.sum()
+        off = self.means - self.means[0]  # sums about a member's mean do not cancel
+        mean = self.counts @ off / count
+        off -= mean
+        return Groups(
+            np.zeros(1, np.int64),
+            count[None],
+            (self.means[0] + mean)[None],
+            (self.scatter + self.counts * _squares(off)).sum(keepdims=True),
+            (self.rows + self.counts * np.square(_mean(off))).sum(keepdims=True),
+        )
+
+    def is_close(self, other: Groups, *, rtol: float) -> bool:
+        """Tell whether these are the same groups of the same samples, but for the rounding of means."""
+        if not (np.array_equal(self.keys, other.keys) and np.array_equal(self.counts, other.counts)):
+            return False
+        size = self.scatter + self.counts * np.nansum(np.square(self.means), axis=1)
+        sums = ((self.scatter, other.scatter), (self.rows, other.rows))
+        return bool(np.allclose(self.means, other.means, rtol=rtol, atol=0, equal_nan=True)) and all(
+            bool((np.abs(mine - others) <= rtol * size).all()) for mine, others in sums
+        )
+
+    def merge(self, other: Groups) -> Groups:
+        """Combine with groups of other samples; groups of one key become one."""
+        both = ((getattr(self, name), getattr(other, name)) for name in ("keys", "counts", "means", "scatter", "rows"))
+        joined = Groups(*(np.concatenate(pair) for pair in both))
+        return joined.regrouped(joined.keys)
+
+    def regrouped(self, keys: Counts) -> Groups:
+        """Put groups to which ``keys`` (groups,) gives one key together (Chan, Golub, LeVeque 1983)."""
+        if not len(keys):
+            return self
+        found, firsts, places = np.unique(keys, return_index=True, return_inverse=True)
+        counts = _sums(places, self.counts).astype(np.int64)
+        shift = self.means[firsts]  # sums about a member's mean do not cancel
+        off = self.means - shift[places]
+        mean = np.zeros_like(shift)
+        np.add.at(mean, places, off * self.counts[:, None])
+        mean /= counts[:, None]
+        off -= mean[places]
+        return Groups(
+            found,
+            counts,
+            shift + mean,
+            _sums(places, self.scatter + self.counts * _squares(off)),
+            _sums(places, self.rows + self.counts * np.square(_mean(off))),
+        )
+
+    def with_channels(self, keep: npt.NDArray[np.bool_]) -> Groups:
+        """Put the channels of these groups among others, (channels,) marked by ``keep``; the others' means are NaN."""
+        means = np.full((len(self.keys), keep.size), np.nan)
+        means[:, keep] = self.means
+        return Groups(self.keys, self.counts, means, self.scatter, self.rows)
+
+
+def _sums(places: npt.NDArray[np.intp], values: npt.NDArray[Any]) -> Array:
+    """Add up values by place, all of which come."""
+    return np.bincount(places, values).astype(np.float64)
+
+
+def _squares(off: Array) -> Any:
+    """Sum squares over the channels that are numbers."""
+    off = off[:, ~np.isnan(off[0])]
+    return np.einsum("gc,gc->g", off, off)
+
+
+def _mean(off: Array) -> Any:
+    """Average over the channels that are numbers; 0 where there is none."""
+    off = off[:, ~np.isnan(off[0])]
+    return off.sum(axis=1) / max(off.shape[1], 1)

@@ -1,0 +1,135 @@
+"""Intervals by the jackknife over blocks of samples: of the strength, and of the change between two epochs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from stripe.stats.arithmetic import Array, Counts
+from stripe.stats.groups import Groups
+from stripe.stats.moments import Moments, moments_of
+from stripe.stats.variance import Variance
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Two ends of a confidence interval."""
+
+    low: float
+    high: float
+
+
+def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDENCE) -> Interval:
+    """Confidence interval of the stripe strength over samples, by the jackknife over blocks of samples.
+
+    Blocks are left out one by one: of samples dealt by their ids into 32, or single samples where there are no more
+    than 32. The figure that is jackknifed is log(V / W), the variance of the channels' means over that within
+    channels, which leaves no scale of its own; its end points, turned back into strengths, take R / N off V as the
+    estimate does. Ends follow Student's t, with the degrees of freedom that the kurtosis of the jackknife's values
+    leaves (Satterthwaite 1946), after Hall's cubic transformation for their skewness (Hall 1992). The estimate
+    always lies inside.
+
+    The channels are those of this network; samples are taken as independent draws. Simulated at 0.95 (``study.py
+    coverage``, 500 gates of each kind), it holds the true strength in 0.93 to 0.99 of cases for 20 to 1,000 samples
+    and 16 to 256 channels where the noise is normal: independent, of rank one, or half of it common to a row. Where
+    the noise is heavy-tailed (Student's t with 3 degrees of freedom) it does not reach 0.95: it holds it in 0.85 to
+    0.95 of cases, as so few samples do not tell how large that noise's variance is.
+
+    Args:
+        attention: (samples, channels), or their moments.
+        confidence: how often the interval is to hold the true strength, between 0 and 1.
+
+    Returns:
+        The interval within 0 and 1; NaN where the strength is, or where there are fewer than three samples; 0 to 1
+        where all but one block have nothing that varies.
+
+    Raises:
+        ValueError: the confidence is not between 0 and 1.
+
+    Example:
+        >>> strength_interval(run.attention("layer1.0.se", epoch=10))
+    """
+    moments = moments_of(attention)
+    check_confidence(confidence)
+    whole = moments.split
+    strength = float(whole.strength)
+    if math.isnan(strength) or moments.count < 3:
+        return Interval(math.nan, math.nan)
+    if whole.within == 0:
+        return Interval(1.0, 1.0)
+    every, without = (_log_contrast(each) for each in (whole, leave_one_out(moments.blocks)))
+    if not (np.isfinite(every) and np.isfinite(without).all()):
+        return Interval(0.0, 1.0)
+    ends = np.array(jackknife(moments.blocks.counts, float(every), without, confidence))
+    odds = np.maximum(np.exp(ends) - float(whole.rest / (whole.samples * whole.within)), 0.0)
+    low, high = (odds / (1 + odds)).tolist()
+    return Interval(min(low, strength), max(high, strength))
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def _log_contrast(variance: Variance) -> Any:
+    return np.log(variance.spread) - np.log(variance.within)
+
+
+def leave_one_out(blocks: Groups) -> Variance:
+    """Split the variance of all samples but those of one block, for each block; the fields are (blocks,)."""
+    keep = ~np.isnan(blocks.means).any(axis=0)
+    means = blocks.means if keep.all() else blocks.means[:, keep]
+    whole, counts = blocks.pooled, blocks.counts
+    left = whole.counts[0] - counts
+    off = means - whole.means[0, keep]
+    shifts = -(counts / left)[:, None] * off  # of the mean, when the block goes
+    lost = counts * whole.counts[0] / left  # of the squared distance between the block and the whole
+    scatter = whole.scatter[0] - blocks.scatter - lost * np.einsum("bc,bc->b", off, off)
+    rows = whole.rows[0] - blocks.rows - lost * np.square(off.mean(axis=1))
+    return Variance.of_sums(left, whole.means[0, keep] + shifts, np.maximum(scatter, 0.0), np.maximum(rows, 0.0))
+
+
+def jackknife(counts: Counts, every: float, without: Array, confidence: float) -> tuple[float, float]:
+    """Return the ends of the interval of a figure from its value of all samples and its values without each block.
+
+    Args:
+        counts: samples in each block, (blocks,).
+        every: the figure of all samples.
+        without: the figure of all samples but those of a block, (blocks,).
+        confidence: between 0 and 1.
+
+    The blocks may differ in size (Busing, Meijer, van der Leeden 1999).
+    """
+    blocks, shares = len(counts), counts.sum() / counts
+    pseudo = shares * every - (shares - 1) * without
+    off = (pseudo - np.sum(pseudo / shares)) / np.sqrt(shares - 1)
+    variance = np.mean(np.square(off))
+    if not variance > 0:
+        return every, every
+    kurtosis = max(float(np.mean(off**4) / variance**2), 3.0)
+    reach = student(confidence, max(2.0, 2 * (blocks - 1) / (kurtosis - 1)))
+    skewness = float(np.mean(off**3) / variance**1.5)
+    error = math.sqrt(variance)
+    return every - error * _unskewed(reach, skewness, blocks), every - error * _unskewed(-reach, skewness, blocks)
+
+
+def _unskewed(t: float, skewness: float, blocks: int) -> float:
+    """Invert Hall's transformation: where the studentized mean of so many skewed values lies when t is normal's."""
+    a = skewness / math.sqrt(blocks) / 3
+    return float(np.cbrt(1 + 3 * a * (t - a / 2)) - 1) / a if abs(a) > 1e-6 else t
+
+
+@lru_cache(maxsize=4096)
+def student(confidence: float, freedom: float) -> float:
+    """Return how many standard errors Student's t reaches to either side."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + confidence) / 2))
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise ValueError unless the confidence is between 0 and 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: expected a number between 0 and 1, such as 0.95")

@@ -1,0 +1,51 @@
+"""The class's share: how much of the variance across samples is explained by what the samples show."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from stripe.stats.arithmetic import Array, Labels, ratio
+from stripe.stats.moments import Moments
+
+
+@dataclass(frozen=True)
+class LabelShare:
+    """Share of the variance across samples that the class explains, plain and bias-corrected."""
+
+    eta_squared: float
+    omega_squared: float
+
+
+def label_share(attention: Array | Moments, labels: Labels | None = None) -> LabelShare:
+    """Explain the variance across samples by class: one-way ANOVA pooled over channels.
+
+    omega^2 = (SSB - (k - 1) MSW) / (SST + MSW) (Hays 1963) can fall below 0 by chance. Samples with a label
+    under 0 are left out; NaN with fewer than two classes.
+
+    Args:
+        attention: (samples, channels), with the labels; or moments that were measured with them.
+        labels: the class of every sample, (samples,).
+
+    Raises:
+        ValueError: an array comes without a label for every sample, or moments come with labels.
+    """
+    if isinstance(attention, Moments) == (labels is not None):
+        raise ValueError("expected an array with the label of every sample, or moments that were measured with labels")
+    moments = attention if isinstance(attention, Moments) else Moments.of(attention, labels=labels)
+    nothing = LabelShare(math.nan, math.nan)
+    if moments.classes is None or len(moments.classes.keys) < 2:
+        return nothing
+    known = moments.classes.keys >= 0
+    if np.count_nonzero(known) < 2:
+        return nothing
+    counts, means = moments.classes.counts[known], moments.classes.means[known][:, moments.finite]
+    off = means - means[0]
+    off -= counts @ off / counts.sum()
+    between = float(counts @ np.einsum("kc,kc->k", off, off))
+    within = float(moments.classes.scatter[known].sum())
+    total, extra = between + within, len(counts) - 1
+    error = ratio(within, counts.sum() - len(counts))
+    return LabelShare(float(ratio(between, total)), float(ratio(between - extra * error, total + error)))

@@ -1,0 +1,117 @@
+"""Moments as a Parquet table: for each gate a row of all samples, one of every block of samples, one of every class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from stripe.messages import require
+
+if TYPE_CHECKING:
+    from stripe.stats import Groups, Moments
+
+_VECTOR = pa.list_(pa.float64())
+MOMENTS_SCHEMA = pa.schema(
+    [
+        pa.field("gate", pa.string(), nullable=False),
+        pa.field("block", pa.int64()),  # this and the label: null in the row of all samples
+        pa.field("label", pa.int64()),  # -1: unknown
+        pa.field("count", pa.int64(), nullable=False),
+        pa.field("mean", _VECTOR, nullable=False),
+        *(pa.field(name, pa.float64()) for name in ("scatter", "rows")),  # null in the row of all samples
+        *(pa.field(name, _VECTOR) for name in ("m2", "low", "high")),  # these and the next: in that row alone
+        pa.field("broken", pa.list_(pa.bool_())),
+        pa.field("near", pa.list_(pa.int64())),
+        *(pa.field(name, pa.int64()) for name in ("nonfinite", "left_out", "blocks", "classes")),
+    ]
+)
+"""Columns of a table of moments; `stripe.stats.Moments` and `Groups` say what they mean.
+
+``blocks`` and ``classes`` count the rows of these that follow; ``classes`` is null where they were not kept.
+"""
+
+
+def to_table(moments: Mapping[str, Moments], schema: pa.Schema = MOMENTS_SCHEMA) -> pa.Table:
+    """Put the moments of gates into one table, gate after gate."""
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for gate, each in moments.items():
+        classes = None if each.classes is None else len(each.classes.keys)
+        whole = {name: getattr(each, name) for name in ("count", "m2", "low", "high", "broken", "near", "nonfinite")}
+        whole |= {"left_out": each.left_out, "blocks": len(each.blocks.keys), "classes": classes, "mean": each.mean}
+        rows = [whole, *_rows("block", each.blocks)]
+        if each.classes is not None:
+            rows += _rows("label", each.classes)
+        for row in rows:
+            for name in columns:
+                columns[name].append(gate if name == "gate" else row.get(name))
+    return pa.table(columns, schema=schema)
+
+
+def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moments]:
+    """Read the moments of gates with so many channels by name; ValueError when the table is not of these gates."""
+    table = table.combine_chunks()
+    mean, m2, low, high, broken, near = (_flat(table, name) for name in ("mean", "m2", "low", "high", "broken", "near"))
+    count, scatter, rows = (_values(table, name) for name in ("count", "scatter", "rows"))
+    block, label = (_values(table, name) for name in ("block", "label"))
+    single = table.filter(table["blocks"].is_valid()).select(["gate", "nonfinite", "left_out", "blocks", "classes"])
+    require(single["gate"].to_pylist() == list(channels), "other gates than the manifest's")
+
+    def groups(keys: NDArray[np.int64], at: int, number: int, width: int, values: NDArray[np.float64]) -> Groups:
+        from stripe.stats import Groups
+
+        its = slice(at, at + number)
+        return Groups(keys[its], count[its], values.reshape(-1, width), scatter[its], rows[its])
+
+    def parts() -> Iterator[tuple[str, Moments]]:
+        from stripe.stats import Moments
+
+        row = vector = start = 0
+        for number, each in enumerate(single.to_pylist()):
+            width, blocks, classes = channels[each["gate"]], each["blocks"], each["classes"]
+            its = slice(vector, vector + width)
+            ends = np.cumsum([start, width, width * blocks, width * (classes or 0)])
+            require(row + 1 + blocks + (classes or 0) <= len(count) and ends[-1] <= len(mean), "too few rows")
+            yield (
+                each["gate"],
+                Moments(
+                    count=int(count[row]),
+                    mean=mean[ends[0] : ends[1]],
+                    m2=m2[its],
+                    low=low[its],
+                    high=high[its],
+                    near=near[3 * number : 3 * number + 3],
+                    nonfinite=each["nonfinite"],
+                    left_out=each["left_out"],
+                    broken=broken[its],
+                    blocks=groups(block, row + 1, blocks, width, mean[ends[1] : ends[2]]),
+                    classes=None
+                    if classes is None
+                    else groups(label, row + 1 + blocks, classes, width, mean[ends[2] : ends[3]]),
+                ),
+            )
+            row, vector, start = row + 1 + blocks + (classes or 0), vector + width, int(ends[-1])
+
+    return dict(parts())
+
+
+def _rows(key: str, groups: Groups) -> list[dict[str, Any]]:
+    columns = (groups.keys, groups.counts, groups.means, groups.scatter, groups.rows)
+    return [
+        dict(zip((key, "count", "mean", "scatter", "rows"), values, strict=True))
+        for values in zip(*columns, strict=True)
+    ]
+
+
+def _values(table: pa.Table, name: str) -> NDArray[Any]:
+    """Return a column of numbers, 0 where it is null."""
+    column = table[name].combine_chunks()
+    return (column.fill_null(0) if column.null_count else column).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+
+
+def _flat(table: pa.Table, name: str) -> NDArray[Any]:
+    """Return the values of a column of vectors, one after the other."""
+    return table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]

@@ -1,0 +1,56 @@
+"""Studies of the strength: its interval on simulated gates of known truth, and its change over a training."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from studies import coverage
+from study import main
+
+import stripe
+from stripe.stats import Interval
+from tests.runs import record
+
+SMALL = ["coverage", "--images", "20", "--channels", "16", "--strengths", "0.5", "--repetitions", "60", "--out"]
+
+
+@pytest.mark.parametrize("noise", coverage.NOISES)
+def test_simulated_gates_have_the_strength_that_they_are_said_to_have(noise):
+    """Of very many images the channel's share of the variance is the true strength, whatever the noise."""
+    for values in coverage.draw(noise, (40_000, 12), 0.3, 2):
+        between, within = values.mean(axis=0).var(ddof=1), values.var(axis=0, ddof=1).mean()
+        assert between / (between + within) == pytest.approx(0.3, abs=0.03 if noise == "t3" else 0.01)
+    shares = stripe.stats.two_way_shares(next(coverage.draw(noise, (4000, 64), 0.3, 1)))
+    assert (shares.sample > 0.3) == (noise == "half common to a row")
+
+
+def test_the_table_grows_cell_by_cell_and_goes_on(tmp_path, monkeypatch, capsys):
+    assert main([*SMALL, str(tmp_path), "--noises", "independent"]) == 0
+    first = pd.read_csv(tmp_path / "coverage.csv")
+    assert main([*SMALL, str(tmp_path), "--noises", "independent", "t3"]) == 0
+    table = pd.read_csv(tmp_path / "coverage.csv")
+    assert table["noise"].tolist() == ["independent", "t3"]
+    pd.testing.assert_frame_equal(table.iloc[:1], first)
+    assert first["coverage"].between(0.85, 1.0).all()
+    np.testing.assert_allclose(table["coverage"] + table["above"] + table["below"], 1.0, atol=2e-4)
+    assert "t3: covered in" in capsys.readouterr().out
+
+
+def test_an_interval_that_lacks_its_estimate_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(coverage, "strength_interval", lambda moments: Interval(0.0, 0.1))
+    assert main([*SMALL, str(tmp_path)]) == 2
+    assert "lacks its own estimate" in capsys.readouterr().err
+    assert not (tmp_path / "coverage.csv").exists()
+
+
+def test_the_change_of_runs_is_a_row_for_each_gate_and_measure(tmp_path, capsys):
+    example = stripe.load_example("cifar10-se-resnet20").path
+    record(tmp_path / "moments", 1, 5, samples=80, contents="moments")
+    assert main(["constancy", str(example), str(tmp_path / "moments"), "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "constancy.csv")
+    assert len(table) == 3 * (3 + 2)
+    found = table.set_index(["run", "gate", "measure"])
+    assert found.loc[("cifar10-se-resnet20", "layer1.0", "cv"), "direction"] == "falls"
+    assert found.loc[("cifar10-se-resnet20", "layer3.1", "cv"), "direction"] == "rises"
+    assert (found.loc["moments", "direction"] == "unsettled").mean() > 0.5  # random values at both epochs
+    assert "falls" in capsys.readouterr().out
+    assert main(["constancy", str(record(tmp_path / "one", 1)), "--out", str(tmp_path)]) == 2
