@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from study import main
 from studies.forms import begin_at
+from study import main
 
 import stripe
 from stripe.models import create_model
