@@ -10,7 +10,8 @@ import pytest
 
 import stripe
 from stripe.cli import main
-from stripe.cli.figures import EXAMPLE_RUN, FORMATS
+from stripe.cli.figures import FORMATS
+from stripe.examples import EXAMPLE_RUN
 from stripe.figures import METADATA, each_figure, file_name
 from stripe.gate import Gate
 from stripe.store import RunWriter

@@ -23,7 +23,7 @@ MODULES = (ablation, benchmarks, commands, comparison, growth, recipes, robustne
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
-    pages = [Path("README.md"), *sorted(Path("figures").glob("*/README.md"))]
+    pages = sorted(Path("figures").glob("*/README.md"))
     parser.add_argument("--pages", type=Path, nargs="+", default=pages, metavar="FILE", help="the texts to check")
     parser.add_argument("--records", type=Path, default=Path("figures"), metavar="DIR", help="directories of records")
     parser.add_argument("--write", action="store_true", help="write what differs anew, and the figures")

@@ -6,7 +6,6 @@ from pathlib import Path, PurePosixPath
 SUMMARY = "draw a run's figures: stripes before and after, gates x epochs, std, strength, drift"
 EXAMPLE = "runs/probe --out figures/probe --format png pdf"
 FORMATS = ("png", "pdf", "svg")
-EXAMPLE_RUN = "cifar10-se-resnet20"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="*",
         metavar="RUN",
-        help=f"runs, or log.txt files of the ASR reference (default: the example run {EXAMPLE_RUN})",
+        help="runs, or log.txt files of the ASR reference (default: the example run)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where figures go (default: figures/ and a run's name)")
     parser.add_argument("--epoch", type=int, metavar="E", help="epoch of the stripe figure (default: the last)")
@@ -28,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stripe import figures, plots
     from stripe.examples import load_example
 
-    for path in arguments.runs or [load_example(EXAMPLE_RUN).path]:
+    for path in arguments.runs or [load_example().path]:
         name = PurePosixPath(path)  # also of an object store's address
         out = arguments.out or Path("figures") / name.stem
         out = out / name.stem if len(arguments.runs) > 1 and arguments.out else out

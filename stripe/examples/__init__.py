@@ -13,11 +13,23 @@ from pathlib import Path
 
 from stripe.store import Run, open_run
 
+EXAMPLE_RUN = "cifar10-se-resnet20"
 _HERE = Path(__file__).parent
 
 
-def load_example(name: str) -> Run:
-    """Open one of the runs that ship with the package; ValueError lists their names."""
+def load_example(name: str = EXAMPLE_RUN) -> Run:
+    """Open a run that ships with the package.
+
+    Raises:
+        ValueError: there is no such run; the message lists their names.
+
+    Example:
+        >>> run = load_example()
+        >>> run.epochs
+        [1, 2, 4, 8, 14, 20]
+        >>> run.attention("layer1.0", epoch=20).shape
+        (500, 64)
+    """
     names = sorted(manifest.parent.name for manifest in _HERE.glob("*/run.json"))
     if name not in names:
         raise ValueError(f"no example '{name}'; expected one of {', '.join(names)}")
