@@ -17,15 +17,17 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption(
         "--jitter",
-        action="store_true",
-        help="move what every convolution and linear layer returns by one unit in the last place, up or down at random, "
-        "as another processor's rounding would; tests marked equal_bits are left out",
+        type=int,
+        default=0,
+        metavar="UNITS",
+        help="move every number that a convolution or linear layer returns up or down at random by so many units in "
+        "the last place, as the rounding of another processor would; tests marked equal_bits are left out",
     )
 
 
 def pytest_configure(config):
-    if config.getoption("--jitter"):
-        torch.nn.modules.module.register_module_forward_hook(_jitter)
+    if units := config.getoption("--jitter"):
+        nn.modules.conv._ConvNd.__call__ = nn.Linear.__call__ = _jittered_call(units)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -36,22 +38,28 @@ def pytest_collection_modifyitems(config, items):
 
 
 _ROUNDING = np.random.default_rng(0)
-_WORDS = {torch.float32: ctypes.c_int32, torch.float64: ctypes.c_int64}
-_ROUNDED = (nn.modules.conv._ConvNd, nn.Linear)
+_NUMBERS = {torch.float32: (ctypes.c_int32, np.float32), torch.float64: (ctypes.c_int64, np.float64)}
 
 
-def _jitter(module, _inputs, output):
-    """Change the output's memory, of which neither a trace nor autograd takes notice: no operation is added."""
-    if torch.compiler.is_compiling() or not isinstance(module, _ROUNDED) or type(output) is not torch.Tensor:
-        return
-    if output.device.type != "cpu" or output.dtype not in _WORDS or not output.numel():
-        return
-    memory, word = output.untyped_storage(), _WORDS[output.dtype]
-    words = np.ctypeslib.as_array(
-        ctypes.cast(memory.data_ptr(), ctypes.POINTER(word)), (memory.nbytes() // ctypes.sizeof(word),)
-    )
-    numbers = words.view(np.float32 if output.dtype == torch.float32 else np.float64)
-    moves = np.where(_ROUNDING.random(len(words), np.float32) < 0.5, -1, 1)
+def _jittered_call(units):
+    def call(self, *args, **kwargs):
+        output = nn.Module.__call__(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or type(output) is not torch.Tensor:
+            return output
+        if output.device.type == "cpu" and output.dtype in _NUMBERS and output.numel():
+            _jitter(output, units)
+        return output
+
+    return call
+
+
+def _jitter(output, units):
+    """Change the memory of a tensor itself, so that neither a trace nor autograd meets an operation more."""
+    memory, (word, number) = output.untyped_storage(), _NUMBERS[output.dtype]
+    pointer, size = ctypes.cast(memory.data_ptr(), ctypes.POINTER(word)), memory.nbytes() // ctypes.sizeof(word)
+    words = np.ctypeslib.as_array(pointer, (size,))
+    numbers = words.view(number)
+    moves = np.where(_ROUNDING.random(size, np.float32) < 0.5, -units, units)
     words += np.where(np.isfinite(numbers) & (numbers != 0), moves, 0).astype(words.dtype)
 
 
