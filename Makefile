@@ -14,7 +14,7 @@ test-all: test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow  # without coverage, which makes the fuzzing take 1.6 times as long
 
 test-oldest: .venv-oldest/installed  # everything that stripe needs at its lower bound, the developer's tools as they are today
-	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -m "not slow"
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -m "not slow" -W default  # old packages warn of new ones
 
 lint: .venv/installed
 	$(BIN)/ruff check .
