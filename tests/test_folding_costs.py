@@ -252,7 +252,7 @@ def test_distillation_brings_the_student_nearer_and_leaves_the_rest(network, gat
     for model, state in zip((student, network), states, strict=True):
         assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     untaught = folding.distill(student, network, Batches(), steps=0)
-    assert distance(untaught) == distance(student)
+    assert all(torch.equal(untaught.state_dict()[name], value) for name, value in student.state_dict().items())
     with pytest.raises(ValueError, match="amp 'fp8': expected no or bf16"):
         folding.distill(student, network, Batches(), steps=1, amp="fp8")
     with pytest.raises(FloatingPointError, match="lower its learning rate"):
