@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint study study-check clean
+.PHONY: demo test test-all test-oldest lint study study-check clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -12,6 +12,9 @@ test: .venv/installed
 
 test-all: test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow  # without coverage, which makes the fuzzing take 1.6 times as long
+
+test-oldest: .venv-oldest/installed  # everything that stripe needs at its lower bound, the developer's tools as they are today
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -m "not slow" -W default  # old packages warn of new ones
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -27,9 +30,22 @@ study-check: .venv/installed
 	$(BIN)/python scripts/study.py check
 
 clean:
-	rm -rf .venv runs figures/demo
+	rm -rf .venv .venv-oldest runs figures/demo
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# The lower bounds of pyproject.toml as pip's constraints: numpy>=1.26 there is numpy==1.26 here.
+LOWER_BOUNDS := import re, tomllib; \
+  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  extras = [needs for name, needs in project["optional-dependencies"].items() if name != "dev"]; \
+  print(*(re.sub(r"\[.*?\]", "", need).replace(">=", "==") for need in sum(extras, project["dependencies"])), sep="\n")
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -c '$(LOWER_BOUNDS)' > .venv-oldest/constraints.txt
+	echo "protobuf<6" >> .venv-oldest/constraints.txt  # later ones refuse what onnxscript 0.2 writes
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable ".[dev]"
 	touch $@

@@ -261,7 +261,7 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 def _figure_of(ax: Axes) -> Figure:
     """Return the figure that a plot of one Axes made."""
-    figure = ax.get_figure(root=True)
+    figure = ax.get_figure()
     assert isinstance(figure, Figure)
     return figure
 

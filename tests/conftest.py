@@ -4,11 +4,63 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import ctypes
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--jitter",
+        type=int,
+        default=0,
+        metavar="UNITS",
+        help="move every number that a convolution or linear layer returns up or down at random by so many units in "
+        "the last place, as the rounding of another processor would; tests marked equal_bits are left out",
+    )
+
+
+def pytest_configure(config):
+    if units := config.getoption("--jitter"):
+        nn.modules.conv._ConvNd.__call__ = nn.Linear.__call__ = _jittered_call(units)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--jitter"):
+        for item in items:
+            if item.get_closest_marker("equal_bits"):
+                item.add_marker(pytest.mark.skip(reason="asks for equal bits, which --jitter takes away"))
+
+
+_ROUNDING = np.random.default_rng(0)
+_NUMBERS = {torch.float32: (ctypes.c_int32, np.float32), torch.float64: (ctypes.c_int64, np.float64)}
+
+
+def _jittered_call(units):
+    def call(self, *args, **kwargs):
+        output = nn.Module.__call__(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or type(output) is not torch.Tensor:
+            return output
+        if output.device.type == "cpu" and output.dtype in _NUMBERS and output.numel():
+            _jitter(output, units)
+        return output
+
+    return call
+
+
+def _jitter(output, units):
+    """Change the memory of a tensor itself, so that neither a trace nor autograd meets an operation more."""
+    memory, (word, number) = output.untyped_storage(), _NUMBERS[output.dtype]
+    pointer, size = ctypes.cast(memory.data_ptr(), ctypes.POINTER(word)), memory.nbytes() // ctypes.sizeof(word)
+    words = np.ctypeslib.as_array(pointer, (size,))
+    numbers = words.view(number)
+    moves = np.where(_ROUNDING.random(size, np.float32) < 0.5, -units, units)
+    words += np.where(np.isfinite(numbers) & (numbers != 0), moves, 0).astype(words.dtype)
 
 
 @pytest.fixture(autouse=True)

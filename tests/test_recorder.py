@@ -58,6 +58,7 @@ def hooks_on(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+@pytest.mark.equal_bits
 def test_recorded_rows_are_a_hand_written_hooks_bit_for_bit_in_order(tmp_path, network, loader, images):
     gates = find_gates(network, next(iter(loader))[0][:2])
     with Recorder(network, gates, tmp_path / "run", squeeze=True) as recorder:
@@ -75,6 +76,7 @@ def test_recorded_rows_are_a_hand_written_hooks_bit_for_bit_in_order(tmp_path, n
     assert hooks_on(network) == 0
 
 
+@pytest.mark.equal_bits
 def test_a_loop_of_ones_own_commits_what_it_ran(tmp_path, network, loader):
     gates = find_gates(network, next(iter(loader))[0][:2])
     with Recorder(network, gates, tmp_path / "own") as recorder, torch.no_grad():
@@ -205,6 +207,7 @@ def test_no_gate_is_an_error(tmp_path):
 # ---- moments, other networks, memory ----------------------------------------------------------------------
 
 
+@pytest.mark.equal_bits
 def test_moments_alone_are_those_of_the_rows(tmp_path, network, loader):
     gates = find_gates(network, next(iter(loader))[0][:3])
     for contents in ("samples", "label-moments"):
@@ -220,6 +223,7 @@ def test_moments_alone_are_those_of_the_rows(tmp_path, network, loader):
     np.testing.assert_allclose(classes.means[3], values[labels == classes.keys[3]].mean(0, dtype=float), rtol=1e-12)
 
 
+@pytest.mark.equal_bits
 @pytest.mark.parametrize(
     ("spec", "source"),
     [
@@ -375,6 +379,7 @@ def train(task, loader, callback, folder, epochs=2):
     return trainer
 
 
+@pytest.mark.equal_bits
 def test_a_lightning_trainer_records_its_validation(tmp_path, network, loader, images):
     gates = find_gates(network, next(iter(loader))[0][:3])
     callback = RecorderCallback(None, gates, tmp_path / "run", model=network)

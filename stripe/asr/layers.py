@@ -74,7 +74,9 @@ class ASRLayer(nn.Module):
         if layer.weight is None:
             return {"weight": vector, "bias": torch.zeros_like(vector)}
         scaled = {"weight": layer.weight * vector.view(-1, *[1] * (layer.weight.ndim - 1))}
-        return scaled if layer.bias is None else scaled | {"bias": layer.bias * vector}
+        if layer.bias is not None:
+            scaled["bias"] = layer.bias * vector
+        return scaled
 
     def forward(self, x: Tensor) -> Tensor:
         """Return bn(x) * v, shaped as bn(x)."""
