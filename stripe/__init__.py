@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         gates,
         models,
         plots,
+        recipe,
         recorder,
         report,
         stats,
@@ -53,13 +54,13 @@ _HOMES = {
 }
 _ROOMS = (
     "asr", "attention", "checkpoints", "cluster", "data", "examples", "figures", "folding", "gate", "gates", "models",
-    "plots", "recorder", "report", "stats", "store", "training",
+    "plots", "recipe", "recorder", "report", "stats", "store", "training",
 )  # fmt: skip
 
 __all__ = [
     "Gate", "Recorder", "RecorderCallback", "Run", "asr", "attention", "checkpoints", "cluster", "data", "examples",
     "figures", "find_gates", "fold", "folding", "gate", "gates", "interleave", "keep_memory", "load_example", "models",
-    "open_run", "plots", "recorder", "report", "stats", "store", "training",
+    "open_run", "plots", "recipe", "recorder", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

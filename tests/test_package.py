@@ -135,7 +135,7 @@ def test_public_names_come_from_their_homes():
     for name in stripe.__all__:
         assert getattr(stripe, name) is not None
     assert set(dir(stripe)) == set(stripe.__all__)
-    private = {"capture", "cli", "files", "memory", "messages", "timing"}  # what no user imports by name
+    private = {"capture", "cli", "devices", "files", "memory", "messages", "timing"}  # what no user imports by name
     assert {room.split(".")[0] for room in rooms()} - private <= set(stripe.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'find_gate'; expected one of Gate"):
         _ = stripe.find_gate
