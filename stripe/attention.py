@@ -172,6 +172,11 @@ def create_attention(name: str, channels: int) -> nn.Module:
 
     Raises:
         ValueError: the name is unknown.
+
+    Example:
+        >>> import torch
+        >>> create_attention("senet", channels=64)(torch.rand(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 1, 1])
     """
     if name.startswith("timm:"):
         return TimmAttention(name.removeprefix("timm:"), channels)

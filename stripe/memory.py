@@ -16,6 +16,9 @@ def keep_memory() -> bool:
 
     Returns:
         Whether freed memory is kept from now on: False where the C library is not glibc, which is left as it is.
+
+    Example:
+        >>> kept = keep_memory()  # once, at the start of a script
     """
     if platform.libc_ver()[0] != "glibc":
         return False

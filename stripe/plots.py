@@ -79,6 +79,11 @@ def before_after(
     A squeeze has no fixed range, so by one rule for both each panel's colours span the values it shows, as
     its colour bar says: neither side looks calmer for a wider scale. `std`, the standard deviations over
     images of both, (C,) each, is drawn below as a share of that colour range, on one axis for both.
+
+    Example:
+        >>> import stripe
+        >>> run = stripe.load_example()
+        >>> figure = before_after(run.squeeze("layer1.0", 20), run.attention("layer1.0", 20), title="layer1.0")
     """
     before, after = _matrix("squeeze", squeeze), _matrix("attention", attention)
     if before.shape != after.shape:
@@ -241,7 +246,13 @@ def learned_scatter(
 
 
 def strength_by_gate(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
-    """Draw stripe strength with its interval, one row a gate, from one epoch's rows of `stripe.stats.summarize`."""
+    """Draw stripe strength with its interval, one row a gate, from one epoch's rows of `stripe.stats.summarize`.
+
+    Example:
+        >>> import stripe
+        >>> table = stripe.stats.summarize(stripe.load_example())
+        >>> ax = strength_by_gate(table[table["epoch"] == 20])
+    """
     if table["gate"].duplicated().any():
         epochs = table["epoch"].unique().tolist()
         raise ValueError(f"table holds epochs {epochs}; expected one row a gate: select one epoch")
@@ -258,7 +269,12 @@ def strength_by_gate(table: pd.DataFrame, *, ax: Axes | None = None, title: str 
 
 
 def strength_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
-    """Draw stripe strength with its interval, one line a gate, from the rows of `stripe.stats.summarize`."""
+    """Draw stripe strength with its interval, one line a gate, from the rows of `stripe.stats.summarize`.
+
+    Example:
+        >>> import stripe
+        >>> ax = strength_over_epochs(stripe.stats.summarize(stripe.load_example()))
+    """
     ax = _axes(ax, height=2.6)
     _draw_by_gate(ax, table, "strength", interval=("strength_low", "strength_high"))
     _dress(ax, "epoch", "stripe strength", title)

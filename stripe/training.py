@@ -138,6 +138,13 @@ def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Ev
     """Evaluate in eval mode on the model's device; several processes add up their parts.
 
     Every module's training flag is put back. Raises ValueError when there is no sample.
+
+    Example:
+        >>> import torch
+        >>> from stripe.data import Loader, load_images
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+        >>> evaluate(model, Loader(load_images("digits", "test"), 100)).samples
+        360
     """
     device = device_of(model)
     training = [module for module in model.modules() if module.training]

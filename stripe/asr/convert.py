@@ -40,6 +40,12 @@ def insert(
     Raises:
         ValueError: nothing matches, or a name is unknown.
         TypeError: a layer that matches cannot carry a vector.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> asr = insert(resnet18(), attention="senet", where="bn2")
+        >>> type(asr.layer1[0].bn2).__name__
+        'ASRLayer'
     """
     model = model if inplace else copy.deepcopy(model)
     names = [
@@ -62,6 +68,12 @@ def deploy(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         ArithmeticError: a merged layer differs from its training form.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> plain = deploy(insert(resnet18(), where="bn2"))
+        >>> plain.state_dict().keys() == resnet18().state_dict().keys()
+        True
     """
     model = model if inplace else copy.deepcopy(model)
     switch_to_deploy(model, delete=True)

@@ -109,6 +109,11 @@ def load_images(
         FileNotFoundError: the data are not there.
         ModuleNotFoundError: `hf:` without the package `datasets`.
         ValueError: unknown URI or split, too few samples, a broken image, unusable size, labels, mean and std.
+
+    Example:
+        >>> images = load_images("digits", "test", samples=100)
+        >>> len(images), len(images.classes)
+        (100, 10)
     """
     if size is not None and not (type(size) is int and 1 <= size <= LARGEST_SIZE):
         raise ValueError(f"images of size {size!s:.80}: expected a side of 1 to {LARGEST_SIZE} pixels")

@@ -35,6 +35,13 @@ class Loader:
 
     Attributes:
         samples: how many samples an epoch yields to this process.
+
+    Example:
+        >>> from stripe.data import load_images
+        >>> loader = Loader(load_images("digits", "test", samples=100), 32)
+        >>> images, labels, sample_ids = next(iter(loader))
+        >>> len(loader), images.shape
+        (4, torch.Size([32, 3, 32, 32]))
     """
 
     def __init__(

@@ -138,7 +138,7 @@ def study(
         >>> choice.chosen.folded
         3
         >>> stripe.find_gates(choice.chosen.network, images)
-        []
+        no gates
         >>> ax = stripe.plots.fold_pareto(choice.variants)
     """
     _require_choices(order, measure, max_drop, {"calibration": calibration, "held_out": held_out, "test": test})

@@ -51,6 +51,11 @@ def create_model(arch: str, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: the name or an option is unknown.
+
+    Example:
+        >>> model = create_model("resnet", depth=20, module="senet", num_classes=100)
+        >>> sum(weight.numel() for weight in model.parameters())
+        265964
     """
     if arch.startswith(HUBS):
         return _hub_model(arch, **options)

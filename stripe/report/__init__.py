@@ -62,6 +62,12 @@ def render(
 
     Raises:
         ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold.
+
+    Example:
+        >>> import stripe
+        >>> page = render(stripe.load_example())
+        >>> "</html>" in page
+        True
     """
     learned = learned_vectors(run, validation)
     epoch = validation["epoch"] if validation else max(run.epochs, default=0)

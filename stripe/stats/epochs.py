@@ -28,7 +28,16 @@ SUMMARY = (
 
 
 def drift(before: Moments, after: Moments) -> float:
-    """Mean absolute change of the observed stripe between two recorded epochs of one gate."""
+    """Mean absolute change of the observed stripe between two recorded epochs of one gate.
+
+    Example:
+        >>> import numpy as np
+        >>> noise = 0.1 * np.random.default_rng(0).standard_normal((500, 16))
+        >>> attention = np.linspace(0.2, 0.8, 16) + noise  # 500 images, 16 channels
+        >>> from stripe.stats import Moments
+        >>> round(drift(Moments.of(attention), Moments.of(attention + 0.05)), 3)
+        0.05
+    """
     change = np.abs(after.mean - before.mean)
     return mean_of(change[np.isfinite(change)])
 
@@ -84,7 +93,10 @@ def summarize(
         ValueError: the run holds no finished epoch, or the confidence is not between 0 and 1.
 
     Example:
-        >>> summarize(stripe.open_run("runs/probe"))[["epoch", "gate", "strength", "cv", "flags"]]
+        >>> import stripe
+        >>> table = summarize(stripe.load_example())
+        >>> table.loc[table["epoch"] == 20, ["gate", "strength", "cv"]].round(3).values.tolist()
+        [['layer1.0', 0.919, 0.01], ['layer2.0', 0.749, 0.058], ['layer3.1', 0.401, 0.114]]
     """
     known = {gate.name: gate for gate in run.gates}
     chosen = list(known.values()) if gates is None else [known[name_of(gate)] for gate in gates]

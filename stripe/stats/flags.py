@@ -24,6 +24,11 @@ def flags(attention: Array | Moments, form: str = "multiplicative") -> tuple[str
         attention: (samples, channels), or their moments.
         form: of the gate. What scales is bounded by 0 and, where no value exceeds it, by 1 or by 2, as of
             2 * sigmoid; what is added to a map has no bounds.
+
+    Example:
+        >>> import numpy as np
+        >>> flags(np.full((500, 16), 0.5))
+        ('dead',)
     """
     moments = moments_of(attention)
     low, high = moments.low[moments.finite], moments.high[moments.finite]

@@ -31,6 +31,15 @@ def label_share(attention: Array | Moments, labels: Labels | None = None) -> Lab
 
     Raises:
         ValueError: an array comes without a label for every sample, or moments come with labels.
+
+    Example:
+        >>> import numpy as np
+        >>> noise = 0.1 * np.random.default_rng(0).standard_normal((500, 16))
+        >>> attention = np.linspace(0.2, 0.8, 16) + noise  # 500 images, 16 channels
+        >>> labels = np.arange(500) % 10
+        >>> attention[labels == 3] += 0.2  # one class differs
+        >>> round(label_share(attention, labels).omega_squared, 3)
+        0.261
     """
     if isinstance(attention, Moments) == (labels is not None):
         raise ValueError("expected an array with the label of every sample, or moments that were measured with labels")

@@ -31,6 +31,14 @@ def match(learned: Array, observed: Array, *, permutations: int = PERMUTATIONS, 
     """Compare a learned vector (channels,) with the observed attention vectors (samples, channels).
 
     Raises ValueError when their channels differ in number.
+
+    Example:
+        >>> import numpy as np
+        >>> noise = 0.1 * np.random.default_rng(0).standard_normal((500, 16))
+        >>> attention = np.linspace(0.2, 0.8, 16) + noise  # 500 images, 16 channels
+        >>> found = match(np.linspace(0.2, 0.8, 16), attention)
+        >>> round(found.r, 3), round(found.rmse, 4)
+        (1.0, 0.0052)
     """
     observed = matrix(observed)
     learned = np.asarray(learned, dtype=np.float64)

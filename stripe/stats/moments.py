@@ -67,8 +67,12 @@ class Moments:
                 as many as the samples.
 
         Example:
-            >>> moments = Moments.of(run.attention(gate, epoch), labels=run.labels(epoch))
-            >>> stripe_strength(moments).strength
+            >>> import numpy as np
+            >>> noise = 0.1 * np.random.default_rng(0).standard_normal((500, 16))
+            >>> attention = np.linspace(0.2, 0.8, 16) + noise  # 500 images, 16 channels
+            >>> halves = Moments.of(attention[:250]), Moments.of(attention[250:])
+            >>> bool(np.allclose(halves[0].merge(halves[1]).mean, Moments.of(attention).mean))
+            True
         """
         values = matrix(values)
         ids = np.arange(len(values)) if sample_ids is None else np.asarray(sample_ids)
