@@ -69,7 +69,8 @@ def best_fit(psi: Psi, stripe: Array, use: GateUse, starts: Tensor) -> Array:
     found = vectors_of(psi.attention_module, starts)
     distances = energy_distance(found, stripe, use.energy, use.result)
     order = np.argsort(distances, kind="stable")
-    best, nearest = found[order[0]], float(distances[order[0]])
+    best: Array = found[order[0]]
+    nearest = float(distances[order[0]])
     kept = psi.vector.detach().clone()
     for start in order:
         if nearest <= EXACT:

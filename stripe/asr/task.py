@@ -9,6 +9,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +20,19 @@ from torch.nn import functional as F
 from stripe.asr.layers import asr_layers
 from stripe.devices import device_of
 from stripe.folding.constants import GateUse, measure_gates
+from stripe.folding.exact import fuse_norms
 from stripe.gate import Gate, Kind
 from stripe.gates import find_gates, read_gates, replace_gates
 from stripe.gates.hooks import uncompiled
 from stripe.messages import Progress
 from stripe.training import Batches, evaluate
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
 Data = Batches
 Vectors = dict[str, Array]  # by gate, (channels,)
 IMAGES = 512  # images that show what a gate scales
+WORTHWHILE = 50  # steps for which merging the norms, which takes as long as a few of them, saves time
+TOLERANCE = 1e-3  # of the outputs of the network with merged norms
 OUTPUT_IMAGES = 128  # images on which the outputs are compared, three forwards a gate
 
 
@@ -80,12 +84,16 @@ class Task:
         asr_model: nn.Module | None,
         *,
         gates: Sequence[Gate],
+        stripes: Vectors,
         test_loader: Data,
+        steps: int,
+        quicken: bool,
         **options: object,
     ) -> Task:
         """Copy the networks, take a run's `gates` as the network can be read by them, and measure what they scale.
 
-        Gates of older runs do not say where they are applied; the ones of their names are found again.
+        Gates of older runs do not say where they are applied; the ones of their names are found again. With `quicken`
+        the network's norms are merged where the steps are many enough to pay for it.
 
         Raises:
             ValueError: the network has no gate of a name and number of channels.
@@ -95,8 +103,10 @@ class Task:
         images = _first_images(test_loader, IMAGES).to(device_of(model))
         gates = _readable(model, gates, images[:2])
         uses, squeezes = _measured(model, gates, images)
-        known = {"gates": gates, "uses": uses, "squeezes": squeezes, "images": images}
-        return cls(model=model, asr_model=asr_model, **known, **options)  # type: ignore[arg-type]
+        if quicken and steps >= WORTHWHILE:
+            asr_model = model = _quicker(model, gates, stripes, images[:2])
+        known = {"gates": gates, "stripes": stripes, "uses": uses, "squeezes": squeezes, "images": images}
+        return cls(model=model, asr_model=asr_model, steps=steps, **known, **options)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -180,6 +190,19 @@ def _readable(model: nn.Module, gates: Sequence[Gate], probe: Tensor) -> Sequenc
     if lost := [gate.name for gate in gates if (gate.name, gate.channels) not in found]:
         raise ValueError(f"this network has no gates {', '.join(lost)}: take the network that the run recorded")
     return [found[gate.name, gate.channels] for gate in gates]
+
+
+def _quicker(model: nn.Module, gates: Sequence[Gate], stripes: Vectors, images: Tensor) -> nn.Module:
+    """Return the network with its norms merged and channels last, or as it is where that changes what it computes."""
+    constants = {gate: torch.from_numpy(stripe) for gate, stripe in stripes.items()}
+    try:
+        quick = fuse_norms(model, images)[0].requires_grad_(False).to(memory_format=torch.channels_last)
+        for values in ({}, constants):
+            with torch.no_grad(), replace_gates(model, gates, values), replace_gates(quick, gates, values):
+                torch.testing.assert_close(quick(images), model(images), rtol=TOLERANCE, atol=TOLERANCE)
+    except Exception:  # not every network can be traced, merged and laid out anew: then it stays as it is
+        return model
+    return quick
 
 
 def _measured(model: nn.Module, gates: Sequence[Gate], images: Tensor) -> tuple[dict[str, GateUse], dict[str, Tensor]]:

@@ -43,6 +43,10 @@ LEGEND = {
 _COLUMNS = {"distance": "distance", "images": "limit", "random": "random", "best": "distance_best", "p": "p_adjusted"}
 _COLUMNS |= {"KL learned": "kl_learned", "KL stripe": "kl_stripe", "KL removed": "kl_removed", "map r": "map_r"}
 
+_WITH = {"attention": "with the network's attention", "learned": "with the learned vectors"}
+_WITH |= {"stripe": "with the stripes", "removed": "with the gates taken out"}
+_WITH |= {"asr": "of the ASR network", "asr deployed": "of it deployed"}
+
 
 # ---- what is found ---------------------------------------------------------------------------------------
 
@@ -91,14 +95,12 @@ class Validation:
         """Say in a few sentences what was found."""
         counts = self.table["verdict"].value_counts()
         words = [f"{counts[word]} {word}" for word in (*VERDICTS, "left out") if word in counts]
-        accuracies = ", ".join(f"{percent:.2f} with {gates}" for gates, percent in self.accuracies.items())
+        accuracies = ", ".join(f"{percent:.2f} {_WITH.get(name, name)}" for name, percent in self.accuracies.items())
         parts = [f"Of {len(self.table)} gates: {', '.join(words)}.", *self._drift(), f"Accuracy in %: {accuracies}."]
         return " ".join(parts)
 
     def _drift(self) -> list[str]:
         """Say where training moved psi away from a stripe that it had at the start, and whether the outputs care."""
-        if "distance_untrained" not in self.table:
-            return []
         away = (self.table["distance_untrained"] <= self.table["limit"]) & (
             self.table["distance"] > self.table["limit"]
         )
@@ -108,10 +110,10 @@ class Validation:
         kl = {name: left[f"kl_{name}"].mean() for name in ("learned", "stripe", "removed")}
         flat = kl["learned"] < 2 * kl["stripe"] or kl["learned"] < 0.1 * kl["removed"]
         why = "the loss is nearly flat there" if flat else "the outputs do change there"
+        kls = f"{kl['learned']:.2g} with the learned vector, {kl['stripe']:.2g} with the stripe"
         return [
-            f"In {', '.join(left['gate'])} psi began at the stripe and drifted away in training: {why} (mean KL "
-            f"{kl['learned']:.2g} with the learned vector, {kl['stripe']:.2g} with the stripe, {kl['removed']:.2g} with "
-            "the gate taken out)."
+            f"In {', '.join(left['gate'])} psi began at the stripe and drifted away in training: {why} "
+            f"(mean KL {kls}, {kl['removed']:.2g} with the gate taken out)."
         ]
 
     def _repr_html_(self) -> str:
@@ -177,6 +179,7 @@ def validate(
         steps=steps,
         train_attention=train_attention,
         progress=progress,
+        quicken=protocol == "same" and not train_attention,
     )
     fit = PROTOCOLS[protocol](task)
     table = tabulate(fit, observed, task)
