@@ -85,24 +85,11 @@ def test_psi_that_nobody_trained_matches_nowhere_and_psi_fitted_to_the_stripe_do
     untrained = validate(model, planted, loader, steps=0)
     assert set(untrained.table["verdict"]) <= {"no match", "related", "cannot match"}
     assert not untrained.matched
-    trained = _started_at(psis, monkeypatch, lambda: validate(model, planted, loader, steps=0))
+    monkeypatch.setattr(tasks.Task, "start", lambda task, gate: psis[gate.name].clone())
+    trained = validate(model, planted, loader, steps=0)
     assert trained.matched
     assert (trained.table["verdict"] == "match").all()
     assert (trained.table["p_adjusted"] < 0.01).all()
-
-
-def _started_at(psis, monkeypatch, act):
-    """Let psi begin elsewhere."""
-    from stripe.asr import protocols
-
-    class Started(protocols.Psi):
-        def __init__(self, attention, device):
-            super().__init__(attention, device)
-            self.vector.data = psis[attention.gate.name].clone()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(protocols, "Psi", Started)
-        return act()
 
 
 def test_attention_that_its_bias_alone_decides_is_trivial(case):

@@ -73,7 +73,7 @@ class Simulated(nn.Module):
     def __init__(self, channels: int) -> None:
         """Draw the weights; the bias is common to every image and psi."""
         super().__init__()
-        self.gate, self.module = Gate("simulated", channels), create_attention("senet", channels)
+        self.module = create_attention("senet", channels)
         for parameter in self.module.parameters():
             nn.init.normal_(parameter, std=0.5)
 
@@ -182,7 +182,7 @@ def judged(subjects: list[Subject], psi: str, seed: int) -> pd.DataFrame:
 def _measured(subject: Subject, kind: str, generator: torch.Generator) -> Row:
     starts = START + PSIS[kind] * torch.randn(5 if kind == "fitted" else 1, len(subject.stripe), generator=generator)
     if kind == "fitted":
-        vector = best_fit(Psi(subject.attention, torch.device("cpu")), subject.stripe, subject.use, starts)
+        vector = best_fit(Psi(subject.attention, starts[0].clone()), subject.stripe, subject.use, starts, enough=1e-9)
     else:
         (vector,) = vectors_of(subject.attention, starts)
     distance, random = float(subject.distance(vector)), float((subject.random <= subject.limit).mean())

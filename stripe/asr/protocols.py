@@ -39,7 +39,7 @@ def same(task: Task) -> Fit:
     """Freeze the network, give each gate attention(psi) for every image, and train psi on the task's loss."""
     network = copy.deepcopy(task.model) if task.train_attention else task.model
     attentions, left_out = isolate(network, task.gates, task.probe)
-    psis = {name: Psi(attention, task.device) for name, attention in attentions.items()}
+    psis = {name: Psi(attention, task.start(attention.gate)) for name, attention in attentions.items()}
     untrained, starts = values(psis), {name: psi.vector.detach().clone() for name, psi in psis.items()}
     for gate in task.gates:
         if gate.name in psis and not gate.exclusive:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,26 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from stripe.folding.constants import GateUse
-from stripe.gates import IsolatedAttention
-from stripe.recipe import PSI_INIT
 from stripe.stats import SEED
 from stripe.stats.verdicts import DRAWS, energy_distance
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
+Attention = Callable[[Tensor], Tensor]  # psi (C,) in, vector (C,) out
 FIT_STEPS = 100  # at most, of fitting psi to the stripe itself, from each start
 NEAREST = 3  # random psi that the fit starts from, beside the learned and the untrained one
-EXACT = 1e-6  # a distance at which no further start is tried
+EXACT = 1e-6  # the distance at which no further start is tried
 AT_ONCE = 100  # psi sent through the attention together
 
 
 class Psi(nn.Module):
     """A gate's psi, and the trained attention that makes a vector of it."""
 
-    def __init__(self, attention: IsolatedAttention, device: torch.device) -> None:
-        """Start psi (C,) at PSI_INIT."""
+    def __init__(self, attention: nn.Module, start: Tensor) -> None:
+        """Start psi at a vector (C,)."""
         super().__init__()
-        psi = torch.full((attention.gate.channels,), PSI_INIT, device=device)
-        self.attention_module, self.vector = attention, nn.Parameter(psi)
+        self.attention_module, self.vector = attention, nn.Parameter(start)
 
     def learned_vector(self) -> Tensor:
         """Return attention(psi), shape (C,)."""
@@ -51,7 +50,7 @@ def random_psis(squeezes: Tensor, draws: int = DRAWS, seed: int = SEED) -> Tenso
 
 
 @torch.no_grad()
-def vectors_of(attention: IsolatedAttention, psis: Tensor) -> Array:
+def vectors_of(attention: Attention, psis: Tensor) -> Array:
     """Return what the attention makes of each of many psi (draws, C): (draws, C)."""
     try:
         vectors = torch.vmap(attention, chunk_size=AT_ONCE)(psis)
@@ -61,7 +60,7 @@ def vectors_of(attention: IsolatedAttention, psis: Tensor) -> Array:
     return found
 
 
-def best_fit(psi: Psi, stripe: Array, use: GateUse, starts: Tensor) -> Array:
+def best_fit(psi: Psi, stripe: Array, use: GateUse, starts: Tensor, *, enough: float = EXACT) -> Array:
     """Return the vector (C,) nearest to the stripe that the attention makes of any psi, searched from `starts` (n, C).
 
     One start is not enough: ReLUs of the attention that are dead at a psi stay so. psi is as before afterwards.
@@ -73,7 +72,7 @@ def best_fit(psi: Psi, stripe: Array, use: GateUse, starts: Tensor) -> Array:
     nearest = float(distances[order[0]])
     kept = psi.vector.detach().clone()
     for start in order:
-        if nearest <= EXACT:
+        if nearest <= enough:
             break
         vector = _descend(psi, starts[start], stripe, use)
         if (distance := float(energy_distance(vector, stripe, use.energy, use.result))) < nearest:

@@ -25,6 +25,7 @@ from stripe.gate import Gate, Kind
 from stripe.gates import find_gates, read_gates, replace_gates
 from stripe.gates.hooks import uncompiled
 from stripe.messages import Progress
+from stripe.recipe import PSI_INIT
 from stripe.training import Batches, evaluate
 
 Array = npt.NDArray[np.floating[Any]]
@@ -117,6 +118,10 @@ class Task:
     def probe(self) -> Tensor:
         """The first two images, on the network's device."""
         return self.images[:2]
+
+    def start(self, gate: Gate) -> Tensor:
+        """Return the psi (C,) that training begins with."""
+        return torch.full((gate.channels,), PSI_INIT, device=self.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `steps` batches of images and labels on the network's device."""

@@ -30,7 +30,7 @@ RULE = (
 )
 LEGEND = {
     "distance": "share of the gate's output energy that is wrong with the learned vector in place of the stripe",
-    "images": "the same of the images' own attention, which varies about the stripe; to be reached for a match",
+    "images": "the same of the images' own attention about its mean, or 0.001 if that is more; to be reached for a match",
     "random": "the same of a random vector (median)",
     "best": "the same of the best vector that the attention can give",
     "p": "probability that a random vector comes as near, adjusted for the number of gates",
@@ -229,7 +229,7 @@ def _verdict(row: "pd.Series[Any]") -> str:
 def _compared(fit: Fit, gate: str, values: npt.NDArray[Any], task: Task) -> dict[str, Any]:
     """Return a gate's row: what was learned, its controls, and what the protocol notes."""
     use, stripe = task.uses[gate], task.stripes[gate]
-    limit, random = max(use.error(stripe), EQUIVALENT), fit.random.get(gate, np.full(1, np.nan))
+    limit, random = max(use.error(use.values.mean), EQUIVALENT), fit.random.get(gate, np.full(1, np.nan))
     row: dict[str, Any] = {"gate": gate, "channels": values.shape[1], "limit": limit}
     for control, vectors in (("", fit.learned), ("_untrained", fit.untrained), ("_best", fit.best)):
         found = stats.match(vectors[gate], values, permutations=0) if gate in vectors else None
@@ -237,5 +237,8 @@ def _compared(fit: Fit, gate: str, values: npt.NDArray[Any], task: Task) -> dict
         row |= {f"{name}{control}": getattr(found, name, np.nan) for name in names}
         away = energy_distance(vectors[gate], stripe, use.energy, use.result) if found else np.nan
         row[f"distance{control}"] = float(away)
-    row |= {"random": float(np.median(random)), "random_equivalent": float(np.mean(random <= limit))}
+    row |= {
+        "random": float(np.median(random)),
+        "random_equivalent": float(np.mean(np.where(np.isnan(random), np.nan, random <= limit))),
+    }
     return row | {"p": rank_p(row["distance"], random)} | dict(fit.notes.get(gate, {}))
