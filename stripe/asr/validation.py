@@ -30,7 +30,7 @@ RULE = (
 )
 LEGEND = {
     "distance": "share of the gate's output energy that is wrong with the learned vector in place of the stripe",
-    "images": "the same of the images' own attention about its mean, or 0.001 if that is more; to be reached for a match",
+    "images": "the same of the images' own attention about its mean, or 0.001 if that is more: the limit for a match",
     "random": "the same of a random vector (median)",
     "best": "the same of the best vector that the attention can give",
     "p": "probability that a random vector comes as near, adjusted for the number of gates",
