@@ -357,6 +357,19 @@ def test_timm_reparameterizes_asr_networks(trained):
     assert relative_error(plain(x), trained(x)) < 1e-5
 
 
+@pytest.mark.parametrize("module", ATTENTION)
+def test_autocast_leaves_the_learned_vector_alone(module):
+    """What is trained in mixed precision is what is deployed."""
+    layer = wrap(nn.BatchNorm2d(C), lambda: create_attention(module, C), psi_init="normal", repeats=2).eval()
+    exact = layer.learned_vector()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer.learned_vector()
+        control = F.linear(layer.vector.flatten(), torch.eye(C))
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, exact)
+    assert control.dtype == torch.bfloat16, "autocast was on"
+
+
 def test_half_precision_and_compile(trained):
     x = torch.randn(2, 3, 32, 32)
     half = copy.deepcopy(trained).bfloat16()

@@ -153,7 +153,8 @@ def test_validate_writes_its_findings_and_can_demand_a_match(trained, tmp_path, 
     words += ["--train-samples", 40, "--test-samples", 20, "--batch", 20, "--out", tmp_path]
     words = [str(word) for word in words]
     assert main(words) == 0
-    assert "p_adjusted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("distance", "KL removed", "Of 3 gates", "with the stripes"))
     content = json.loads((tmp_path / "validation.json").read_text())
     assert content["accuracies"].keys() == {"attention", "learned", "stripe", "removed"}
     assert content["epoch"] == 2

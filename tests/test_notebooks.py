@@ -13,8 +13,7 @@ import torch
 from nbclient import NotebookClient
 
 import stripe
-from stripe.asr.protocols import Fit
-from stripe.asr.validation import Validation, compare, rule
+from stripe.asr.validation import RULE, Validation
 from stripe.gate import Gate, Gates
 from stripe.store import RunWriter
 
@@ -42,9 +41,13 @@ def run(tmp_path):
 def validation(run):
     observed = {gate.name: run.attention(gate.name, 3) for gate in run.gates}
     vectors = {gate: values.mean(axis=0, dtype=float) for gate, values in observed.items()}
-    fit = Fit(learned=vectors, untrained={gate: vector[::-1] for gate, vector in vectors.items()}, best=vectors)
+    measures = ["distance", "limit", "random", "distance_best", "distance_untrained", "p_adjusted"]
+    table = pd.DataFrame({name: [0.25, 0.5] for name in [*measures, "kl_learned", "kl_stripe", "kl_removed", "r"]})
+    table.insert(0, "gate", list(vectors))
+    table.insert(1, "channels", [len(vector) for vector in vectors.values()])
+    table["verdict"] = ["match", "trivial"]
     accuracies = {"attention": 91.0, HOSTILE: 12.3}
-    return Validation("same", rule("rmse"), 3, 20, compare(fit, observed), accuracies, vectors, observed)
+    return Validation("same", RULE, 3, 20, table, accuracies, vectors, observed)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -100,12 +103,22 @@ def test_a_run_of_many_gates_shows_some_and_a_run_of_moments_says_so(tmp_path):
     assert "samples" not in text
 
 
-def test_a_validation_shows_r_beside_its_controls(validation):
+def test_a_validation_shows_distances_beside_their_controls_and_explains_them(validation):
     text = visible(validation._repr_html_())
-    for part in ("r_untrained", "r_best", "p_adjusted", "verdict", "12.3", "91.0", "20 steps", "r &gt;= 0.5"):
+    for part in (
+        "distance",
+        "random",
+        "best",
+        "KL removed",
+        "12.3",
+        "91.0",
+        "20 steps",
+        "Of 2 gates: 1 match, 1 trivial",
+    ):
         assert part in text
-    assert text.count("&lt;script&gt;") == 2, "a gate and an accuracy"
+    assert text.count("&lt;script&gt;") == 3, "a gate, an accuracy, and the same accuracy in the conclusion"
     assert "mean_abs_z" not in text
+    assert "nothing was there to learn" in text, "what a verdict means"
 
 
 def test_a_list_of_gates_shows_itself_as_a_table():

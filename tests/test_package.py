@@ -37,8 +37,10 @@ ALLOWED = {
     "figures": {"store", "stats", "plots"},
     "report": {"store", "stats", "plots"},
     "asr.convert": {"attention", "asr.layers", "gates", "folding"},
-    "asr.protocols": {"asr.layers", "training", "gates"},
-    "asr.validation": {"asr.protocols", "store", "stats"},
+    "asr.psi": {"gates", "folding", "stats"},
+    "asr.task": {"asr.layers", "training", "gates", "folding"},
+    "asr.protocols": {"asr.layers", "asr.psi", "asr.task", "gates", "stats"},
+    "asr.validation": {"asr.protocols", "asr.task", "store", "stats"},
 }
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stripe import stats
-from stripe.stats import GateMoments, Moments, arithmetic
+from stripe.stats import GateMoments, Moments, arithmetic, verdicts
 from stripe.stats.epochs import row_of
 from stripe.stats.groups import block_keys, coarse
 from stripe.stats.intervals import jackknife
@@ -945,3 +945,69 @@ def test_swap_test_tells_one_distribution_from_two():
     assert stats.swap_test(a, b) > 0.05 > stats.swap_test(a, b + 2) == 1 / (stats.PERMUTATIONS + 1)
     assert stats.swap_test(a, a) == 1
     assert math.isnan(stats.swap_test(a, np.full(64, np.nan)))
+
+
+# ---- the verdict on a learned vector ---------------------------------------------------------------------
+
+
+def test_the_energy_distance_is_the_wrong_share_of_the_scaled_maps_energy():
+    """Counted on maps, sample by sample and pixel by pixel."""
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(50, 6, 4, 4)) * np.array([3, 1, 1, 0.1, 1, 0])[:, None, None]
+    gates, stripe, learned = rng.random((50, 6)), rng.random(6), rng.random(6)
+    wrong = (maps * (learned - stripe)[:, None, None]) ** 2
+    result = (maps * gates[..., None, None]) ** 2
+    energy = (maps**2).mean((0, 2, 3))
+    found = verdicts.energy_distance(learned, stripe, energy, result.mean((0, 2, 3)))
+    assert found == pytest.approx(wrong.sum() / result.sum())
+    silent = learned + np.array([0, 0, 0, 0, 0, 100])
+    assert verdicts.energy_distance(silent, stripe, energy, result.mean((0, 2, 3))) == pytest.approx(found)
+    assert verdicts.energy_distance(np.stack([learned, stripe]), stripe, energy, energy).shape == (2,)
+
+
+def test_an_aligned_vector_is_the_nearest_of_its_multiples():
+    rng = np.random.default_rng(1)
+    scale, stripe, energy = rng.random((3, 20))
+    aligned = verdicts.aligned(scale, stripe, energy)
+    factors = aligned[0] / scale[0] * np.linspace(0.5, 1.5, 101)
+    distances = verdicts.energy_distance(factors[:, None] * scale, stripe, energy, stripe**2 * energy)
+    assert distances.argmin() == 50
+    assert verdicts.misalignment(scale, stripe, energy) == pytest.approx(distances[50])
+    np.testing.assert_allclose(verdicts.aligned(7 * scale, stripe, energy), aligned)
+
+
+def test_the_p_of_unrelated_vectors_is_uniform_though_the_energies_go_with_one_of_them():
+    rng = np.random.default_rng(2)
+    p = []
+    for _ in range(300):
+        scale, stripe = rng.lognormal(0, 1, 30), rng.uniform(0.2, 0.8, 30)
+        energy = scale**2
+        null = verdicts.shuffled_misalignments(stripe, scale, energy, draws=199, seed=int(rng.integers(2**31)))
+        p.append(verdicts.rank_p(verdicts.misalignment(scale, stripe, energy), null))
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+    assert np.mean(np.array(p) < 0.05) < 0.1
+    related = stripe * rng.uniform(0.9, 1.1, 30)
+    null = verdicts.shuffled_misalignments(stripe, related, related**2)
+    assert verdicts.rank_p(verdicts.misalignment(related, stripe, related**2), null) < 0.01
+
+
+def test_a_rank_counts_equals_and_never_is_zero():
+    assert verdicts.rank_p(0.0, np.ones(99)) == 0.01
+    assert verdicts.rank_p(1.0, np.ones(99)) == 1
+    assert math.isnan(verdicts.rank_p(math.nan, np.ones(9)))
+
+
+@pytest.mark.parametrize(
+    ("distance", "p", "random", "best", "word"),
+    [
+        (0.005, 0.01, 0.1, 0.0, "match"),
+        (0.005, 0.01, 0.9, 0.0, "trivial"),
+        (0.005, 0.2, 0.1, 0.0, "trivial"),
+        (0.05, 0.01, 0.1, 0.0, "related"),
+        (0.05, 0.2, 0.1, 0.0, "no match"),
+        (0.05, 0.01, 0.0, 0.02, "cannot match"),
+    ],
+)
+def test_verdicts(distance, p, random, best, word):
+    assert verdicts.verdict(distance, limit=0.01, p=p, random=random, best=best) == word
+    assert word in verdicts.VERDICTS

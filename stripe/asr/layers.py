@@ -64,8 +64,12 @@ class ASRLayer(nn.Module):
         return self
 
     def learned_vector(self) -> Tensor:
-        """Return v = attention(psi), times the wrapped layer's own v if that is an ASRLayer too; shape (C,)."""
-        vector: Tensor = self.attention_module(self.vector).flatten()
+        """Return v = attention(psi), times the wrapped layer's own v if that is an ASRLayer too; shape (C,).
+
+        Autocast does not reach it: what is trained is then what is deployed, in mixed precision too.
+        """
+        with torch.autocast(self.vector.device.type, enabled=False):
+            vector: Tensor = self.attention_module(self.vector).flatten()
         return vector * self.bn.learned_vector() if isinstance(self.bn, ASRLayer) else vector
 
     def affine(self) -> dict[str, Tensor]:

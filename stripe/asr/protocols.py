@@ -1,141 +1,36 @@
 """The three ways to learn a constant for each gate: in the same network, beside its gates, or in a separate network.
 
-All give gates their values through `gates.replace_gates`; what is learned is compared in `asr.validation`.
+What is learned is compared in `asr.validation`. In the same network that is the gate's value itself. Elsewhere the
+network defines only the merged scale |gamma| v of the layer that ASR wraps, since gamma and v can be changed together
+without changing any output; and that up to one factor, common to all channels, which the layers around can take.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stripe.asr.layers import ASRLayer, asr_layers
-from stripe.devices import device_of
+from stripe import stats
+from stripe.asr.layers import ASRLayer, asr_layers, plain_layer
+from stripe.asr.psi import NEAREST, Psi, best_fit, random_psis, values, vectors_of
+from stripe.asr.task import Array, Fit, Task, Vectors
 from stripe.gate import Gate
-from stripe.gates import IsolatedAttention, find_gates, isolate, read_gates, replace_gates
-from stripe.gates.hooks import modules_by_path, uncompiled
-from stripe.messages import Progress
-from stripe.recipe import PSI_INIT
-from stripe.training import Batches, evaluate
+from stripe.gates import isolate, read_gates, replace_gates
+from stripe.gates.hooks import modules_by_path
+from stripe.stats.verdicts import aligned, energy_distance, shuffled_misalignments
 
-Array = npt.NDArray[np.float64]
-Data = Batches
-Vectors = dict[str, Array]  # by gate, (channels,)
 PSI_RATE = 0.05  # Adam's learning rate for psi
 ATTENTION_RATE = 1e-3  # and for the attention's weights, where they are trained too
-FIT_STEPS = 100  # at most, of fitting psi to the stripe itself
 GRID = 4  # channels are matched on their maps, averaged over GRID fields along each dimension of space
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a protocol learned, by gate: the vector, the untrained psi's, and the best that any psi can reach.
-
-    `notes` are further columns of the table; `left_out` says of a gate why nothing was learned for it.
-    """
-
-    learned: Vectors
-    untrained: Vectors
-    best: Vectors
-    notes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a protocol works on: frozen copies of the networks, which it leaves as they are, and data.
-
-    `asr_model` is `model` itself but for "separate".
-    """
-
-    model: nn.Module
-    asr_model: nn.Module
-    gates: Sequence[Gate]
-    stripes: Vectors
-    loader: Data
-    steps: int
-    train_attention: bool
-    progress: Progress
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, asr_model: nn.Module | None, *, gates: Sequence[Gate], loader: Data, **options: Any
-    ) -> Task:
-        """Copy the networks, and take a run's `gates` as the network can be read by them.
-
-        Gates of older runs do not say where they are applied; the ones of their names are found again.
-
-        Raises:
-            ValueError: the network has no gate of a name and number of channels.
-        """
-        model = _frozen(model)
-        asr_model = _frozen(asr_model) if asr_model else model
-        task = cls(model=model, asr_model=asr_model, gates=gates, loader=loader, **options)
-        if all(gate.product for gate in gates):
-            return task
-        found = {(gate.name, gate.channels): gate for gate in find_gates(model, task.probe)}
-        if lost := [gate.name for gate in gates if (gate.name, gate.channels) not in found]:
-            raise ValueError(f"this network has no gates {', '.join(lost)}: take the network that the run recorded")
-        return replace(task, gates=[found[gate.name, gate.channels] for gate in gates])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network's parameters are."""
-        return device_of(self.model)
-
-    @property
-    def probe(self) -> Tensor:
-        """The first two images, on the network's device."""
-        return next(iter(self.loader))[0][:2].to(self.device)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `steps` batches of images and labels on the network's device."""
-        endless = itertools.chain.from_iterable(itertools.repeat(self.loader))
-        for _, (images, labels, *_) in zip(self.progress(range(self.steps)), endless, strict=False):
-            yield images.to(self.device), labels.to(self.device)
-
-    def accuracies(self, learned: Vectors, data: Data) -> dict[str, float]:
-        """Return accuracies in percent by what the gates give; gates without a learned vector keep their attention."""
-        constants = {"attention": {}, "learned": learned, "stripe": self.stripes, "removed": self._removed}
-        found = {}
-        for name, vectors in constants.items():
-            values = {gate: torch.from_numpy(vector) for gate, vector in vectors.items()}
-            with replace_gates(self.model, self.gates, values):
-                found[name] = evaluate(self.model, data).accuracy
-        if self.asr_model is not self.model:
-            for name, network in (("asr", self.asr_model), ("asr deployed", _deployed(self.asr_model))):
-                found[name] = evaluate(network, data).accuracy
-        return found
-
-    @property
-    def _removed(self) -> Vectors:
-        """By gate, what does nothing: 1 where it scales, 0 where it adds, equal weights where it weighs maps."""
-        neutral = {"additive": 0.0, "multiplicative": 1.0, "affine": 1.0}
-        stripes = {gate: self.stripes[gate.name] for gate in self.gates}
-        return {gate.name: np.full_like(s, neutral.get(gate.form, s.mean())) for gate, s in stripes.items()}
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    return uncompiled(copy.deepcopy(model)).eval().requires_grad_(False)
-
-
-def _deployed(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for _, layer in list(asr_layers(model)):
-        layer.switch_to_deploy(delete=True)
-    return model
-
 
 # ---- same ------------------------------------------------------------------------------------------------
 
@@ -144,47 +39,49 @@ def same(task: Task) -> Fit:
     """Freeze the network, give each gate attention(psi) for every image, and train psi on the task's loss."""
     network = copy.deepcopy(task.model) if task.train_attention else task.model
     attentions, left_out = isolate(network, task.gates, task.probe)
-    learners = {name: Psi(attention, task.device) for name, attention in attentions.items()}
-    untrained, best = _controls(learners, task.stripes)
+    psis = {name: Psi(attention, task.start(attention.gate)) for name, attention in attentions.items()}
+    untrained, starts = values(psis), {name: psi.vector.detach().clone() for name, psi in psis.items()}
     for gate in task.gates:
-        if gate.name in learners and not gate.exclusive:
+        if gate.name in psis and not gate.exclusive:
             left_out[gate.name] = "no gradient reaches it, since its attention is used elsewhere too"
-    trained = {name: learner for name, learner in learners.items() if name not in left_out}
-    weights = _attention_weights(trained) if task.train_attention else []
+    trained = {name: psi for name, psi in psis.items() if name not in left_out}
     if trained:
-        psis = {"params": [learner.vector for learner in trained.values()], "lr": PSI_RATE}
-        optimizer = torch.optim.Adam([psis, {"params": weights, "lr": ATTENTION_RATE}])
-        for images, labels in task.batches():
-            values = {name: learner.learned_vector() for name, learner in trained.items()}
-            with replace_gates(network, task.gates, values):
-                loss = F.cross_entropy(network(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return Fit(_values(trained), untrained, best, left_out=left_out)
+        _train(task, network, trained)
+    random: Vectors = {}
+    best: Vectors = {}
+    for name, psi in psis.items():
+        random[name], best[name] = _controls(task, name, psi, starts[name])
+    return Fit(values(trained), random, untrained, best, left_out=left_out)
 
 
-class Psi(nn.Module):
-    """A gate's psi, and the trained attention that makes a vector of it."""
-
-    def __init__(self, attention: IsolatedAttention, device: torch.device) -> None:
-        """Start psi (C,) at PSI_INIT."""
-        super().__init__()
-        psi = torch.full((attention.gate.channels,), PSI_INIT, device=device)
-        self.attention_module, self.vector = attention, nn.Parameter(psi)
-
-    def learned_vector(self) -> Tensor:
-        """Return attention(psi), shape (C,)."""
-        vector: Tensor = self.attention_module(self.vector)
-        return vector
+def _train(task: Task, network: nn.Module, psis: Mapping[str, Psi]) -> None:
+    """Train psi, and the attention's weights where the task says so."""
+    weights = _attention_weights(psis) if task.train_attention else []
+    groups = {"params": [psi.vector for psi in psis.values()], "lr": PSI_RATE}
+    optimizer = torch.optim.Adam([groups, {"params": weights, "lr": ATTENTION_RATE}])
+    for images, labels in task.batches():
+        with replace_gates(network, task.gates, {name: psi.learned_vector() for name, psi in psis.items()}):
+            loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
-def _attention_weights(learners: Mapping[str, Psi]) -> list[nn.Parameter]:
+def _controls(task: Task, gate: str, psi: Psi, start: Tensor) -> tuple[Array, Array]:
+    """Return the distances (draws,) of random psi's vectors from a gate's stripe, and the best vector of any psi."""
+    stripe, use = task.stripes[gate], task.uses[gate]
+    draws = random_psis(task.squeezes[gate])
+    distances = energy_distance(vectors_of(psi.attention_module, draws), stripe, use.energy, use.result)
+    nearest = draws[np.argsort(distances)[:NEAREST].copy()]
+    return distances, best_fit(psi, stripe, use, torch.cat([psi.vector.detach()[None], start[None], nearest]))
+
+
+def _attention_weights(psis: Mapping[str, Psi]) -> list[nn.Parameter]:
     """Let the weights that attention(psi) is computed with be trained, and return them."""
-    weights = list({id(p): p for psi in learners.values() for p in psi.attention_module.parameters()}.values())
+    weights = list({id(p): p for psi in psis.values() for p in psi.attention_module.parameters()}.values())
     for weight in weights:
         weight.requires_grad_()
-    total = torch.stack([learner.learned_vector().sum() for learner in learners.values()]).sum()
+    total = torch.stack([psi.learned_vector().sum() for psi in psis.values()]).sum()
     gradients = torch.autograd.grad(total, weights, allow_unused=True)
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.requires_grad_(gradient is not None)
@@ -195,9 +92,34 @@ def _attention_weights(learners: Mapping[str, Psi]) -> list[nn.Parameter]:
 
 
 def both(task: Task) -> Fit:
-    """Take the vector of the ASR layer before each gate of the same network."""
-    layers = _asr_before(task)
-    return Fit(_values(layers), *_controls(layers, task.stripes))
+    """Take the merged scale of the ASR layer before each gate of the same network, aligned with the gate's stripe.
+
+    The energies go with the scale, which has made the map, so that the stripe is what is shuffled.
+    """
+    learned: Vectors = {}
+    random: Vectors = {}
+    for gate, layer in _asr_before(task).items():
+        scale, stripe, energy = merged_scale(layer), task.stripes[gate], task.uses[gate].energy
+        learned[gate] = aligned(scale, stripe, energy)
+        random[gate] = _share(task, gate) * shuffled_misalignments(stripe, scale, energy)
+    return Fit(learned, random)
+
+
+@torch.no_grad()
+def merged_scale(layer: nn.Module) -> Array:
+    """Return |gamma| v of an ASR layer, |gamma| of a norm, the norms of the filters of another layer: (C,)."""
+    plain = plain_layer(layer)
+    scale = layer.learned_vector() if isinstance(layer, ASRLayer) else torch.ones(1)
+    if plain.weight is not None:
+        scale = scale * plain.weight.double().flatten(1).norm(dim=1) if plain.weight.ndim > 1 else scale * plain.weight
+    found: Array = scale.double().abs().cpu().numpy()
+    return found
+
+
+def _share(task: Task, gate: str) -> float:
+    """Return the share of the gate's result that its stripe alone would have: what a misalignment is a part of."""
+    use = task.uses[gate]
+    return float(np.square(task.stripes[gate]) @ use.energy / use.result.sum()) if use.result.sum() > 0 else 0.0
 
 
 @torch.no_grad()
@@ -236,19 +158,38 @@ def _asr_before(task: Task) -> dict[str, ASRLayer]:
 
 
 def separate(task: Task) -> Fit:
-    """Take the vectors of another network, its channels matched to the gated one's by how their maps correlate."""
-    layers = _asr_before(task)
-    to_gated: dict[str, npt.NDArray[np.int64]] = {}  # by gate: for each of its channels, the ASR network's
+    """Take the merged scales of another network, its channels matched to the gated one's by how their maps correlate.
+
+    They are compared with |gamma| times the stripe; what is returned is divided by the gated network's |gamma|, to be
+    in the gate's units. The energies go with the gated network, so that the other's scales are what is shuffled.
+    """
+    learned: Vectors = {}
+    random: Vectors = {}
     notes = {}
+    layers, modules, gates = _asr_before(task), modules_by_path(task.model), {gate.name: gate for gate in task.gates}
     for gate, correlations in _map_correlations(task, layers).items():
-        rows, to_gated[gate] = linear_sum_assignment(correlations, maximize=True)
-        notes[gate] = {"map_r": float(correlations[rows, to_gated[gate]].mean())}
-    theirs = {gate: stripe[np.argsort(to_gated[gate])] for gate, stripe in task.stripes.items()}
-    learned, untrained, best = (
-        {gate: vector[to_gated[gate]] for gate, vector in vectors.items()}
-        for vectors in (_values(layers), *_controls(layers, theirs))
-    )
-    return Fit(learned, untrained, best, notes)
+        rows, matched = linear_sum_assignment(correlations, maximize=True)
+        stripe, energy, own = task.stripes[gate], task.uses[gate].energy, _scale_before(gates[gate], modules)
+        used = own > 0
+        energy = np.divide(energy, own**2, out=np.zeros_like(energy), where=used)
+        scale = merged_scale(layers[gate])[matched]
+        merged = aligned(scale, own * stripe, energy)
+        learned[gate] = np.divide(merged, own, out=stripe.copy(), where=used)
+        random[gate] = _share(task, gate) * shuffled_misalignments(scale, own * stripe, energy)
+        notes[gate] = {
+            "map_r": float(correlations[rows, matched].mean()),
+            "wasserstein": stats.wasserstein(merged, own * stripe),
+            "p_wasserstein": stats.swap_test(merged, own * stripe),
+        }
+    return Fit(learned, random, notes=notes)
+
+
+def _scale_before(gate: Gate, modules: Mapping[str, nn.Module]) -> Array:
+    """Return the merged scale of the layer that made what the gate scales; ones where none is known."""
+    layer = modules.get(gate.before or "")
+    weight = None if layer is None else getattr(plain_layer(layer), "weight", None)
+    fits = isinstance(weight, Tensor) and len(weight) == gate.channels
+    return merged_scale(layer) if layer is not None and fits else np.ones(gate.channels)
 
 
 @torch.no_grad()
@@ -296,52 +237,3 @@ def _correlations(products: Array) -> Array:
 
 
 PROTOCOLS: dict[str, Callable[[Task], Fit]] = {"same": same, "both": both, "separate": separate}
-
-
-# ---- psi and its controls --------------------------------------------------------------------------------
-
-Learner = Psi | ASRLayer
-
-
-@torch.no_grad()
-def _values(learners: Mapping[str, Learner]) -> Vectors:
-    return {gate: learner.learned_vector().double().cpu().numpy() for gate, learner in learners.items()}
-
-
-def _controls(learners: Mapping[str, Learner], stripes: Vectors) -> tuple[Vectors, Vectors]:
-    """Return what the attention makes of psi at its constant start, and of the psi that fits the stripe best.
-
-    Each psi is put back afterwards.
-    """
-    psis = [psi for learner in learners.values() for psi in _psis(learner)]
-    kept = [psi.detach().clone() for psi in psis]
-    for psi in psis:
-        nn.init.constant_(psi.requires_grad_(), PSI_INIT)
-    untrained = _values(learners)
-    for gate, learner in learners.items():
-        _fit_psi(learner, torch.as_tensor(stripes[gate]).to(learner.vector))
-    best = _values(learners)
-    with torch.no_grad():
-        for psi, value in zip(psis, kept, strict=True):
-            psi.copy_(value)
-    return untrained, best
-
-
-def _psis(learner: Learner) -> Iterator[nn.Parameter]:
-    """Yield psi, and those of the ASR layers inside."""
-    yield learner.vector
-    if isinstance(learner, ASRLayer) and isinstance(learner.bn, ASRLayer):
-        yield from _psis(learner.bn)
-
-
-def _fit_psi(learner: Learner, stripe: Tensor) -> None:
-    """Move psi to where attention(psi) is nearest to the stripe (C,) in mean square."""
-    optimizer = torch.optim.LBFGS(list(_psis(learner)), max_iter=FIT_STEPS, line_search_fn="strong_wolfe")
-
-    def misfit() -> float:
-        optimizer.zero_grad()
-        loss = (learner.learned_vector() - stripe).square().sum()
-        loss.backward()
-        return loss.item()
-
-    optimizer.step(misfit)

@@ -1,12 +1,13 @@
 """Do learned vectors match observed stripes? Every answer stands beside its controls.
 
-Attention values are all positive, so a cosine is always near 1; correlations are judged against the untrained psi,
-a permutation null and the best fit that the attention module can reach.
+A vector is judged by the energy that is wrong where it stands in the stripe's place (`stats.verdicts`), against what
+the images themselves are off by, against random vectors, and against the best that the attention can reach. Beside the
+verdict stands what the outputs say: a network whose outputs hardly depend on a gate cannot teach it anything.
 """
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,36 @@ import pandas as pd
 from torch import nn
 
 from stripe import stats
-from stripe.asr.protocols import PROTOCOLS, Data, Fit, Task, Vectors
+from stripe.asr.protocols import PROTOCOLS
+from stripe.asr.task import Data, Fit, Task, Vectors
 from stripe.messages import Progress
 from stripe.recipe import PSI_STEPS
+from stripe.stats.verdicts import EQUIVALENT, SIGNIFICANT, VERDICTS, energy_distance, rank_p, verdict
 from stripe.store import Run
 
 Observed = Mapping[str, npt.NDArray[Any]]  # by gate, (samples, channels)
-MATCH_R, MATCH_P = 0.5, 0.05
+RULE = (
+    f"match: the distance is at most that of the images, or {EQUIVALENT:g}, and below that of random vectors with "
+    f"adjusted p < {SIGNIFICANT:g}"
+)
+LEGEND = {
+    "distance": "share of the gate's output energy that is wrong with the learned vector in place of the stripe",
+    "images": "the same of the images' own attention about its mean, or 0.001 if that is more: the limit for a match",
+    "random": "the same of a random vector (median)",
+    "best": "the same of the best vector that the attention can give",
+    "p": "probability that a random vector comes as near, adjusted for the number of gates",
+    "KL learned": "divergence of the outputs from the network's own, with the learned vector in this gate alone",
+    "KL stripe": "the same with the stripe",
+    "KL removed": "the same with the gate taken out: how much depends on this gate at all",
+    "map r": "mean correlation of the maps of the channels that were matched",
+}
+"""What the columns of `Validation.summary` mean."""
+_COLUMNS = {"distance": "distance", "images": "limit", "random": "random", "best": "distance_best", "p": "p_adjusted"}
+_COLUMNS |= {"KL learned": "kl_learned", "KL stripe": "kl_stripe", "KL removed": "kl_removed", "map r": "map_r"}
+
+_WITH = {"attention": "with the network's attention", "learned": "with the learned vectors"}
+_WITH |= {"stripe": "with the stripes", "removed": "with the gates taken out"}
+_WITH |= {"asr": "of the ASR network", "asr deployed": "of it deployed"}
 
 
 # ---- what is found ---------------------------------------------------------------------------------------
@@ -32,7 +56,8 @@ class Validation:
     """Learned vectors against observed stripes: `table` has a row per gate, `accuracies` are in percent.
 
     Accuracies are by what the gates give: "attention", what was "learned" (gates left out keep their attention), the
-    "stripe" that was observed, and "removed", attention that changes nothing.
+    "stripe" that was observed, and "removed", attention that changes nothing. `learned` holds what stands in the
+    stripe's place: for "both" and "separate" the merged scale, brought to the gate's units.
     """
 
     protocol: str
@@ -46,24 +71,66 @@ class Validation:
 
     @property
     def matched(self) -> bool:
-        """Whether every gate that something was learned for matches by the rule, and there is one."""
-        verdicts = self.table["verdict"][self.table["verdict"] != "left out"]
-        return bool(len(verdicts) and (verdicts == "match").all())
+        """Whether every gate that something was learned for matches or is trivial, and one matches."""
+        verdicts = set(self.table["verdict"]) - {"left out"}
+        return "match" in verdicts and verdicts <= {"match", "trivial"}
+
+    def summary(self) -> pd.DataFrame:
+        """Return the columns of the table that the verdict follows from, named as LEGEND explains them."""
+        shown = {name: column for name, column in _COLUMNS.items() if column in self.table}
+        shown = {name: column for name, column in shown.items() if self.table[column].notna().any()}
+        about = {"gate": self.table["gate"], "channels": self.table["channels"]}
+        columns = {name: self.table[column] for name, column in shown.items()}
+        return pd.DataFrame(about | columns | {"verdict": self.table["verdict"]})
+
+    def legend(self) -> list[str]:
+        """Return a line for every column of `summary`, and for every verdict that is in it."""
+        verdicts = {
+            f'verdict "{word}"': meaning for word, meaning in VERDICTS.items() if word in set(self.table["verdict"])
+        }
+        columns = {name: meaning for name, meaning in LEGEND.items() if name in self.summary()}
+        return [f"{name}: {meaning}" for name, meaning in (columns | verdicts).items()]
+
+    def conclusion(self) -> str:
+        """Say in a few sentences what was found."""
+        counts = self.table["verdict"].value_counts()
+        words = [f"{counts[word]} {word}" for word in (*VERDICTS, "left out") if word in counts]
+        accuracies = ", ".join(f"{percent:.2f} {_WITH.get(name, name)}" for name, percent in self.accuracies.items())
+        parts = [f"Of {len(self.table)} gates: {', '.join(words)}.", *self._drift(), f"Accuracy in %: {accuracies}."]
+        return " ".join(parts)
+
+    def _drift(self) -> list[str]:
+        """Say where training moved psi away from a stripe that it had at the start, and whether the outputs care."""
+        away = (self.table["distance_untrained"] <= self.table["limit"]) & (
+            self.table["distance"] > self.table["limit"]
+        )
+        if not away.any():
+            return []
+        left = self.table[away]
+        kl = {name: left[f"kl_{name}"].mean() for name in ("learned", "stripe", "removed")}
+        flat = kl["learned"] < 2 * kl["stripe"] or kl["learned"] < 0.1 * kl["removed"]
+        why = "the loss is nearly flat there" if flat else "the outputs do change there"
+        kls = f"{kl['learned']:.2g} with the learned vector, {kl['stripe']:.2g} with the stripe"
+        return [
+            f"In {', '.join(left['gate'])} psi began at the stripe and drifted away in training: {why} "
+            f"(mean KL {kls}, {kl['removed']:.2g} with the gate taken out)."
+        ]
 
     def _repr_html_(self) -> str:
-        """Show each gate's correlation beside its controls, the accuracies and the rule, every name escaped."""
+        """Show the summary, its legend, the accuracies and the conclusion, every name escaped."""
         head = html.escape(f"protocol {self.protocol}, epoch {self.epoch}, {self.steps} steps; {self.rule}")
-        gates = self.table.drop(columns=["r2", "mean_abs_z", "inside", "p", "rmse_best"])
         accuracies = pd.DataFrame(self.accuracies, index=["accuracy (%)"]).round(2)
-        tables = gates.to_html(index=False, float_format="{:.3g}".format) + accuracies.to_html()
-        return f"<p><b>Validation</b> {head}</p>{tables}"
+        tables = self.summary().to_html(index=False, float_format="{:.3g}".format) + accuracies.to_html()
+        legend = "<br>".join(map(html.escape, self.legend()))
+        return f"<p><b>Validation</b> {head}</p>{tables}<p>{html.escape(self.conclusion())}</p><p>{legend}</p>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the observed samples as plain values for JSON; NaN becomes None."""
         rows = self.table.astype(object).where(self.table.notna(), None).to_dict("records")
         head = {"protocol": self.protocol, "epoch": self.epoch, "steps": self.steps, "rule": self.rule}
+        found = {"matched": self.matched, "conclusion": self.conclusion(), "accuracies": self.accuracies}
         learned = {gate: vector.tolist() for gate, vector in self.learned.items()}
-        return head | {"matched": self.matched, "accuracies": self.accuracies, "gates": rows, "learned": learned}
+        return head | found | {"gates": rows, "learned": learned}
 
 
 def validate(
@@ -90,7 +157,8 @@ def validate(
             `model` learned beside its gates; "separate" those of `asr_model`, channel matched to channel.
         asr_model: for "separate", the same network trained with ASR alone, in training form.
         train_attention: for "same", train the attention's weights along with psi.
-        test_loader: batches for the accuracies; default `loader`.
+        test_loader: batches for the accuracies; the first images show what each gate scales, and how far the outputs
+            go with one gate at a constant; default `loader`.
         epoch: the run's epoch that belongs to `model`; default the last one.
         progress: wraps the iterator over the steps.
 
@@ -99,7 +167,7 @@ def validate(
             does not have, or one without an ASR layer before it.
     """
     _check_request(protocol, steps, asr_model is not None, train_attention)
-    epoch = run.epochs[-1] if epoch is None else epoch
+    epoch, test_loader = run.epochs[-1] if epoch is None else epoch, loader if test_loader is None else test_loader
     observed = {gate.name: run.attention(gate, epoch) for gate in run.gates}
     task = Task.of(
         model,
@@ -107,14 +175,16 @@ def validate(
         gates=run.gates,
         stripes={name: values.mean(axis=0, dtype=np.float64) for name, values in observed.items()},
         loader=loader,
+        test_loader=test_loader,
         steps=steps,
         train_attention=train_attention,
         progress=progress,
+        quicken=protocol == "same" and not train_attention,
     )
-    fit, distance = PROTOCOLS[protocol](task), DISTANCES[protocol]
-    accuracies = task.accuracies(fit.learned, loader if test_loader is None else test_loader)
-    table = compare(fit, observed, distance)
-    return Validation(protocol, rule(distance), epoch, steps, table, accuracies, fit.learned, observed)
+    fit = PROTOCOLS[protocol](task)
+    table = tabulate(fit, observed, task)
+    accuracies = task.accuracies(fit.learned, test_loader)
+    return Validation(protocol, RULE, epoch, steps, table, accuracies, fit.learned, observed)
 
 
 def _check_request(protocol: str, steps: int, asr_model: bool, train_attention: bool) -> None:
@@ -133,51 +203,42 @@ def _check_request(protocol: str, steps: int, asr_model: bool, train_attention: 
 
 # ---- the comparison and the verdict ----------------------------------------------------------------------
 
-DISTANCES = {"same": "rmse", "both": "rmse", "separate": "wasserstein"}
-"""By protocol, the column that must be below the untrained psi's for a match."""
 
-
-def rule(distance: str) -> str:
-    """Say what makes a gate match."""
-    return f"match: r >= {MATCH_R}, adjusted p < {MATCH_P}, and {distance} below the untrained psi's"
-
-
-def compare(fit: Fit, observed: Observed, distance: str = "rmse") -> pd.DataFrame:
-    """Compare vectors (C,) with attention (N, C) gate by gate, controls beside them: the Validation's table.
+def tabulate(fit: Fit, observed: Observed, task: Task) -> pd.DataFrame:
+    """Compare what was learned with attention (N, C) gate by gate, controls beside it: the Validation's table.
 
     Where nothing was learned for a gate, the controls that there are stand alone, `verdict` is "left out" and the
     column `left_out` says why.
     """
-    rows = [_compared(fit, gate, values, distance) for gate, values in observed.items()]
+    outputs = task.divergences(fit.learned)
+    rows = [_compared(fit, gate, values, task) | outputs.get(gate, {}) for gate, values in observed.items()]
     table = pd.DataFrame(rows)
-    learned = table["gate"].isin(list(fit.learned))
-    table["p_adjusted"] = np.nan
-    table.loc[learned, "p_adjusted"] = stats.benjamini_hochberg(table.loc[learned, "p"].to_numpy())
-    table["verdict"] = np.where(learned, verdicts(table, distance), "left out")
-    if not learned.all():
+    table["p_adjusted"] = stats.benjamini_hochberg(table["p"].to_numpy())
+    table["verdict"] = [_verdict(row) if row["gate"] in fit.learned else "left out" for _, row in table.iterrows()]
+    if fit.left_out:
         table["left_out"] = [fit.left_out.get(gate, "") for gate in table["gate"]]
     return table
 
 
-def verdicts(table: pd.DataFrame, distance: str) -> npt.NDArray[np.str_]:
-    """Return "match" or "no match" for every row of a comparison, (gates,)."""
-    nearer = table[distance] < table[f"{distance}_untrained"]
-    good = (table["r"] >= MATCH_R) & (table["p_adjusted"] < MATCH_P) & nearer
-    return np.where(good, "match", "no match")
+def _verdict(row: "pd.Series[Any]") -> str:
+    best = 0.0 if np.isnan(row["distance_best"]) else row["distance_best"]
+    chance = row["random_equivalent"]
+    return verdict(row["distance"], limit=row["limit"], p=row["p_adjusted"], random=chance, best=best)
 
 
-def _compared(fit: Fit, gate: str, values: npt.NDArray[Any], distance: str) -> dict[str, Any]:
+def _compared(fit: Fit, gate: str, values: npt.NDArray[Any], task: Task) -> dict[str, Any]:
     """Return a gate's row: what was learned, its controls, and what the protocol notes."""
-    row: dict[str, Any] = {"gate": gate, "channels": values.shape[1]}
-    blank = dict.fromkeys((column.name for column in fields(stats.Match)), np.nan)
-    row |= vars(stats.match(fit.learned[gate], values)) if gate in fit.learned else blank
-    for control, vectors in (("untrained", fit.untrained), ("best", fit.best)):
-        reference = stats.match(vectors[gate], values, permutations=0) if gate in vectors else None
-        row |= {f"{name}_{control}": getattr(reference, name, np.nan) for name in ("r", "rmse")}
-    row |= fit.notes.get(gate, {})
-    if distance == "wasserstein" and gate in fit.learned:
-        stripe = values.mean(axis=0, dtype=np.float64)
-        row["wasserstein"] = stats.wasserstein(fit.learned[gate], stripe)
-        row["wasserstein_untrained"] = stats.wasserstein(fit.untrained[gate], stripe)
-        row["p_wasserstein"] = stats.swap_test(fit.learned[gate], stripe)
-    return row
+    use, stripe = task.uses[gate], task.stripes[gate]
+    limit, random = max(use.error(use.values.mean), EQUIVALENT), fit.random.get(gate, np.full(1, np.nan))
+    row: dict[str, Any] = {"gate": gate, "channels": values.shape[1], "limit": limit}
+    for control, vectors in (("", fit.learned), ("_untrained", fit.untrained), ("_best", fit.best)):
+        found = stats.match(vectors[gate], values, permutations=0) if gate in vectors else None
+        names = ("r", "rmse") if control else ("r", "r2", "rmse", "mean_abs_z", "inside")
+        row |= {f"{name}{control}": getattr(found, name, np.nan) for name in names}
+        away = energy_distance(vectors[gate], stripe, use.energy, use.result) if found else np.nan
+        row[f"distance{control}"] = float(away)
+    row |= {
+        "random": float(np.median(random)),
+        "random_equivalent": float(np.mean(np.where(np.isnan(random), np.nan, random <= limit))),
+    }
+    return row | {"p": rank_p(row["distance"], random)} | dict(fit.notes.get(gate, {}))

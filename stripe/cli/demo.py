@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stripe.cli import options
+from stripe.cli.validate import print_validation
 
 SUMMARY = "show everything on the embedded digits: train and record SE, draw its stripes, train ASR, validate"
 EXAMPLE = "--epochs 10"
@@ -72,10 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     print(*figures.draw(run, arguments.figures), sep="\n")
     print(*figures.draw_validation(match, arguments.figures), sep="\n")
     table = stats.summarize(run, epochs=[run.epochs[-1]]).merge(match.table, on=["gate", "channels"])
-    columns = ["gate", "strength", "strength_low", "strength_high", "std", "r", "r_untrained", "p_adjusted"]
-    columns += ["rmse", "rmse_untrained", "verdict"]
+    columns = ["gate", "strength", "strength_low", "strength_high", "std"]
     print(table[columns].to_string(index=False, float_format="{:.3g}".format))
-    print(match.rule)
+    print("  strength: share of the variance that lies between channels, 1 for a perfect stripe, with its interval")
+    print("  std: how far a channel's attention varies over the images")
+    print()
+    print_validation(match)
 
     times = latencies({"SE": se, "ASR deployed": deployed}, images, backends=["eager"], batches=[len(images)])
     speeds = (1000 * times["batch"] / times["milliseconds"]).set_axis(times["network"]).to_dict()

@@ -75,7 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
         progress=options.progress("steps"),
     )
     print_validation(validation)
-    print(validation.rule)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_csv(arguments.out / "validation.csv", validation.table)
     options.write_json(arguments.out / "validation.json", validation.to_dict())
@@ -85,8 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_validation(validation: "Validation") -> None:
-    """Print the table per gate and the accuracies."""
-    table = validation.table.drop(columns=["channels", "p", "rmse_untrained", "rmse_best"])
-    print(table.to_string(index=False, float_format="{:.3g}".format))
-    accuracies = ", ".join(f"{gates} {percent:.2f}" for gates, percent in validation.accuracies.items())
-    print(f"test accuracy in % by what the gates give: {accuracies}")
+    """Print the table per gate, what its columns and verdicts mean, and what was found."""
+    print(validation.summary().to_string(index=False, float_format="{:.2g}".format, na_rep="-"))
+    print(*(f"  {line}" for line in validation.legend()), sep="\n")
+    print(validation.conclusion())

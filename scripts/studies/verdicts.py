@@ -1,0 +1,195 @@
+"""Verdicts: how often psi that was never trained "matches" a stripe, and psi fitted to the stripe does.
+
+On simulated gates, and on those of a trained network: psi drawn anew, sent through the trained attention, and judged as
+`stripe.asr.validate` judges it, p adjusted over the gates of one network (of nine simulated gates).
+"""
+
+import argparse
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+import stripe
+from stripe.asr.psi import Psi, best_fit, random_psis, vectors_of
+from stripe.attention import create_attention
+from stripe.data import Loader, load_images
+from stripe.folding.constants import GateUse, measure_gates
+from stripe.gate import Gate
+from stripe.gates import isolate, read_gates
+from stripe.stats import Moments, benjamini_hochberg
+from stripe.stats.verdicts import EQUIVALENT, VERDICTS, energy_distance, rank_p, verdict
+from studies.table import Row, Table, add_data, headed, publish, read
+
+RECORDS, SHOWN = "verdict-rates.csv", "verdicts.csv"
+TOGETHER = 9  # simulated gates that p is adjusted over
+CHANNELS = (16, 64, 128)
+START = 0.1
+PSIS = {"untrained": 0.3, "untrained, wide": 1.0, "fitted": 0.3}
+"""By kind of psi, the standard deviation about START that it is drawn with; "fitted" then goes on to the stripe."""
+COLUMNS = {"gates": "gates", "channels": "channels", "psi": "psi", "judged": "judged"}
+COLUMNS |= {f"{word}, %": f"{word}:.1f" for word in VERDICTS} | {"match where it can be told, %": "told:.1f"}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A gate that psi is judged on: its attention as a function of psi (C,), recorded squeezes, and what it does."""
+
+    attention: Any
+    squeezes: Tensor
+    use: GateUse
+
+    @property
+    def stripe(self) -> npt.NDArray[Any]:
+        """The observed stripe (C,)."""
+        return self.use.values.mean
+
+    @property
+    def limit(self) -> float:
+        """Up to where a vector is equivalent to the stripe."""
+        return max(self.use.error(self.stripe), EQUIVALENT)
+
+    def distance(self, vectors: npt.NDArray[Any]) -> Any:
+        """Return the distance of vectors (..., C) from the stripe."""
+        return energy_distance(vectors, self.stripe, self.use.energy, self.use.result)
+
+    @functools.cached_property
+    def random(self) -> npt.NDArray[Any]:
+        """The distances of random psi's vectors."""
+        return np.asarray(self.distance(vectors_of(self.attention, random_psis(self.squeezes))))
+
+
+class Simulated(nn.Module):
+    """Squeeze-and-excitation as a function of the squeeze (C,), its weights as spread as in trained networks."""
+
+    def __init__(self, channels: int) -> None:
+        """Draw the weights; the bias is common to every image and psi."""
+        super().__init__()
+        self.module = create_attention("senet", channels)
+        for parameter in self.module.parameters():
+            nn.init.normal_(parameter, std=0.5)
+
+    def forward(self, squeeze: Tensor) -> Tensor:
+        """Return the attention (C,)."""
+        attention: Tensor = self.module(squeeze.view(1, -1, 1, 1)).flatten()
+        return attention
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the study's arguments."""
+    add_data(parser, "hf:../shared/data/cifar10", 100, Path("figures/study"))
+    network = Path("figures/fold-se-resnet20/se-resnet20.pt")
+    parser.add_argument("--ckpt", type=Path, default=network, metavar="PATH", help="the trained network")
+    parser.add_argument("--images", type=int, default=500, metavar="N", help="test images that its stripes are of")
+    parser.add_argument(
+        "--draws", type=int, default=40, metavar="N", help="psi of each kind for every gate of the network"
+    )
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help=f"lists of {TOGETHER} simulated gates")
+    parser.add_argument(
+        "--fitted", type=int, default=5, metavar="N", help="how many of the network's are fitted to the stripe"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Judge every case without a row, then print the table."""
+    config = {
+        name: str(getattr(arguments, name)) for name in ("ckpt", "dataset", "images", "draws", "rounds", "fitted")
+    }
+    table = Table(arguments.out / RECORDS, config)
+    kinds = [("simulated", str(channels)) for channels in CHANNELS] + [(arguments.ckpt.stem, "16 to 64")]
+    cases = [{"gates": g, "channels": c, "psi": psi} for (g, c), psi in itertools.product(kinds, PSIS)]
+    for case in table.missing(cases):
+        torch.manual_seed(0)
+        if case["gates"] == "simulated":
+            rounds = simulated(int(case["channels"]), arguments.rounds)
+        else:
+            rounds = trained(arguments, arguments.fitted if case["psi"] == "fitted" else arguments.draws)
+        table.put(case, rates([judged(subjects, case["psi"], seed) for seed, subjects in enumerate(rounds)]))
+    publish(tables(arguments.out), arguments.out)
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """Return the rates that are in a directory's records, with headings for people, by file name."""
+    path = folder / RECORDS
+    return {SHOWN: headed(read(path), COLUMNS)} if path.exists() else {}
+
+
+def rates(verdicts: list[pd.DataFrame]) -> Row:
+    """Return how many gates were judged, and the share of every verdict in percent.
+
+    `told` is the share of matches among the gates where one can be told: fewer than half of the random vectors are
+    equivalent, and of psi that was fitted, the best is.
+    """
+    found = pd.concat(verdicts)
+    told = found[(found["random"] < 0.5) & (found["best"] <= found["limit"])]
+    shares = {word: 100 * float((found["verdict"] == word).mean()) for word in VERDICTS}
+    return {"judged": len(found), **shares, "told": 100 * float((told["verdict"] == "match").mean())}
+
+
+def simulated(channels: int, rounds: int) -> Iterator[list[Subject]]:
+    """Yield lists of gates of a network that there is not, new ones every time."""
+    for _ in range(rounds):
+        yield [_simulated(channels) for _ in range(TOGETHER)]
+
+
+def _simulated(channels: int, images: int = 200) -> Subject:
+    """Make a gate whose squeezes vary by channel and image, with energies of any size."""
+    attention = Simulated(channels).requires_grad_(False)
+    squeezes = torch.randn(channels) * 0.5 + 0.3 * torch.randn(images, channels)
+    values = vectors_of(attention, squeezes)
+    energies = np.exp(torch.randn(channels).numpy() + 0.3 * torch.randn(images, channels).numpy())
+    sums = ((values**power * energies).mean(0) for power in (0, 1, 2))
+    return Subject(attention, squeezes, GateUse(Moments.of(values), *sums))
+
+
+def trained(arguments: argparse.Namespace, rounds: int) -> Iterator[list[Subject]]:
+    """Yield the gates of the trained network, the same every time."""
+    model = stripe.models.load_checkpoint(str(arguments.ckpt)).eval().requires_grad_(False)
+    images = load_images(arguments.dataset, "test", samples=arguments.images, data_dir=arguments.data_dir)
+    loader = Loader(images, arguments.batch)
+    first = next(iter(loader))[0][:2]
+    gates = stripe.find_gates(model, first)
+    squeezes: dict[str, list[Tensor]] = {gate.name: [] for gate in gates}
+
+    def keep(gate: Gate, kind: str, values: Tensor) -> None:
+        if kind == "squeeze":
+            squeezes[gate.name].append(values)
+
+    with read_gates(model, gates, keep, squeeze=True):
+        uses = measure_gates(model, gates, loader)
+    attentions, _ = isolate(model, gates, first)
+    subjects = [Subject(a, torch.cat(squeezes[name]).clone(), uses[name]) for name, a in attentions.items()]
+    yield from itertools.repeat(subjects, rounds)
+
+
+def judged(subjects: list[Subject], psi: str, seed: int) -> pd.DataFrame:
+    """Draw one psi of a kind for every gate and judge it: columns verdict, and random, the share equivalent."""
+    generator = torch.Generator().manual_seed(seed)
+    found = pd.DataFrame([_measured(subject, psi, generator) for subject in subjects])
+    found["p"] = benjamini_hochberg(found["p"].to_numpy())
+    found["verdict"] = [_verdict(row) for row in found.to_dict("records")]
+    return found
+
+
+def _measured(subject: Subject, kind: str, generator: torch.Generator) -> Row:
+    starts = START + PSIS[kind] * torch.randn(5 if kind == "fitted" else 1, len(subject.stripe), generator=generator)
+    if kind == "fitted":
+        vector = best_fit(Psi(subject.attention, starts[0].clone()), subject.stripe, subject.use, starts, enough=1e-9)
+    else:
+        (vector,) = vectors_of(subject.attention, starts)
+    distance, random = float(subject.distance(vector)), float((subject.random <= subject.limit).mean())
+    best = distance if kind == "fitted" else 0.0
+    return {"distance": distance, "limit": subject.limit, "p": rank_p(distance, subject.random), "random": random,
+            "best": best}  # fmt: skip
+
+
+def _verdict(row: Mapping[Any, Any]) -> str:
+    return verdict(row["distance"], limit=row["limit"], p=row["p"], random=row["random"], best=row["best"])
