@@ -15,7 +15,9 @@ without torch; `source` takes it out of the modules' own methods, and `building`
 """
 
 from stripe.folding.building import ChannelScale
-from stripe.folding.constants import WEIGHTINGS, GateUse, mean_constants, measure_gates
+from stripe.folding.constants import KINDS, Sensitivity, learn_constants, measure_gates, sensitivities
+from stripe.folding.divergence import Damage, damage
+from stripe.folding.uses import AVERAGES, GateUse, mean_constants
 from stripe.folding.exact import FoldReport, fold, fuse_norms
 from stripe.folding.export import OnnxFile, onnx_session, save_onnx, save_program, save_weights
 from stripe.folding.latency import latencies
@@ -25,7 +27,7 @@ from stripe.folding.study import Study, study
 from stripe.folding.variants import AS_FOLDED, Recovery, Variant, variants
 
 __all__ = [
-    "AS_FOLDED", "WEIGHTINGS", "ChannelScale", "FoldReport", "GateUse", "Metric", "OnnxFile", "Recovery", "Study",
+    "AS_FOLDED", "AVERAGES", "KINDS", "Damage", "Sensitivity", "damage", "learn_constants", "sensitivities", "ChannelScale", "FoldReport", "GateUse", "Metric", "OnnxFile", "Recovery", "Study",
     "Variant", "distill", "fold", "fuse_norms", "greedy_order", "latencies", "mean_constants", "measure_gates",
     "onnx_session", "predictors", "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights",
     "sensitivity", "study", "variants",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stripe.devices import device_of
-from stripe.folding.constants import WEIGHTINGS, Constants, GateUse, measure_gates
+from stripe.folding.constants import measure_gates
+from stripe.folding.uses import AVERAGES as WEIGHTINGS, Constants, GateUse
 from stripe.folding.latency import BACKENDS, BATCHES, latencies
 from stripe.folding.recovery import reestimate_norms
 from stripe.folding.sensitivity import ORDERS, Metric, greedy_order, predictors, rank_correlations, sensitivity

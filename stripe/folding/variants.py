@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stripe.folding.constants import Constants
+from stripe.folding.uses import Constants
 from stripe.folding.exact import FoldReport, fold
 from stripe.gates.trace import Images
 
