@@ -14,20 +14,16 @@ from torch import Tensor, nn
 
 from stripe.devices import device_of
 from stripe.folding.building import ChannelScale
-from stripe.folding.divergence import Outputs, divergence, kind_of, sounding
+from stripe.folding.divergence import CLASSES, Outputs, divergence, kind_of, sounding
 from stripe.folding.exact import scaled_copy
 from stripe.folding.tensors import outputs_of
-from stripe.folding.uses import AVERAGES, Array, Constants, GateUse, Sums, weighted_mean
+from stripe.folding.uses import Array, Constants, GateUse, Sums, weighted_mean
 from stripe.gates import Gate, read_gates
 from stripe.gates.trace import Images
 from stripe.messages import Progress
+from stripe.recipe import LEARNING_STEPS
 
-FISHER = "fisher"
-LEARNED = "learned"
-KINDS = (*AVERAGES, FISHER, LEARNED)
-"""What can stand for a gate."""
-
-STEPS = 150  # of learning constants
+PIECE = 32  # samples whose gradients are computed at once, which bounds the memory
 RATE = 0.01  # of learning them, in units of a gate's usual value, and of what it usually gives
 
 
@@ -57,20 +53,20 @@ def _keep(seen: dict[tuple[str, str], Tensor], gate: Gate, kind: str, values: Te
 
 # ---- the divergence's gradient ----
 @dataclass(frozen=True, eq=False)
-class Sensitivity:
-    """What the divergence from the original would be, foretold for one gate from its gradient v on the attention.
+class Forecast:
+    """What the divergence from the original will be, foretold for one gate from its gradient v on the attention.
 
     Attributes:
-        fisher: the constant (C,) E[v^2 g] / E[v^2], which leaves the least of it where channels do not interact.
-        foretold: E[(v . (g - c))^2] at the constant c that was given: the divergence with this gate alone constant, to
-            second order, in nats (of values, the squared relative error).
+        constant: the "fisher" one (C,), E[v^2 g] / E[v^2], which leaves the least of it where channels do not interact.
+        divergence: E[(v . (g - c))^2] at the constant c that was given: the divergence with this gate alone constant,
+            to second order, in nats; of values, its root, the relative error.
     """
 
-    fisher: Array
-    foretold: float
+    constant: Array
+    divergence: float
 
 
-def sensitivities(
+def foretell(
     model: nn.Module,
     gates: Sequence[Gate],
     constants: Constants,
@@ -80,7 +76,7 @@ def sensitivities(
     kind: str | None = None,
     seed: int = 0,
     progress: Progress = iter,
-) -> dict[str, Sensitivity]:
+) -> dict[str, Forecast]:
     """Foretell from one pass forwards and backwards what each gate's constant costs, and find its Fisher constant.
 
     Args:
@@ -103,8 +99,11 @@ def sensitivities(
             sums[name].add(value, gradients[name] ** 2)
             foretold[name] += float((((value - constants[name]) * gradients[name]).sum(1) ** 2).sum())
     uses = {name: total.use() for name, total in sums.items()}
+    power = 1.0 if kind == CLASSES else 0.5  # the relative error is the root of what was summed
     return {
-        name: Sensitivity(weighted_mean(use.energy, use.scaled, use.values.mean), foretold[name] / use.values.count)
+        name: Forecast(
+            weighted_mean(use.energy, use.scaled, use.values.mean), (foretold[name] / use.values.count) ** power
+        )
         for name, use in uses.items()
     }
 
@@ -119,8 +118,8 @@ def _gradients(
 ) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
     """Yield, per batch, every gate's values (n, C) and the gradient of what `sounding` gives on them."""
     device = device_of(model)
-    for images, *_ in progress(loader):
-        images, seen = images.to(device), dict[tuple[str, str], Tensor]()
+    for images in (piece for batch, *_ in progress(loader) for piece in batch.to(device).split(PIECE)):
+        seen = dict[tuple[str, str], Tensor]()
         with torch.no_grad(), read_gates(model, scaled.gates, partial(_keep, seen)):
             outputs_of(model, images)
         values = {gate.name: seen[gate.name, "attention"].float().requires_grad_() for gate in scaled.gates}
@@ -153,7 +152,7 @@ class Scaled:
         self.model.requires_grad_(False)
 
     def run(self, images: Tensor, values: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> Outputs:
-        """Run the copy with `values` in place of the gates and `shifts` added to what they give, (C,) or (n, C) each."""
+        """Run the copy with `values` in place of the gates and `shifts` added to what they give, (C,) or (n, C)."""
         for gate in self.gates:
             if gate.name in self._scales:
                 self._set(self._scales[gate.name], gate, values[gate.name], shifts.get(gate.name))
@@ -184,7 +183,7 @@ def learn_constants(
     images: Images,
     loader: Iterable[Sequence[Any]],
     *,
-    steps: int = STEPS,
+    steps: int = LEARNING_STEPS,
     rate: float = RATE,
     kind: str | None = None,
     progress: Progress = iter,
@@ -216,16 +215,17 @@ def learn_constants(
     optimizer = torch.optim.Adam([tensor for each in freed for tensor in (each.value, each.shift)], lr=rate)
     for step, batch in zip(progress(range(steps)), endless(loader), strict=False):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        batch = batch.to(device)
-        with torch.no_grad():
-            wanted = outputs_of(model, batch)
-        now = {each.gate.name: each.now() for each in freed}
-        found = scaled.run(batch, {name: each[0] for name, each in now.items()}, {n: each[1] for n, each in now.items()})
-        loss = divergence(kind, found, wanted)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the divergence is {float(loss)} at step {step} of learning constants: lower rate")
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        for piece in batch.to(device).split(PIECE):
+            with torch.no_grad():
+                wanted = outputs_of(model, piece)
+            now = [(each.gate.name, *each.now()) for each in freed]
+            values, shifts = ({name: pair[i] for name, *pair in now} for i in (0, 1))
+            found = scaled.run(piece, values, shifts)
+            loss = divergence(kind, found, wanted) * len(piece) / len(batch)
+            if not loss.isfinite():
+                raise FloatingPointError(f"the divergence is {float(loss)} in step {step} of learning: lower its rate")
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return {each.gate.name: _array(torch.stack(each.now())) for each in freed}
 

@@ -1,4 +1,4 @@
-"""How far a network's outputs are from those of the original, which needs no label; and its accuracy where there are."""
+"""How far a network's outputs are from the original's, without labels, and its accuracy where there are labels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def sounding(kind: str, outputs: Outputs, generator: torch.Generator) -> Tensor:
         return (logs * signs(logs) * (logs.detach().exp() / 2).sqrt()).sum()
     floats = [output for output in outputs if output.is_floating_point()]
     sizes = [output.detach().square().sum() / len(output) for output in floats]
-    terms = [(o * signs(o)).sum() / (size.clamp_min(1e-30) * len(floats)).sqrt() for o, size in zip(floats, sizes)]
+    terms = [
+        (output * signs(output)).sum() / (size.clamp_min(1e-30) * len(floats)).sqrt()
+        for output, size in zip(floats, sizes, strict=True)
+    ]
     return torch.stack(terms).sum()
 
 
