@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from importlib.util import find_spec
@@ -90,9 +90,11 @@ def save_onnx(
         wanted = outputs_of(model, given)
         names = _names(called(model, given), len(wanted))
     with replaced(path) as partial:
-        _write_onnx(_Flat(model), given, partial, names, opset, free=batch is None)
+        args, kwargs, tensors = _arguments(given)
+        flat, inputs = _Flat(model, list(kwargs)), (*args, *kwargs.values())
+        _write_onnx(lambda: _exported(flat, inputs, free=batch is None), partial, names, opset)
         graph = onnx.load(str(partial)).graph
-        fed = dict(zip([each.name for each in graph.input], _arguments(given)[2], strict=True))
+        fed = dict(zip([each.name for each in graph.input], tensors, strict=True))
         found = [torch.from_numpy(array) for array in onnx_session(partial).run(None, _arrays(fed))]
         relative = relative_error(found, wanted)
         if not relative <= ONNX_TOLERANCE:
@@ -103,12 +105,11 @@ def save_onnx(
 
 
 def _write_onnx(
-    model: nn.Module, images: Images, path: Path, names: Sequence[str], opset: int | None, *, free: bool
+    export: Callable[[], torch.export.ExportedProgram], path: Path, names: Sequence[str], opset: int | None
 ) -> None:
     try:
         with _quiet():
-            exported = _exported(model, images, free=free)
-            program = torch.onnx.export(exported, dynamo=True, verbose=False, output_names=names, opset_version=opset)
+            program = torch.onnx.export(export(), dynamo=True, verbose=False, output_names=names, opset_version=opset)
         assert program is not None
         program.save(str(path), external_data=False)
     except (OSError, MemoryError):
@@ -138,14 +139,16 @@ def _cause(error: BaseException) -> str:
 
 
 class _Flat(nn.Module):
-    """A network that gives out every tensor of its output in one tuple."""
+    """A network that takes its arguments by position and gives out every tensor of its output in one tuple."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.network = network
+        self.names = names  # of the last arguments, which the network takes by name
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return tuple(tensors_in(self.network(*args, **kwargs)))
+    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        first = len(args) - len(self.names)
+        return tuple(tensors_in(self.network(*args[:first], **dict(zip(self.names, args[first:], strict=True)))))
 
 
 def _names(output: Any, count: int) -> list[str]:
@@ -179,15 +182,13 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def _exported(model: nn.Module, images: Images, *, free: bool = True) -> torch.export.ExportedProgram:
     """Export for any batch size, where the network allows it and `free` asks for it."""
     args, kwargs, _ = _arguments(images)
-    dims = {0: torch.export.Dim.AUTO}
     shapes: Any = None
     if free:
-        by_position, by_name = tree_map(
-            lambda item: dims if isinstance(item, Tensor) and item.ndim else None, (args, kwargs)
+        any_number = {0: torch.export.Dim.DYNAMIC}
+        by_place, by_name = tree_map(
+            lambda it: any_number if isinstance(it, Tensor) and it.ndim else None, (args, kwargs)
         )
-        shapes = (
-            {"args": by_position, "kwargs": by_name} if isinstance(model, _Flat) else by_name or by_position
-        ) or None
+        shapes = by_name or ((by_place,) if isinstance(model, _Flat) else by_place)
     with _quiet():
         return torch.export.export(model.eval(), args, kwargs, dynamic_shapes=shapes)
 
