@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Form = Literal["multiplicative", "additive", "affine", "radix"]
-Kind = Literal["attention", "squeeze", "energy", "map"]
-"""Of a sample and channel: the value; what it scales, averaged over space; its square, so averaged; the whole map."""
+Kind = Literal["attention", "squeeze", "energy", "map", "product"]
+"""Of a sample and channel: the value; what it scales, averaged over space; its square, so averaged; the whole map; what
+the gate makes of it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What folding costs and how it is won back: constants, damage and order, recovery, variants."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_the_energy_weighted_constant_leaves_the_least_error(exact_network, gate
         np.testing.assert_allclose(use.constant("energy"), best, rtol=1e-10)
         np.testing.assert_allclose(use.constant("mean"), g.mean(0), rtol=1e-10)
         assert np.abs(use.constant("mean") - best).max() > 1e-4
-        for weighting in folding.WEIGHTINGS:
+        for weighting in folding.AVERAGES:
             c = torch.from_numpy(use.constant(weighting))[:, None, None]
             wrong = ((g[:, :, None, None] - c) * x).square().sum()
             assert use.error(use.constant(weighting)) == pytest.approx(float(wrong / result), rel=1e-10)
@@ -129,10 +130,104 @@ def test_the_means_of_a_run_are_its_stripes(network, gates, tmp_path):
 
 
 def test_bad_weightings_and_empty_loaders_are_refused(network, gates, uses):
-    with pytest.raises(ValueError, match="no weighting 'median'; expected one of mean, energy"):
+    with pytest.raises(ValueError, match="no constant 'median'; expected one of mean, energy"):
         uses[gates[0].name].constant("median")
     with pytest.raises(RuntimeError, match="no forward ran"):
         folding.measure_gates(network, gates, [])
+
+
+# ---- constants that look at what comes of them ----
+def test_what_is_foretold_is_what_small_changes_cost(network, gates):
+    """To second order, from gradients alone; here each gate is moved by 1 % and the divergence is measured."""
+    network = copy.deepcopy(network).double()
+    images = IMAGES.double()
+    for gate in gates:
+        g = folding.measure_gates(network, [gate], [(images,)])[gate.name].values.mean
+        constants = {gate.name: g}
+        for name, weight in network.named_parameters():
+            if name.startswith(gate.source) and "fc2.weight" in name:
+                weight.data *= 0.02  # so that the attention hardly leaves its mean
+        constants = {gate.name: folding.measure_gates(network, [gate], [(images,)])[gate.name].values.mean}
+        draws = [folding.foretell(network, [gate], constants, images[:3], [(images,)], seed=s) for s in range(30)]
+        foretold = np.mean([draw[gate.name].divergence for draw in draws])
+        folded, _ = folding.fold(network, constants, images[:3])
+        measured = folding.damage(folded, network, [(images,)]).divergence
+        assert measured > 1e-12
+        assert foretold == pytest.approx(measured, rel=0.5)
+
+
+def test_learned_constants_come_nearer_than_energy_on_images_that_they_have_not_seen(network, gates, uses):
+    draw = torch.randn(96, 3, 40, 48, generator=torch.Generator().manual_seed(3))
+    images = draw * torch.linspace(0.2, 2, 12).repeat(8).view(-1, 1, 1, 1)
+    uses = folding.measure_gates(network, gates, [(images,)])
+    learned = folding.learn_constants(network, gates, uses, IMAGES[:3], [(images,)], steps=60)
+    assert {name: vector.shape for name, vector in learned.items()} == {g.name: (2, g.channels) for g in gates}
+
+    def away(constants):
+        folded, report = folding.fold(network, constants, IMAGES[:3])
+        assert report.error < 1e-12
+        return folding.damage(folded, network, [(IMAGES,)]).divergence
+
+    energy = {name: use.constant("energy") for name, use in uses.items()}
+    assert away(learned) < 0.7 * away(energy)
+    still = folding.learn_constants(network, gates, uses, IMAGES[:3], [(images,)], steps=0)
+    assert away(still) == pytest.approx(away(energy), rel=1e-3)
+    with pytest.raises(ValueError, match="no batches to train on"):
+        folding.learn_constants(network, gates, uses, IMAGES[:3], [])
+    with pytest.raises(FloatingPointError, match="lower its rate"):
+        folding.learn_constants(network, gates, uses, IMAGES[:3], [(images * float("nan"),)])
+
+
+def test_the_fisher_constant_follows_the_samples_that_the_output_listens_to():
+    """Half of the images have their gate's channel multiplied by zero afterwards, so only the others count."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            heard = x[:, 2:].mean((2, 3))
+            x = x[:, :2]
+            x = x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+            return (x.mean((2, 3)) * heard).sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    images = torch.rand(20, 3, 6, 8) + 0.5
+    images[::2] *= torch.tensor([3.0, 3.0, 0.0]).view(3, 1, 1)
+    gate = find_gates(net, images[:3])[0]
+    means = {gate.name: folding.measure_gates(net, [gate], [(images,)])[gate.name].values.mean}
+    found = folding.foretell(net, [gate], means, images[:3], [(images,)], kind="values")[gate.name]
+    with torch.no_grad():
+        x = images[:, :2].mean((2, 3))
+        g = torch.sigmoid(net.fc(x[..., None, None])).flatten(1).double()
+        weight = (x * images[:, 2:].mean((2, 3))).square().double()
+    np.testing.assert_allclose(found.constant, (weight * g).sum(0) / weight.sum(0), rtol=1e-5)
+    assert np.abs(found.constant - means[gate.name]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gcresnet33ts", "efficientnet_b0", "resnest14d", "regnety_002"])
+def test_a_shift_is_folded_exactly_on_other_images(name):
+    import timm
+
+    torch.manual_seed(0)
+    model = randomize(timm.create_model(name)).double().eval()
+    images, others = (torch.rand(2, 3, *size).double() for size in ((64, 96), (96, 64)))
+    gates = find_gates(model, images)
+    shifts = {gate.name: torch.randn(gate.channels).double() * 0.1 for gate in gates}
+    constants = {gate.name: torch.rand(gate.channels).double() + 0.2 for gate in gates}
+    both = {name: torch.stack([constants[name], shifts[name]]) for name in constants}
+    folded, report = folding.fold(model, both, images)
+    with torch.no_grad():
+        with replace_gates(model, gates, constants, shifts):
+            expected = model(others)
+        with replace_gates(model, gates, constants):
+            without = model(others)
+        assert relative_error(folded(others), expected) < 1e-11
+        assert relative_error(without, expected) > 1e-6
+    assert find_gates(folded, images) == []
+    assert report.error < 1e-12
 
 
 # ---- damage and order ----
@@ -260,13 +355,13 @@ def test_distillation_brings_the_student_nearer_and_leaves_the_rest(network, gat
 
 
 def test_variants_are_all_of_them(network, gates, uses):
-    constants = {kind: {name: use.constant(kind) for name, use in uses.items()} for kind in folding.WEIGHTINGS}
+    constants = {kind: {name: use.constant(kind) for name, use in uses.items()} for kind in folding.AVERAGES}
     order = [gate.name for gate in gates][::-1]
     scaled = {**folding.AS_FOLDED, "scaled": lambda model: nn.Sequential(model, nn.Identity())}
     found = list(folding.variants(network, IMAGES[:3], order, constants, counts=[0, 1, 3], recoveries=scaled))
     labels = [(variant.folded, variant.weighting, variant.recovery) for variant in found]
     both = ("none", "scaled")
-    each = [(count, kind, recovery) for count in (1, 3) for kind in folding.WEIGHTINGS for recovery in both]
+    each = [(count, kind, recovery) for count in (1, 3) for kind in folding.AVERAGES for recovery in both]
     assert labels == [(0, "none", "none"), (0, "none", "scaled"), *each]
     assert found[0].network is network
     assert [gate.name for gate in find_gates(found[2].network, IMAGES[:3])] == order[:0:-1]
@@ -325,6 +420,74 @@ def test_an_onnx_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "ONNX_TOLERANCE", -1.0)
     with pytest.raises(ArithmeticError, match="in onnxruntime; expected"):
         folding.save_onnx(nn.Conv2d(3, 4, 3), SMALL, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Outputs(nn.Module):
+    """A network around one attention, and how it gives out two tensors."""
+
+    def __init__(self, given):
+        super().__init__()
+        from timm.layers import SEModule
+
+        self.conv, self.se, self.given = nn.Conv2d(3, 8, 3), SEModule(8), given
+
+    def forward(self, x):
+        x = self.se(self.conv(x))
+        return self.given(x.mean((2, 3)), x)
+
+
+@dataclasses.dataclass
+class Pair:
+    scores: torch.Tensor
+    map: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (Pair, ["scores", "map"]),
+        (lambda a, b: {"a": a, "b": b}, ["a", "b"]),
+        (lambda a, b: (a, [b]), ["output_0", "output_1"]),
+    ],
+)
+def test_every_tensor_of_an_output_is_written_to_onnx(given, names, tmp_path):
+    import onnx
+
+    model = Outputs(given).eval()
+    folded, _ = folding.fold(model, {"se": torch.rand(8)}, SMALL)
+    folding.save_onnx(folded, SMALL, tmp_path / "a.onnx", opset=19)
+    file = onnx.load(tmp_path / "a.onnx")
+    assert [output.name for output in file.graph.output] == names
+    assert file.opset_import[0].version == 19
+    session = folding.onnx_session(tmp_path / "a.onnx")
+    feed = torch.rand(5, 3, 64, 96)
+    assert [len(array) for array in session.run(None, {file.graph.input[0].name: feed.numpy()})] == [5, 5]
+
+
+def test_a_fixed_batch_and_inputs_by_name_are_written(tmp_path):
+    import onnx
+
+    class Named(Outputs):
+        def forward(self, pixels, scale):
+            return super().forward(pixels * scale)
+
+    model = Named(lambda a, b: a).eval()
+    inputs = {"scale": torch.rand(2, 1, 1, 1), "pixels": SMALL}
+    folding.save_onnx(model, inputs, tmp_path / "a.onnx", batch=3)
+    shapes = [each.type.tensor_type.shape.dim[0].dim_value for each in onnx.load(tmp_path / "a.onnx").graph.input]
+    assert shapes == [3, 3]
+
+
+def test_the_operation_that_has_no_onnx_is_named(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvals(x[:, 0, :4, :4]).abs()
+
+    with pytest.raises(ValueError, match="no ONNX for the operation aten.linalg_eig"):
+        folding.save_onnx(Odd().eval(), SMALL, tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="opset 11; the exporter gives opset 18"):
+        folding.save_onnx(nn.Conv2d(3, 4, 3), SMALL, tmp_path / "a.onnx", opset=11)
     assert list(tmp_path.iterdir()) == []
 
 

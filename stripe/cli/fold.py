@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
 from stripe.files import write_csv
-from stripe.recipe import DISTILL_LR, TRAIN_BATCH, Recipe
+from stripe.recipe import CONSTANTS, DISTILL_LR, LEARNING_STEPS, TRAIN_BATCH, Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,10 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-drop", type=float, metavar="D", help="fold as many as cost at most D points by --val-samples"
     )
     choice.add_argument(
-        "--order", default="single", help="single: by each gate's own damage; greedy: beside those before"
+        "--order",
+        default="single",
+        help="single: by each gate's own damage; greedy: beside those before; foretold: by one backward pass",
     )
     choice.add_argument("--counts", type=int, nargs="+", metavar="K", help="numbers of folded gates in the table")
-    choice.add_argument("--weightings", nargs="+", default=["mean", "energy"], help="of the constants to compare")
+    choice.add_argument(
+        "--weightings",
+        nargs="+",
+        default=CONSTANTS,
+        metavar="KIND",
+        help=f"constants to compare, of {', '.join(CONSTANTS)}",
+    )
+    choice.add_argument(
+        "--learning-steps", type=options.positive, default=LEARNING_STEPS, metavar="N", help="of learned constants"
+    )
+    choice.add_argument(
+        "--outputs",
+        help="what the network gives: classes or values (default: classes where it gives one score per class)",
+    )
     recovery = parser.add_argument_group("recovery")
     recovery.add_argument(
         "--recover-each",
@@ -75,6 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, figure and networks go")
     files.add_argument("--onnx", action="store_true", help="write ONNX too, checked against onnxruntime")
+    files.add_argument(
+        "--opset", type=options.positive, metavar="N", help="of the ONNX files (default: the exporter's)"
+    )
+    files.add_argument("--onnx-batch", default="free", metavar="N", help="images that the ONNX files take: free, or N")
     files.add_argument("--backends", nargs="*", default=["eager"], help="to time: eager, compile, onnxruntime")
     options.add_json(files)
 
@@ -102,20 +121,23 @@ def run(arguments: argparse.Namespace) -> int:
         recoveries=_recoveries(arguments, checkpoint.model, data),
         recover_each=arguments.recover_each,
         test=data.loader(data.test),
+        learning_steps=arguments.learning_steps,
         measure=data.measure,
+        outputs=arguments.outputs,
         progress=options.progress("gates"),
-        callback=partial(_print_variant, data.measure),
+        callback=_print_variant,
     )
     chosen = study.chosen
-    print(f"chosen: {chosen.folded} of {len(study.gates)} gates folded, {chosen.weighting}, {chosen.recovery}")
+    print(f"chosen: {study.summary()}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tables = {"gates": study.gates, "variants": study.variants, "predictors": study.predictors}
+    tables = {"variants": study.variants, "gates": study.gates, "predictors": study.predictors}
+    tables = {name: table for name, table in tables.items() if len(table)}
     if arguments.backends:
         counts = None if arguments.recover_each else [0, chosen.folded]
         tables["latency"] = study.latencies(counts=counts, backends=arguments.backends)
     if arguments.onnx:
         pair = {"original": checkpoint.model, "folded": chosen.network}
-        tables["onnx"] = _save_onnx(arguments.out, pair, data.traced)
+        tables["onnx"] = _save_onnx(arguments, pair, data.traced)
     _report(arguments, study.measure, tables)
     tradeoff = plots.fold_pareto(study.variants, tables.get("latency"), measure=study.measure)
     for file in [
@@ -134,6 +156,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--backends {', '.join(sorted(unknown))}: expected some of {', '.join(BACKENDS)}")
     if arguments.keep is not None and arguments.max_drop is not None:
         raise ValueError("--keep and --max-drop both choose how many gates to fold: give one of them")
+    if arguments.onnx_batch != "free" and not (arguments.onnx_batch.isdecimal() and int(arguments.onnx_batch)):
+        raise ValueError(f"--onnx-batch {arguments.onnx_batch}: expected free, or a number of images of at least 1")
     if arguments.distill_steps < 0:
         raise ValueError(f"--distill-steps {arguments.distill_steps}: expected a number of steps, or 0 for none")
 
@@ -141,14 +165,14 @@ def _check(arguments: argparse.Namespace) -> None:
 # ---- what the study is given -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Data:
-    """The images to measure, recover, choose and test on; `measure` is how the network can be judged on them."""
+    """The images to measure, recover, choose and test on; `measure` is "agreement" where the classes are not theirs."""
 
     arguments: argparse.Namespace
     training: ImageSet
     validation: ImageSet
     test: ImageSet
     traced: Tensor
-    measure: str
+    measure: str | None
 
     def loader(self, images: ImageSet, train: bool = False) -> Loader:
         """Return batches, for recovery shuffled and augmented."""
@@ -160,8 +184,6 @@ class Data:
 
 def _load(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Data:
     """Load the data; the images held out are those of the training, where the checkpoint records its seed."""
-    import torch
-
     from stripe.data import Loader, load_images
 
     where = {"data_dir": arguments.data_dir, **options.preprocessing(checkpoint.description)}
@@ -170,10 +192,23 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Data:
     training, validation = images.hold_out(arguments.val_samples or max(2, len(images) // 10), seed)
     test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **where)
     traced = next(iter(Loader(training, min(TRACED, len(training)))))[0]
-    with torch.no_grad():
-        outputs = checkpoint.model(traced).shape[1]
-    fitting = outputs == len(images.classes) and all(int(part.labels.min()) >= 0 for part in (validation, test))
-    return Data(arguments, training, validation, test, traced, "accuracy" if fitting else "agreement")
+    return Data(arguments, training, validation, test, traced, _measure(arguments, checkpoint.model, traced, images))
+
+
+def _measure(arguments: argparse.Namespace, model: nn.Module, traced: Tensor, images: ImageSet) -> str | None:
+    """Return "agreement" where the network gives scores of other classes than those of the images, else None."""
+    import torch
+
+    from stripe.folding.divergence import CLASSES, KINDS, kind_of
+    from stripe.folding.tensors import outputs_of
+
+    if arguments.outputs not in (None, *KINDS):
+        raise ValueError(f"--outputs {arguments.outputs}: expected one of {', '.join(KINDS)}")
+    if (arguments.outputs or kind_of(model, traced)) != CLASSES:
+        return None
+    with torch.inference_mode():
+        scores = outputs_of(model, traced)[0]
+    return None if scores.shape[-1] == len(images.classes) else "agreement"
 
 
 def _means(path: str | None) -> Mapping[str, Any] | None:
@@ -204,10 +239,11 @@ def _recoveries(arguments: argparse.Namespace, model: nn.Module, data: Data) -> 
 
 
 # ---- what is printed and written -------------------------------------------------------------------------
-def _print_variant(measure: str, row: Mapping[str, Any]) -> None:
+def _print_variant(row: Mapping[str, Any]) -> None:
     print(
-        f"{row['folded']:3} folded  {row['weighting']:6}  {row['recovery']:12}  {measure} in %:"
-        f" validation {row['validation']:.2f}, test {row['test']:.2f}",
+        f"{row['folded']:3} folded  {row['weighting']:7}  {row['recovery']:12}"
+        f"  validation: divergence {row['divergence']:.3g}, {row['validation']:.2f} %;"
+        f"  test: {row['test_divergence']:.3g}, {row['test']:.2f} %",
         flush=True,
     )
 
@@ -228,13 +264,17 @@ def _save(arguments: argparse.Namespace, checkpoint: Checkpoint, folded: nn.Modu
     return files
 
 
-def _save_onnx(out: Path, networks: Mapping[str, nn.Module], traced: Tensor) -> pd.DataFrame:
+def _save_onnx(arguments: argparse.Namespace, networks: Mapping[str, nn.Module], traced: Tensor) -> pd.DataFrame:
     """Write networks as ONNX; return a row for each: file, nodes, errors under onnxruntime, operators."""
     import pandas as pd
 
     from stripe.folding import save_onnx
 
-    files = [save_onnx(network, traced, out / f"{name}.onnx") for name, network in networks.items()]
+    out, batch = arguments.out, None if arguments.onnx_batch == "free" else int(arguments.onnx_batch)
+    files = [
+        save_onnx(network, traced, out / f"{name}.onnx", opset=arguments.opset, batch=batch)
+        for name, network in networks.items()
+    ]
     rows = [
         {"file": file.path.name, "nodes": file.nodes, "max_abs_error": file.max_abs_error}
         | {"relative_error": file.relative_error}

@@ -1,8 +1,9 @@
 """Fold the attention out of a trained network: constants for its gates, merged into its weights where that is exact.
 
-`measure_gates` gives the constants, `sensitivity` and `greedy_order` what they cost, `fold` the network without
-gates, `reestimate_norms` and `distill` win back accuracy, `latencies` and the `save_` functions take it to its use;
-`study` does all of this and chooses how many gates to fold.
+`measure_gates`, `foretell` and `learn_constants` give the constants, `sensitivity` and `greedy_order` what they cost,
+`fold` the network without gates, `damage` how far that is from the original, `reestimate_norms` and `distill` win back
+accuracy, `latencies` and the `save_` functions take it to its use; `study` does all of this and chooses how many gates
+to fold.
 
 The four conversions answer alike. `asr.insert`, `asr.deploy` and `asr.fuse` return a new network and `fold` returns one
 with a report; `fuse_norms` is `asr.fuse` with the same kind of report. None changes its argument, except where
@@ -15,18 +16,21 @@ without torch; `source` takes it out of the modules' own methods, and `building`
 """
 
 from stripe.folding.building import ChannelScale
-from stripe.folding.constants import WEIGHTINGS, GateUse, mean_constants, measure_gates
+from stripe.folding.constants import Forecast, foretell, learn_constants, measure_gates
+from stripe.folding.divergence import Damage, damage
 from stripe.folding.exact import FoldReport, fold, fuse_norms
 from stripe.folding.export import OnnxFile, onnx_session, save_onnx, save_program, save_weights
 from stripe.folding.latency import latencies
 from stripe.folding.recovery import distill, reestimate_norms
 from stripe.folding.sensitivity import Metric, greedy_order, predictors, rank_correlations, sensitivity
 from stripe.folding.study import Study, study
+from stripe.folding.uses import AVERAGES, GateUse, mean_constants
 from stripe.folding.variants import AS_FOLDED, Recovery, Variant, variants
 
 __all__ = [
-    "AS_FOLDED", "WEIGHTINGS", "ChannelScale", "FoldReport", "GateUse", "Metric", "OnnxFile", "Recovery", "Study",
-    "Variant", "distill", "fold", "fuse_norms", "greedy_order", "latencies", "mean_constants", "measure_gates",
-    "onnx_session", "predictors", "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights",
-    "sensitivity", "study", "variants",
+    "AS_FOLDED", "AVERAGES", "ChannelScale", "Damage", "FoldReport", "Forecast", "GateUse", "Metric",
+    "OnnxFile", "Recovery", "Study", "Variant", "damage", "distill", "fold", "foretell", "fuse_norms", "greedy_order",
+    "latencies", "learn_constants", "mean_constants", "measure_gates", "onnx_session", "predictors",
+    "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights", "sensitivity", "study",
+    "variants",
 ]  # fmt: skip

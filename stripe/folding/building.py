@@ -26,11 +26,15 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ChannelScale(nn.Module):
-    """Multiply a feature map by a constant per channel and add another: what no layer can take of a gate."""
+    """Multiply a feature map by a constant per channel and add another: what no layer can take of a gate.
 
-    def __init__(self, scale: Tensor | None, shift: Tensor | None = None) -> None:
+    `gates` names the gates in whose place it stands.
+    """
+
+    def __init__(self, scale: Tensor | None, shift: Tensor | None = None, gates: tuple[str, ...] = ()) -> None:
         """Keep `scale` and `shift`, broadcastable to the map, as buffers."""
         super().__init__()
+        self.gates = gates
         self.scale: Tensor | None
         self.shift: Tensor | None
         self.register_buffer("scale", scale)
@@ -50,7 +54,7 @@ class Original:
     ) -> None:
         """Keep the network and what it was traced on; inside `at_constants` its gates are constant."""
         self.model = model
-        self._graph = graph
+        self.graph = graph
         self._images = images
         self._at_constants = at_constants
 
@@ -93,7 +97,7 @@ class Original:
     def _probes(self, merges: Sequence[Merge]) -> list[str]:
         """Return the modules whose outputs must be what they were, with all the merges made."""
         touched = frozenset[Value]().union(*(merge.touched for merge in merges))
-        ports = [port for ports in self._graph.ports.values() for port in ports if port.side == "output"]
+        ports = [port for ports in self.graph.ports.values() for port in ports if port.side == "output"]
         changed = {port.call.path for port in ports if port.value in touched}
         return list(dict.fromkeys(path for merge in merges for path in merge.probes if path not in changed))
 
@@ -135,7 +139,7 @@ class Original:
                     removals[path].append(removal)
                     owners[path, removal.place].append(merge.map)
         for (path, _), maps in owners.items():
-            if len(maps) != (calls := sum(call.path == path for call in self._graph.calls) or 1):
+            if len(maps) != (calls := sum(call.path == path for call in self.graph.calls) or 1):
                 raise self._cannot(maps[0], f"that forward runs {calls} times, and would lose its gate in each run")
         for path in sorted(removals, key=lambda path: -path.count(".") - bool(path)):
             built = _replaced(built, path, self._without(built.get_submodule(path), path, removals[path]))
@@ -181,7 +185,7 @@ class Original:
             call, place, operand, name = call.caller, call.place, left, None
 
     def _calls(self, call: Call) -> int:
-        return sum(other.path == call.path for other in self._graph.calls)
+        return sum(other.path == call.path for other in self.graph.calls)
 
     def _without(self, module: nn.Module, path: str, removals: Sequence[Removal]) -> nn.Module:
         """Take expressions out of a module of the copy."""
@@ -210,7 +214,8 @@ def _channel_scale(map: AffineMap, images: Images) -> ChannelScale:
     """Return an affine map as a module, on the device of the images."""
     like = next(tensor for tensor in tensors_in(images))
     scale, shift = (torch.as_tensor(field).to(like.device) for field in (map.scale, map.shift))
-    return ChannelScale(scale if (scale != 1).any() or not shift.any() else None, shift if shift.any() else None)
+    scaling, shifting = scale if (scale != 1).any() or not shift.any() else None, shift if shift.any() else None
+    return ChannelScale(scaling, shifting, map.names)
 
 
 def _make(edit: Edit, model: nn.Module) -> None:

@@ -1,106 +1,264 @@
-"""Which constant stands for a gate: its mean, or its mean weighted by the energy of what it scales."""
+"""Which constant stands for a gate, found by running the network: averages, Fisher's weights, learned ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from stripe.devices import device_of
+from stripe.folding.building import ChannelScale
+from stripe.folding.divergence import CLASSES, Outputs, divergence, kind_of, sounding
+from stripe.folding.exact import scaled_copy
+from stripe.folding.tensors import outputs_of
+from stripe.folding.uses import Array, Constants, GateUse, Sums, weighted_mean
 from stripe.gates import Gate, read_gates
+from stripe.gates.trace import Images
 from stripe.messages import Progress
-from stripe.stats import Moments, RecordedRun
+from stripe.recipe import LEARNING_STEPS
 
-Array = npt.NDArray[np.floating[Any]]
-Constants = Mapping[str, Array]  # by gate, (C,)
-
-WEIGHTINGS = ("mean", "energy")
+PIECE = 32  # samples whose gradients are computed at once, which bounds the memory
+RATE = 0.01  # of learning them, in units of a gate's usual value, and of what it usually gives
 
 
-@dataclass(frozen=True, eq=False)
-class GateUse:
-    """What a gate g did over some samples, where e is the mean square of what it scales; arrays are (C,) float64.
-
-    `values` are the moments of g; `energy` is E[e], `scaled` E[g e], `result` E[g^2 e]. Where a gate adds, e is 1.
-    """
-
-    values: Moments
-    energy: Array
-    scaled: Array
-    result: Array
-
-    def constant(self, weighting: str) -> Array:
-        """Return E[g], or E[g e] / E[e], which leaves the least error; a channel of no energy has its mean.
-
-        Raises:
-            ValueError: no such weighting.
-        """
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"no weighting '{weighting}'; expected one of {', '.join(WEIGHTINGS)}")
-        if weighting == "mean":
-            return self.values.mean
-        used = self.energy > 0
-        return np.where(used, self.scaled / np.where(used, self.energy, 1.0), self.values.mean)
-
-    def error(self, constant: Array) -> float:
-        """Return the share of the result's energy that is wrong at a constant: sum E[(g - c)^2 e] / sum E[g^2 e]."""
-        wrong = self.result - 2 * constant * self.scaled + constant**2 * self.energy
-        total = self.result.sum()
-        return float(max(wrong.sum(), 0.0) / total) if total > 0 else 0.0
-
-
+# ---- averages ----
 def measure_gates(
-    model: nn.Module, gates: Sequence[Gate], loader: Iterable[Sequence[Tensor]], *, progress: Progress = iter
+    model: nn.Module, gates: Sequence[Gate], loader: Iterable[Sequence[Any]], *, progress: Progress = iter
 ) -> dict[str, GateUse]:
     """Run the network over batches (images, ...) and return what each gate did; memory stays at one batch.
 
     Raises:
         RuntimeError: the loader is empty.
     """
-    sums: dict[str, _Sums] = {gate.name: _Sums(gate.form == "additive") for gate in gates}
-    device = device_of(model)
+    sums = {gate.name: Sums(gate.form == "additive") for gate in gates}
     seen: dict[tuple[str, str], Tensor] = {}
-
-    def keep(gate: Gate, kind: str, values: Tensor) -> None:
-        seen[gate.name, kind] = values
-
-    with torch.inference_mode(), read_gates(model, gates, keep, energy=True):
+    device = device_of(model)
+    with torch.inference_mode(), read_gates(model, gates, partial(_keep, seen), energy=True):
         for images, *_ in progress(loader):
-            model(images.to(device))
+            outputs_of(model, images.to(device))
             for name, total in sums.items():
                 total.add(*(seen[name, kind].double().cpu().numpy() for kind in ("attention", "energy")))
     return {name: total.use() for name, total in sums.items()}
 
 
-def mean_constants(run: RecordedRun, epoch: int | None = None) -> dict[str, Array]:
-    """Return the observed stripe of every gate of a run, by default at its last epoch."""
-    epoch = run.epochs[-1] if epoch is None else epoch
-    names = [gate.name for gate in run.gates]
-    return {name: moments.mean for (_, name), moments in run.moments([epoch], names).items()}
+def _keep(seen: dict[tuple[str, str], Tensor], gate: Gate, kind: str, values: Tensor) -> None:
+    seen[gate.name, kind] = values
 
 
-class _Sums:
-    """The sums behind a GateUse, over batches."""
+# ---- the divergence's gradient ----
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What the divergence from the original will be, foretold for one gate from its gradient v on the attention.
 
-    def __init__(self, adds: bool) -> None:
-        self.values: Moments | None = None
-        self._adds = adds
-        self._sums: Array = np.zeros(0)
+    Attributes:
+        constant: the "fisher" one (C,), E[v^2 g] / E[v^2], which leaves the least of it where channels do not interact.
+        divergence: E[(v . (g - c))^2] at the constant c that was given: the divergence with this gate alone constant,
+            to second order, in nats; of values, its root, the relative error.
+    """
 
-    def add(self, values: Array, energies: Array) -> None:
-        """Take the gate's values (n, C) and the energies of what it scaled (n, C)."""
-        energies = np.ones_like(values) if self._adds else energies
-        part = np.stack([energies.sum(0), (values * energies).sum(0), (values**2 * energies).sum(0)])
-        moments = Moments.of(values)
-        self._sums = part if self.values is None else self._sums + part
-        self.values = moments if self.values is None else self.values.merge(moments)
+    constant: Array
+    divergence: float
 
-    def use(self) -> GateUse:
-        """Return the means."""
-        assert self.values is not None
-        return GateUse(self.values, *(self._sums / self.values.count))
+
+def foretell(
+    model: nn.Module,
+    gates: Sequence[Gate],
+    constants: Constants,
+    images: Images,
+    loader: Iterable[Sequence[Any]],
+    *,
+    kind: str | None = None,
+    seed: int = 0,
+    progress: Progress = iter,
+) -> dict[str, Forecast]:
+    """Foretell from one pass forwards and backwards what each gate's constant costs, and find its Fisher constant.
+
+    Args:
+        model: the network, in eval mode; it is left as it is.
+        gates: its gates, all of which can be folded.
+        constants: of every gate, (C,).
+        images: a small batch as `find_gates` takes it.
+        loader: batches (images, ...).
+        kind: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
+        seed: of the random signs.
+        progress: wraps the batches.
+    """
+    kind = kind or kind_of(model, images)
+    scaled = Scaled(model, gates, images)
+    generator = torch.Generator().manual_seed(seed)
+    sums = {gate.name: Sums() for gate in gates}
+    foretold = dict.fromkeys(sums, 0.0)
+    for values, gradients in _gradients(model, scaled, loader, kind, generator, progress):
+        for name, value in values.items():
+            sums[name].add(value, gradients[name] ** 2)
+            foretold[name] += float((((value - constants[name]) * gradients[name]).sum(1) ** 2).sum())
+    uses = {name: total.use() for name, total in sums.items()}
+    power = 1.0 if kind == CLASSES else 0.5  # the relative error is the root of what was summed
+    return {
+        name: Forecast(
+            weighted_mean(use.energy, use.scaled, use.values.mean), (foretold[name] / use.values.count) ** power
+        )
+        for name, use in uses.items()
+    }
+
+
+def _gradients(
+    model: nn.Module,
+    scaled: Scaled,
+    loader: Iterable[Sequence[Any]],
+    kind: str,
+    generator: torch.Generator,
+    progress: Progress,
+) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
+    """Yield, per batch, every gate's values (n, C) and the gradient of what `sounding` gives on them."""
+    device = device_of(model)
+    for images in (piece for batch, *_ in progress(loader) for piece in batch.to(device).split(PIECE)):
+        seen = dict[tuple[str, str], Tensor]()
+        with torch.no_grad(), read_gates(model, scaled.gates, partial(_keep, seen)):
+            outputs_of(model, images)
+        values = {gate.name: seen[gate.name, "attention"].float().requires_grad_() for gate in scaled.gates}
+        outputs = scaled.run(images, values, {})
+        found = torch.autograd.grad(sounding(kind, outputs, generator), list(values.values()), allow_unused=True)
+        gradients = {
+            name: _array(torch.zeros_like(value) if gradient is None else gradient)
+            for (name, value), gradient in zip(values.items(), found, strict=True)
+        }
+        yield {name: _array(value) for name, value in values.items()}, gradients
+
+
+def _array(tensor: Tensor) -> Array:
+    found: Array = tensor.detach().double().cpu().numpy()
+    return found
+
+
+class Scaled:
+    """A copy of a network whose gates are given from outside, per channel or per sample and channel, with gradients."""
+
+    def __init__(self, model: nn.Module, gates: Sequence[Gate], images: Images) -> None:
+        """Take the gates out of a copy of the network.
+
+        Raises:
+            ValueError: a gate cannot be taken out.
+        """
+        start = {gate.name: np.stack([np.full(gate.channels, 0.5), np.ones(gate.channels)]) for gate in gates}
+        self.model, self._scales = scaled_copy(model, start, images)
+        self.gates = list(gates)
+        self.model.requires_grad_(False)
+
+    def run(self, images: Tensor, values: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> Outputs:
+        """Run the copy with `values` in place of the gates and `shifts` added to what they give, (C,) or (n, C)."""
+        for gate in self.gates:
+            if gate.name in self._scales:
+                self._set(self._scales[gate.name], gate, values[gate.name], shifts.get(gate.name))
+        return outputs_of(self.model, images)
+
+    def _set(self, module: ChannelScale, gate: Gate, value: Tensor, shift: Tensor | None) -> None:
+        if gate.form == "additive":
+            module.scale, module.shift = None, _spread(gate, value if shift is None else value + shift, module.shift)
+        else:
+            module.shift = None if shift is None else _spread(gate, shift, module.scale)
+            module.scale = _spread(gate, value, module.scale)
+
+
+def _spread(gate: Gate, rows: Tensor, like: Any) -> Tensor:
+    """Shape values (C,) or (n, C) to broadcast with the product, as `like` does for one sample."""
+    rows = rows.reshape(-1, gate.channels).to(like)
+    r, c = gate.layout.find("R"), gate.layout.find("C")
+    if r > c:
+        rows = rows.unflatten(1, (like.shape[r], like.shape[c])).transpose(1, 2)
+    return rows.reshape(len(rows), *like.shape[1:])
+
+
+# ---- learned ----
+def learn_constants(
+    model: nn.Module,
+    gates: Sequence[Gate],
+    uses: Mapping[str, GateUse],
+    images: Images,
+    loader: Iterable[Sequence[Any]],
+    *,
+    steps: int = LEARNING_STEPS,
+    rate: float = RATE,
+    kind: str | None = None,
+    progress: Progress = iter,
+) -> dict[str, Array]:
+    """Learn a scale and a shift per channel for gates that are constant together; returns (2, C) by gate, for `fold`.
+
+    They begin at the "energy" constants without a shift, and follow the divergence from what `model` gives, without
+    any label: Adam, its rate falling linearly to 0. Nothing else is trained.
+
+    Args:
+        model: the network, in eval mode; it is left as it is.
+        gates: those that will be folded; the others go on as they are.
+        uses: what these gates did, as `measure_gates` gives it.
+        images: a small batch as `find_gates` takes it.
+        loader: batches (images, ...), run through as often as the steps need.
+        steps: how many, a batch each.
+        rate: the first learning rate, in units of a gate's root mean square constant, and of what it gives.
+        kind: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
+        progress: wraps the steps.
+
+    Raises:
+        ValueError: a gate that cannot be taken out of the network, or no batches.
+        FloatingPointError: the divergence is no longer finite.
+    """
+    kind = kind or kind_of(model, images)
+    scaled = Scaled(model, gates, images)
+    device = device_of(model)
+    freed = [_Free(gate, uses[gate.name], device) for gate in gates]
+    optimizer = torch.optim.Adam([tensor for each in freed for tensor in (each.value, each.shift)], lr=rate)
+    for step, batch in zip(progress(range(steps)), endless(loader), strict=False):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.zero_grad()
+        for piece in batch.to(device).split(PIECE):
+            with torch.no_grad():
+                wanted = outputs_of(model, piece)
+            now = [(each.gate.name, *each.now()) for each in freed]
+            values, shifts = ({name: pair[i] for name, *pair in now} for i in (0, 1))
+            found = scaled.run(piece, values, shifts)
+            loss = divergence(kind, found, wanted) * len(piece) / len(batch)
+            if not loss.isfinite():
+                raise FloatingPointError(f"the divergence is {float(loss)} in step {step} of learning: lower its rate")
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return {each.gate.name: _array(torch.stack(each.now())) for each in freed}
+
+
+class _Free:
+    """A gate's constant and shift while they are learned, as steps away from the energy constant in their own units."""
+
+    def __init__(self, gate: Gate, use: GateUse, device: torch.device) -> None:
+        self.gate = gate
+        start = use.constant("energy")
+        self._start = torch.tensor(start, dtype=torch.float32, device=device)
+        self._unit = float(np.sqrt(np.mean(start**2))) or 1.0
+        self._given = torch.tensor(np.sqrt(use.result), dtype=torch.float32, device=device)
+        self.value = torch.zeros_like(self._start, requires_grad=True)
+        self.shift = torch.zeros_like(self._start, requires_grad=gate.form != "additive")
+
+    def now(self) -> tuple[Tensor, Tensor]:
+        """Return the constant and the shift as they are, (C,) each."""
+        return self._start + self._unit * self.value, self._given * self.shift
+
+
+def endless(loader: Iterable[Sequence[Any]]) -> Iterator[Any]:
+    """Yield images, epoch after epoch; a loader that has `set_epoch` is told which.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    for epoch in itertools.count(1):
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        some = False
+        for images, *_ in loader:
+            some = True
+            yield images
+        if not some:
+            raise ValueError("there are no batches to train on: expected at least one")

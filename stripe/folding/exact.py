@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from stripe.devices import device_of
-from stripe.folding.building import Original
+from stripe.folding.building import ChannelScale, Original
+from stripe.folding.fields import Weights
 from stripe.folding.maps import Constants, norm_maps
 from stripe.folding.merging import Merge, Network
 from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
@@ -53,7 +54,9 @@ def fold(
 ) -> tuple[nn.Module, FoldReport]:
     """Replace the gates in `constants` by its vectors (C,), and merge these into the network's weights.
 
-    The keys of `constants` are gates or their names; `images` is a small batch as `find_gates` takes it. Returns a new
+    The keys of `constants` are gates or their names. A value of shape (2, C) holds the constant and a shift: where the
+    gate multiplies a map x, the new network goes on with x * value[0] + value[1]. `images` is a small batch as
+    `find_gates` takes it. Returns a new
     network, in eval mode, and the report. A gate without an exact merge becomes a ChannelScale. What the network does
     in train mode is otherwise as it was.
 
@@ -67,19 +70,48 @@ def fold(
     exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
     with torch.no_grad(), in_double():
         found = find_gates(exact, images)
-        vectors = _checked(found, constants, tensors_in(images)[0])
-        gates = [gate for gate in found if gate.name in vectors]
-        graph, weights = trace(exact, images), weights_of(exact)
-        constant = Constants(graph, gates, {name: vector.cpu().numpy() for name, vector in vectors.items()})
-        plan = Network(graph, weights, constant.needed, constant.operands).plan(list(constant.maps(weights)))
-        at_constants = replace_gates(exact, gates, vectors)
-        folded, merges, error = Original(exact, graph, images, at_constants).merged(plan)
+        original, constant, weights = _at_constants(exact, found, constants, images)
+        plan = Network(original.graph, weights, constant.needed, constant.operands).plan(list(constant.maps(weights)))
+        folded, merges, error = original.merged(plan)
     cast_like(folded, model)
-    order = [gate.name for gate in gates]
+    order = [gate.name for gate in found]
     table = table_of(merges, "gate")
     return folded, FoldReport(
         table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error
     )
+
+
+def scaled_copy(
+    model: nn.Module, constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], images: Images
+) -> tuple[nn.Module, dict[str, ChannelScale]]:
+    """Return a copy in which each gate in `constants` is a ChannelScale of its own, and these by the gates' names.
+
+    Nothing is merged, so that the scales can be trained, or differ from sample to sample. A gate that the output does
+    not need is left out. Raises what `fold` raises.
+    """
+    model = uncompiled(model)
+    exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
+    with torch.no_grad(), in_double():
+        original, constant, _ = _at_constants(exact, find_gates(exact, images), constants, images)
+        plan = [Merge(map, "kept" if map.ops & constant.needed else "unused") for map in constant.alone()]
+        scaled, merges, _ = original.merged(plan)
+    cast_like(scaled, model)
+    wanted = {name for merge in merges if merge.direction == "kept" for name in merge.map.names}
+    scales = [each for each in scaled.modules() if isinstance(each, ChannelScale)]
+    return scaled, {name: each for each in scales for name in each.gates if name in wanted}
+
+
+def _at_constants(
+    exact: nn.Module, found: Sequence[Gate], constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], images: Images
+) -> tuple[Original, Constants, Weights]:
+    """Return a network in float64 as it is with some of its gates constant, those gates in its graph, its weights."""
+    vectors = _checked(found, constants, tensors_in(images)[0])
+    gates = [gate for gate in found if gate.name in vectors]
+    graph, weights = trace(exact, images), weights_of(exact)
+    constant = Constants(graph, gates, {name: vector.cpu().numpy() for name, vector in vectors.items()})
+    values = {name: vector[0] if vector.ndim == 2 else vector for name, vector in vectors.items()}
+    shifts = {name: vector[1] for name, vector in vectors.items() if vector.ndim == 2}
+    return Original(exact, graph, images, replace_gates(exact, gates, values, shifts)), constant, weights
 
 
 def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Module, FoldReport]:
@@ -156,12 +188,14 @@ def _checked(
     for name, vector in vectors.items():
         if name not in channels:
             raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(channels)}")
-        if vector.shape != (channels[name],):
+        if vector.shape not in ((channels[name],), (2, channels[name])):
             raise ValueError(
-                f"the constant of gate {name!r} has shape {tuple(vector.shape)}; expected ({channels[name]},)"
+                f"the constant of gate {name!r} has shape {tuple(vector.shape)}; expected ({channels[name]},), or"
+                f" (2, {channels[name]}) with a shift"
             )
         if not vector.isfinite().all():
-            raise ValueError(f"the constant of gate {name!r} is not finite in {(~vector.isfinite()).sum()} channels")
+            wrong = (~vector.isfinite()).reshape(-1, channels[name]).any(0).sum()
+            raise ValueError(f"the constant of gate {name!r} is not finite in {wrong} channels")
     return vectors
 
 

@@ -39,11 +39,11 @@ class Constants:
     """The products of some gates in a graph, and the values that become constant there."""
 
     def __init__(self, graph: Trace, gates: Sequence[Gate], vectors: Mapping[str, Array]) -> None:
-        """Take the graph, gates found in it and their constants (C,)."""
+        """Take the graph, gates found in it and their constants (C,), or (2, C) with a shift, as `fold` takes them."""
         self._graph = graph
         self._products = {product_op(graph, gate): gate for gate in gates}
         self.operands = {op: op.args[FACTORS[op.name][product_of(g).operand]] for op, g in self._products.items()}
-        self._placed = {op: placed(g, vectors[g.name], op.outputs[0].shape) for op, g in self._products.items()}
+        self._placed = {op: _placed_map(g, vectors[g.name], op.outputs[0].shape) for op, g in self._products.items()}
         self.needed = self._reached()
 
     def maps(self, weights: Weights) -> Iterator[AffineMap]:
@@ -54,6 +54,11 @@ class Constants:
                 found = self._map(op, weights)
                 taken |= found.ops
                 yield found
+
+    def alone(self) -> Iterator[AffineMap]:
+        """Yield the affine map of every gate by itself, in order of execution, whatever is done with its product."""
+        for op in self._products:
+            yield self._alone(op, self._scaled(op))
 
     def _reached(self) -> set[Op]:
         """Return the operations that the output needs once the gates are constant."""
@@ -67,7 +72,7 @@ class Constants:
 
     def _map(self, product: Op, weights: Weights) -> AffineMap:
         """Return the widest affine map that begins with a product: x * g, x + x * g, x * g + b, ..."""
-        x = product.args[FACTORS[product.name][1 - product_of(self._products[product]).operand]]
+        x = self._scaled(product)
         inside = {product.outputs[0]}
         ends = [product]
         for op in self._graph.ops[product.index + 1 :]:
@@ -83,11 +88,14 @@ class Constants:
         return self._alone(product, x)
 
     def _alone(self, product: Op, x: Value) -> AffineMap:
-        gate, value = self._products[product], self._placed[product]
-        adds = gate.form == "additive"
-        scale, shift = (np.ones_like(value), value) if adds else (value, np.zeros_like(value))
+        gate, (scale, shift) = self._products[product], self._placed[product]
         steps = ((product, FACTORS[product.name][1 - product_of(gate).operand]),)
         return AffineMap((gate.name,), x, product.outputs[0], scale, shift, frozenset({product}), steps)
+
+    def _scaled(self, product: Op) -> Value:
+        """Return what a gate scales, or is added to."""
+        x: Value = product.args[FACTORS[product.name][1 - product_of(self._products[product]).operand]]
+        return x
 
     def _ending(self, product: Op, x: Value, end: Op, weights: Weights) -> AffineMap | None:
         """Return the map from `x` to what `end` makes, if it is affine and nothing else takes what lies between."""
@@ -98,19 +106,26 @@ class Constants:
         }
         if not users <= ops or y.shape != x.shape or self._graph_gives({v for op in ops - {end} for v in op.outputs}):
             return None
-        constants = {self.operands[op]: self._placed[op] for op in ops if op in self.operands}
-        known = {value: np.broadcast_to(array, value.shape) for value, array in constants.items()}
+        products = [op for op in self._products if op in ops]
         try:
             zero, one, some = (
-                weights.compute(y, {**known, x: at}) for at in (np.zeros(x.shape), np.ones(x.shape), _waves(x.shape))
+                self._computed(y, {x: at}, products, weights)
+                for at in (np.zeros(x.shape), np.ones(x.shape), _waves(x.shape))
             )
         except Blocked:
             return None
         scale, shift = (corner(gate, field) for field in (one - zero, zero))
         if not np.allclose(some, scale * _waves(x.shape) + shift, rtol=1e-12, atol=1e-12 * np.abs(some).max()):
             return None
-        names = tuple(self._products[op].name for op in self._products if op in ops)
+        names = tuple(self._products[op].name for op in products)
         return AffineMap(names, x, y, scale, shift, frozenset(ops), self._steps(x, end))
+
+    def _computed(self, y: Value, known: dict[Value, Array], products: Sequence[Op], weights: Weights) -> Array:
+        """Compute `y` from what is known, with these products, in order of execution, at their constants."""
+        for op in products:
+            scale, shift = self._placed[op]
+            known[op.outputs[0]] = scale * weights.compute(self._scaled(op), known) + shift
+        return weights.compute(y, known)
 
     def _graph_gives(self, values: set[Value]) -> bool:
         return any(output in values for output in self._graph.outputs)
@@ -156,6 +171,13 @@ def product_op(graph: Trace, gate: Gate) -> Op:
             if is_alike(gate.layout, product.copied, value.shape, value.stride):
                 alike.append(op)
     return alike[product.ordinal]
+
+
+def _placed_map(gate: Gate, constant: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+    """Return scale and shift of the map that a product of `shape` is at a constant (C,), or (2, C) with a shift."""
+    vector, shift = constant if constant.ndim == 2 else (constant, np.zeros_like(constant))
+    scale, shift = (np.ones_like(vector), vector + shift) if gate.form == "additive" else (vector, shift)
+    return placed(gate, scale, shape), placed(gate, shift, shape)
 
 
 def placed(gate: Gate, vector: Array, shape: Sequence[int]) -> Array:

@@ -6,14 +6,15 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stripe.devices import device_of
+from stripe.folding.constants import endless
+from stripe.folding.divergence import divergence, kind_of
+from stripe.folding.tensors import outputs_of
 from stripe.messages import Progress
 from stripe.recipe import DISTILL_LR, Recipe
 from stripe.training import TrainingBatches
@@ -51,13 +52,15 @@ def distill(
     lr: float = DISTILL_LR,
     weight_decay: float = Recipe.weight_decay,
     amp: str = Recipe.amp,
+    kind: str | None = None,
     progress: Progress = iter,
 ) -> nn.Module:
-    """Return a copy of `student` trained for some steps to give the logits that `teacher` gives; labels are not used.
+    """Return a copy of `student` trained for some steps to give the outputs that `teacher` gives; labels are not used.
 
-    SGD with Nesterov's momentum, the rate rising to `lr` and falling by a cosine; the loss is the Kullback-Leibler
-    divergence of the students' class probabilities from the teacher's (Hinton et al. 2015, temperature 1). `amp` is
-    "no" or "bf16".
+    SGD with Nesterov's momentum, the rate rising to `lr` and falling by a cosine; the loss is the `divergence` of the
+    student's outputs from the teacher's: of class probabilities as in Hinton et al. (2015) at temperature 1, or the
+    squared relative error of any other output. `kind` says which, "classes" or "values" (default: as `kind_of` sees
+    it). `amp` is "no" or "bf16".
 
     Raises:
         ValueError: an unknown `amp`, or nothing to train.
@@ -69,16 +72,16 @@ def distill(
     weights = [weight.requires_grad_() for weight in student.parameters()]
     optimizer = torch.optim.SGD(weights, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True, fused=True)
     autocast = torch.autocast(device_of(student).type, torch.bfloat16, enabled=amp == "bf16")
-    for step, images in zip(progress(range(steps)), _endless(loader), strict=False):
+    for step, images in zip(progress(range(steps)), endless(loader), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr * _rate(step / steps)
         images = images.to(device_of(student))
         with autocast:
             with torch.no_grad():
-                wanted = teacher(images)
-            given = student(images)
-        logs = given.float().log_softmax(1), wanted.float().log_softmax(1)
-        loss = F.kl_div(*logs, log_target=True, reduction="batchmean")
+                wanted = outputs_of(teacher, images)
+            given = outputs_of(student, images)
+        kind = kind or kind_of(teacher, images)
+        loss = divergence(kind, [each.float() for each in given], [each.float() for each in wanted])
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"distillation's loss is {loss.item()} at step {step}: lower its learning rate")
         optimizer.zero_grad()
@@ -90,11 +93,3 @@ def distill(
 def _rate(progress: float) -> float:
     """Return the share of the highest learning rate at a share of the steps."""
     return min((progress + 1e-3) / WARM_UP, 1.0) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _endless(loader: TrainingBatches) -> Any:
-    """Yield images, epoch after epoch."""
-    for epoch in itertools.count(1):
-        loader.set_epoch(epoch)
-        for images, *_ in loader:
-            yield images

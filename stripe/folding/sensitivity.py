@@ -9,15 +9,15 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from stripe.folding.constants import Constants, GateUse
+from stripe.folding.uses import Constants, GateUse
 from stripe.gates import Gate, replace_gates
 from stripe.messages import Progress
 from stripe.stats import stripe_strength
 
 Metric = Callable[[nn.Module], float]
-"""How good a network is, higher is better, such as its accuracy in percent on held-out images."""
+"""How good a network is, higher is better, such as minus its divergence from the original on held-out images."""
 
-ORDERS = ("greedy", "single")
+ORDERS = ("foretold", "single", "greedy")
 
 
 def sensitivity(
@@ -61,26 +61,32 @@ def _metric_at(
 
 
 PREDICTORS: dict[str, Callable[[GateUse], float]] = {
-    "1 - strength": lambda use: 1 - stripe_strength(use.values).strength,
-    "within": lambda use: stripe_strength(use.values).within,
     "energy error": lambda use: use.error(use.constant("energy")),
+    "within": lambda use: stripe_strength(use.values).within,
+    "1 - strength": lambda use: 1 - stripe_strength(use.values).strength,
 }
 """What could foretell a gate's damage before it is measured; larger should mean more damage."""
 
 
-def predictors(uses: Mapping[str, GateUse]) -> pd.DataFrame:
-    """Return the value of each predictor, a row per gate, a column per predictor."""
-    columns = {name: [predict(use) for use in uses.values()] for name, predict in PREDICTORS.items()}
+def predictors(uses: Mapping[str, GateUse], foretold: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """Return the value of each predictor, a row per gate, a column per predictor.
+
+    `foretold` is what `sensitivities` foretells, by gate; without it there is no such column.
+    """
+    columns = {} if foretold is None else {"foretold": [foretold[name] for name in uses]}
+    columns |= {name: [predict(use) for use in uses.values()] for name, predict in PREDICTORS.items()}
     return pd.DataFrame(columns, index=pd.Index(list(uses), name="gate"))
 
 
-def rank_correlations(uses: Mapping[str, GateUse], damage: Mapping[str, float]) -> pd.DataFrame:
+def rank_correlations(
+    uses: Mapping[str, GateUse], damage: Mapping[str, float], foretold: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """Compare each predictor with the measured damage: columns predictor, rho (Spearman), p, gates.
 
-    rho is not a number below three gates, or where all are equal.
+    rho is not a number below three gates, or where all are equal; without any damage there are no rows.
     """
-    rows = []
-    for name, values in predictors(uses).items():
+    rows: list[tuple[str, float, float, int]] = []
+    for name, values in predictors(uses, foretold).items() if damage else ():
         measured = [damage[gate] for gate in values.index]
         varied = len(values) > 2 and values.nunique() > 1 and len(set(measured)) > 1
         rho, p = spearmanr(values, measured) if varied else (float("nan"), float("nan"))

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
-from stripe.devices import device_of
-from stripe.folding.constants import WEIGHTINGS, Constants, GateUse, measure_gates
+from stripe.folding.constants import Forecast, foretell, learn_constants, measure_gates
+from stripe.folding.divergence import VALUES, Damage, damage, kind_of
 from stripe.folding.latency import BACKENDS, BATCHES, latencies
 from stripe.folding.recovery import reestimate_norms
 from stripe.folding.sensitivity import ORDERS, Metric, greedy_order, predictors, rank_correlations, sensitivity
-from stripe.folding.variants import AS_FOLDED, Recovery, Variant, variants
+from stripe.folding.uses import AVERAGES, Constants, GateUse
+from stripe.folding.variants import AS_FOLDED, AS_IS, Recovery, Variant, variants
 from stripe.gates import Gate, find_gates
 from stripe.gates.trace import Images
 from stripe.messages import Progress
-from stripe.training import Batches, evaluate
+from stripe.recipe import CONSTANTS, LEARNING_STEPS
+from stripe.training import Batches
 
 MOST_COUNTS = 9  # numbers of folded gates that are tried where none are asked for
 MAX_DROP = 0.5  # points of the measure that folding may cost
+CONTROL_DROP = 0.1  # points of accuracy that a recovery may cost a network of which nothing is folded
+MEASURES = ("accuracy", "agreement", "cosine")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +35,18 @@ class Study:
     """What folding costs a network, and the variant that was chosen.
 
     Attributes:
-        gates: a row per gate: gate, place (in the order of folding, from 1), what could have predicted its damage
-            (columns of `predictors`), damage (what the measure loses with this gate alone at its constant), and
-            where the chosen variant merged its constant (columns of `FoldReport.table`; missing where it was kept).
-        variants: a row per network tried: folded (number of gates), last (the gate folded last), weighting, recovery,
-            validation and, with test batches, test (the measure in percent), error (relative, of the merge).
-        predictors: how well each predictor ranks the damage, as `rank_correlations` gives it.
-        chosen: the variant with most gates folded within the allowed drop; its `network` is ready for use.
-        measure: what validation and test hold: "accuracy" or "agreement".
+        gates: a row per gate: gate, place (in the order of folding, from 1), damage (the divergence from the original
+            with this gate alone at its energy constant; missing in the order "foretold"), what foretells it (columns
+            of `predictors`), and where the chosen variant merged its constant (columns of `FoldReport.table`; missing
+            where it was kept).
+        variants: a row per network tried: folded (number of gates), last (the gate folded last), weighting (the kind
+            of its constants), recovery, divergence (from the original, on the held-out images, as `Damage` has it),
+            validation (the measure in percent), with test batches the same on them as test_divergence and test, and
+            error (relative, of the merge). Those of no folded gate are the controls of the recoveries.
+        predictors: how well each predictor ranks the damage, as `rank_correlations` gives it; empty without damage.
+        chosen: the variant with most gates folded within the allowed drop, and of these the nearest to the original;
+            its `network` is ready for use.
+        measure: what validation and test hold: "accuracy", "agreement" or "cosine".
         networks: the best network for each number of folded gates.
         images: the small batch on which the network was traced.
     """
@@ -73,11 +81,22 @@ class Study:
         table = latencies(networks, self.images, backends=backends, batches=batches)
         return table.assign(network=table["network"].astype(int)).rename(columns={"network": "folded"})
 
+    def summary(self) -> str:
+        """Say in one sentence what was chosen and what it costs."""
+        is_chosen = (self.variants[["folded", "weighting", "recovery"]] == self._key()).all(axis=1)
+        row, first = self.variants[is_chosen].iloc[0], self.variants.iloc[0]
+        return (
+            f"{self.chosen.folded} of {len(self.gates)} gates folded ({self.chosen.weighting}, {self.chosen.recovery}):"
+            f" divergence {row['divergence']:.3g}, {self.measure} {row['validation']:.2f} %"
+            f" of {first['validation']:.2f} % before"
+        )
+
+    def _key(self) -> list[Any]:
+        return [self.chosen.folded, self.chosen.weighting, self.chosen.recovery]
+
     def _repr_html_(self) -> str:
         """Show in a notebook what was chosen, and every variant."""
-        chosen = f"<p><b>{self.chosen.folded} of {len(self.gates)}</b> gates folded"
-        chosen += f" ({self.chosen.weighting}, {self.chosen.recovery}); {self.measure} in %</p>"
-        return chosen + self.variants.to_html(index=False, float_format="{:.4g}".format)
+        return f"<p>{self.summary()}</p>" + self.variants.to_html(index=False, float_format="{:.4g}".format)
 
 
 def study(
@@ -90,42 +109,51 @@ def study(
     keep: int | None = None,
     counts: Sequence[int] | None = None,
     order: str = "single",
-    weightings: Sequence[str] = WEIGHTINGS,
+    weightings: Sequence[str] = CONSTANTS,
     means: Constants | None = None,
+    learning_steps: int = LEARNING_STEPS,
     recoveries: Mapping[str, Recovery] | None = None,
     recover_each: bool = False,
     test: Batches | None = None,
-    measure: str = "accuracy",
+    measure: str | None = None,
+    outputs: str | None = None,
     progress: Progress = iter,
     callback: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Study:
     """Fold a trained network's gates, the least sensitive first, as far as the held-out images allow.
 
-    Every gate is put at its constant alone to see what that costs; in this order more and more gates are folded, and
-    each network is measured. The one chosen has the most gates folded at a cost of at most `max_drop`.
+    Every gate is put at its constant alone to see how far the outputs go from the original's, which needs no label; in
+    this order more and more gates are folded, by each kind of constants, and each network is measured. The one chosen
+    has the most gates folded at a cost of at most `max_drop`, and of those the least divergence. A recovery that, with
+    nothing folded, costs accuracy or more than folding does is shown but never chosen.
 
     Args:
         model: the trained network, in eval mode; it is left as it is.
         images: a small batch as `find_gates` takes it.
         calibration: batches (images, ...) to measure the gates on; read several times.
-        held_out: batches (images, labels, ...) to order and choose by, in the same order each time.
+        held_out: batches (images, labels, ...) to order and choose by; labels may be missing, or -1 for none.
         max_drop: percentage points that folding may cost on `held_out`; None: fold all gates.
         keep: leave this many of the most sensitive gates as they are, whatever the others cost; `max_drop` is then
             not used.
         counts: numbers of folded gates to try (default: up to 9, from none to all).
-        order: "single" orders the gates by what each costs alone, "greedy" by what each costs beside those before it.
-        weightings: which constants to compare, of "mean" and "energy".
+        order: "single" orders the gates by what each costs alone, "greedy" by what each costs beside those before it,
+            "foretold" by what one backward pass over `calibration` foretells, which measures none alone.
+        weightings: which constants to compare, of "mean", "energy", "fisher" and "learned".
         means: the "mean" constants by gate, such as `mean_constants` of a run (default: measured on `calibration`).
+        learning_steps: batches on which "learned" constants are trained, for each number of folded gates.
         recoveries: what may win back accuracy, by name (default: batch norms re-estimated on `calibration`).
-        recover_each: try the recoveries at every number of folded gates, not only at the chosen one.
+        recover_each: try the recoveries with every kind of constants at every number of folded gates, not only with
+            the best at the chosen one.
         test: batches like `held_out` on which each variant is measured too, but nothing is chosen.
-        measure: "accuracy" by the labels, or "agreement" with the predictions of `model`, for which no labels are read.
+        measure: what `max_drop` counts: "accuracy" by the labels, "agreement" with the predictions of `model`, or, of
+            outputs that are no class scores, "cosine" (default: the first that the network and the labels allow).
+        outputs: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
         progress: wraps the iterators over batches and gates.
         callback: called with each row of `Study.variants` as soon as it is measured.
 
     Raises:
-        ValueError: an unknown order, measure or weighting, an impossible count, means that lack a gate, batches that
-            can be read only once, a network in train mode or without gates.
+        ValueError: an unknown order, measure, kind of outputs or weighting, an impossible count, means
+            that lack a gate, batches that can be read only once, a network in train mode or without gates.
 
     Example:
         >>> import torch, stripe
@@ -146,23 +174,35 @@ def study(
         raise ValueError("the network is in train mode, where statistics change: call model.eval() before study")
     gates = find_gates(model, images)
     counts = _counts(counts, len(gates), keep)
-    uses = measure_gates(model, gates, calibration, progress=progress)
-    constants = _constants(uses, weightings, means)
+    if unknown := [kind for kind in weightings if kind not in CONSTANTS]:
+        raise ValueError(f"no weighting '{unknown[0]}'; expected some of {', '.join(CONSTANTS)}")
+    kind = outputs or kind_of(model, images)
+    original = copy.deepcopy(model)  # what is measured may be `model` itself with its gates replaced
     loaders = {"validation": held_out} | ({} if test is None else {"test": test})
-    metrics = {name: MEASURES[measure](model, batches) for name, batches in loaders.items()}
-    damage, names = _order(order, model, gates, uses, metrics["validation"], progress)
-    trials = _Trials(model, images, names, constants, metrics, callback)
+    judges = {name: _Judge(original, batches, kind) for name, batches in loaders.items()}
+    measure = _measure(measure, kind, judges["validation"](original))
+    uses = measure_gates(model, gates, calibration, progress=progress)
+    energy = {gate: use.constant("energy") for gate, use in uses.items()}
+    forecasts = foretell(model, gates, energy, images, calibration, kind=kind, progress=progress)
+    foretold = {gate: each.divergence for gate, each in forecasts.items()}
+    learn = partial(learn_constants, model, steps=learning_steps, kind=kind, progress=progress)
+    constants = _Constants(gates, uses, forecasts, means, lambda some: learn(some, uses, images, calibration))
+    damages, names = _order(order, model, gates, uses, foretold, judges["validation"].negative, progress)
+    allowed = None if keep is not None else max_drop
+    trials = _Trials(model, images, names, constants, judges, measure, allowed, callback)
     if recoveries is None:
         recoveries = {"re-estimated": partial(reestimate_norms, loader=calibration)}
-    trials.add(counts, {**AS_FOLDED, **recoveries} if recover_each else AS_FOLDED)
+    for count in counts:
+        trials.add(count, weightings, {**AS_FOLDED, **recoveries} if recover_each else AS_FOLDED)
     count = len(gates) - keep if keep is not None else most_folded(trials.rows, max_drop)
-    if not recover_each:
-        trials.add([count], recoveries)
+    if not recover_each and count:
+        trials.add(0, [], recoveries)
+        trials.add(count, [trials.best[count].weighting], recoveries)
     chosen = trials.best[count]
     return Study(
-        gates=_describe_gates(chosen, uses, damage, names),
+        gates=_describe_gates(chosen, predictors(uses, foretold), damages, names),
         variants=pd.DataFrame(trials.rows),
-        predictors=rank_correlations(uses, damage),
+        predictors=rank_correlations(uses, damages, foretold),
         chosen=chosen,
         measure=measure,
         networks={folded: variant.network for folded, variant in sorted(trials.best.items())},
@@ -180,10 +220,10 @@ def most_folded(rows: Iterable[Mapping[str, Any]], max_drop: float | None) -> in
 # ---- what is asked for -----------------------------------------------------------------------------------
 
 
-def _require_choices(order: str, measure: str, max_drop: float | None, batches: Mapping[str, Any]) -> None:
+def _require_choices(order: str, measure: str | None, max_drop: float | None, batches: Mapping[str, Any]) -> None:
     if order not in ORDERS:
         raise ValueError(f"order '{order}': expected one of {', '.join(ORDERS)}")
-    if measure not in MEASURES:
+    if measure is not None and measure not in MEASURES:
         raise ValueError(f"measure '{measure}': expected one of {', '.join(MEASURES)}")
     if max_drop is not None and not max_drop >= 0:
         raise ValueError(f"max_drop {max_drop}: expected points of at least 0, or None to fold all gates")
@@ -205,56 +245,73 @@ def _counts(counts: Sequence[int] | None, gates: int, keep: int | None) -> list[
     return sorted({0, *asked})
 
 
-def _constants(uses: Mapping[str, GateUse], weightings: Sequence[str], means: Constants | None) -> dict[str, Constants]:
-    """Return the constants of every gate by weighting."""
-    constants: dict[str, Constants] = {
-        kind: {gate: use.constant(kind) for gate, use in uses.items()} for kind in weightings
-    }
-    if means is not None and "mean" in constants:
-        if missing := uses.keys() - means.keys():
+class _Constants:
+    """The constants of some gates, by kind; those that are learned are so once for each set of gates."""
+
+    def __init__(
+        self,
+        gates: Sequence[Gate],
+        uses: Mapping[str, GateUse],
+        forecasts: Mapping[str, Forecast],
+        means: Constants | None,
+        learn: Callable[[Sequence[Gate]], Constants],
+    ) -> None:
+        if means is not None and (missing := uses.keys() - means.keys()):
             raise ValueError(f"the means lack gates {', '.join(sorted(missing))}: record every gate of the network")
-        constants["mean"] = {gate: means[gate] for gate in uses}
-    return constants
+        self._gates, self._learn = gates, learn
+        self._fixed: dict[str, Constants] = {
+            kind: {gate: use.constant(kind) for gate, use in uses.items()} for kind in AVERAGES
+        }
+        self._fixed["fisher"] = {gate: each.constant for gate, each in forecasts.items()}
+        if means is not None:
+            self._fixed["mean"] = {gate: means[gate] for gate in uses}
+        self._learned: dict[frozenset[str], Constants] = {}
+
+    def __call__(self, folded: Sequence[str], kind: str) -> Constants:
+        """Return the constants of this kind for gates that are folded together."""
+        if kind in self._fixed:
+            return self._fixed[kind]
+        names = frozenset(folded)
+        if names not in self._learned:
+            self._learned[names] = self._learn([gate for gate in self._gates if gate.name in names])
+        return self._learned[names]
 
 
 # ---- how good a network is -------------------------------------------------------------------------------
 
 
-def _accuracy(model: nn.Module, batches: Batches) -> Metric:
-    """Return the metric of the share of labels that a network predicts, in percent."""
-    return lambda network: evaluate(network, batches).accuracy
+@dataclass(frozen=True)
+class _Judge:
+    """Measures networks against the original on some batches."""
+
+    original: nn.Module
+    batches: Batches
+    kind: str
+
+    def __call__(self, network: nn.Module) -> Damage:
+        return damage(network, self.original, self.batches, kind=self.kind)
+
+    def negative(self, network: nn.Module) -> float:
+        """Return minus the divergence, as a metric, of which more is better."""
+        return -self(network).divergence
 
 
-def _agreement(model: nn.Module, batches: Batches) -> Metric:
-    """Return the metric of the share of `model`'s own predictions that a network repeats, in percent."""
-    first, wanted = _predictions(model, batches)
-
-    def agreement(network: nn.Module) -> float:
-        images, given = _predictions(network, batches)
-        if not torch.equal(images, first):
-            raise ValueError(
-                "the held-out batches differ from one pass to the next: pass a loader that does not shuffle"
-            )
-        return 100 * float((given == wanted).double().mean())
-
-    return agreement
-
-
-MEASURES: Mapping[str, Callable[[nn.Module, Batches], Metric]] = {"accuracy": _accuracy, "agreement": _agreement}
-"""What a network's worth is measured by: makes the metric of the original network and the batches."""
+def _measure(asked: str | None, kind: str, whole: Damage) -> str:
+    """Return what is measured in percent beside the divergence; `whole` is what the original has."""
+    classes = ("accuracy", "agreement") if whole.accuracy is not None else ("agreement",)
+    allowed = ("cosine",) if kind == VALUES else classes
+    if asked is None:
+        return allowed[0]
+    if asked not in allowed:
+        raise ValueError(
+            f"measure '{asked}': the network gives {kind} and the held-out labels are"
+            f" {'some' if whole.accuracy is not None else 'none'} of them; expected one of {', '.join(allowed)}"
+        )
+    return asked
 
 
-def _predictions(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Return the first batch's images and the class that the network predicts for each image, (N,)."""
-    device = device_of(model)
-    first, classes = None, []
-    with torch.inference_mode():
-        for images, *_ in batches:
-            first = images if first is None else first
-            classes.append(model(images.to(device)).argmax(1).cpu())
-    if first is None:
-        raise ValueError("the held-out batches are empty: expected at least one batch")
-    return first, torch.cat(classes)
+def _in_percent(measure: str, found: Damage) -> float:
+    return found.accuracy if measure == "accuracy" and found.accuracy is not None else found.fidelity
 
 
 # ---- order and variants ----------------------------------------------------------------------------------
@@ -265,15 +322,18 @@ def _order(
     model: nn.Module,
     gates: Sequence[Gate],
     uses: Mapping[str, GateUse],
+    foretold: Mapping[str, float],
     metric: Metric,
     progress: Progress,
 ) -> tuple[dict[str, float], list[str]]:
-    """Return each gate's damage alone, and the order in which they are folded; equal damage goes by energy error."""
+    """Return each gate's damage alone, if it was measured, and the order in which they are folded."""
+    if order == "foretold":
+        return {}, sorted(uses, key=lambda name: foretold[name])
     constants = {name: use.constant("energy") for name, use in uses.items()}
-    damage = sensitivity(model, gates, constants, metric, progress=progress)
+    alone = sensitivity(model, gates, constants, metric, progress=progress)
     if order == "greedy":
-        return damage, greedy_order(model, gates, constants, metric, damage=damage, progress=progress)
-    return damage, sorted(uses, key=lambda name: (damage[name], uses[name].error(constants[name])))
+        return alone, greedy_order(model, gates, constants, metric, damage=alone, progress=progress)
+    return alone, sorted(uses, key=lambda name: (alone[name], foretold[name]))
 
 
 @dataclass
@@ -283,37 +343,65 @@ class _Trials:
     model: nn.Module
     images: Images
     order: Sequence[str]
-    constants: Mapping[str, Constants]
-    metrics: Mapping[str, Metric]
+    constants: Callable[[Sequence[str], str], Constants]
+    judges: Mapping[str, _Judge]
+    measure: str
+    max_drop: float | None
     callback: Callable[[Mapping[str, Any]], None] | None
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[int, Variant] = field(default_factory=dict)
-    highest: dict[int, float] = field(default_factory=dict)
+    _worth: dict[int, tuple[bool, float]] = field(default_factory=dict)
 
-    def add(self, counts: Sequence[int], recoveries: Mapping[str, Recovery]) -> None:
-        """Make the variants of these numbers of folded gates, and measure them."""
-        made = variants(self.model, self.images, self.order, self.constants, counts=counts, recoveries=recoveries)
+    @property
+    def least(self) -> float:
+        """Return the least percentage that is worth taking."""
+        return -float("inf") if self.max_drop is None else self.rows[0]["validation"] - self.max_drop
+
+    def add(self, count: int, kinds: Sequence[str], recoveries: Mapping[str, Recovery]) -> None:
+        """Fold this number of gates by each kind of constant, recover, and measure."""
+        folded = self.order[:count]
+        constants = {kind: self.constants(folded, kind) for kind in kinds} if count else {}
+        made = variants(self.model, self.images, self.order, constants, counts=[count], recoveries=recoveries)
         for variant in made:
-            row: dict[str, Any] = {
-                "folded": variant.folded,
-                "last": self.order[variant.folded - 1] if variant.folded else "",
-                "weighting": variant.weighting,
-                "recovery": variant.recovery,
-                **{name: metric(variant.network) for name, metric in self.metrics.items()},
-                "error": variant.report.error if variant.report else 0.0,
-            }
+            row = self._row(variant)
             self.rows.append(row)
-            if variant.folded not in self.best or row["validation"] > self.highest[variant.folded]:
-                self.best[variant.folded], self.highest[variant.folded] = variant, row["validation"]
+            worth = row["validation"] >= self.least, -row["divergence"]
+            if count not in self.best or worth > self._worth[count] and not self._ruins(row):
+                self.best[count], self._worth[count] = variant, worth
             if self.callback:
                 self.callback(row)
 
+    def _row(self, variant: Variant) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "folded": variant.folded,
+            "last": self.order[variant.folded - 1] if variant.folded else "",
+            "weighting": variant.weighting,
+            "recovery": variant.recovery,
+        }
+        for name, judge in self.judges.items():
+            found = judge(variant.network)
+            row[f"{name}_divergence".removeprefix("validation_")] = found.divergence
+            row[name] = _in_percent(self.measure, found)
+        return row | {"error": variant.report.error if variant.report else 0.0}
+
+    def _ruins(self, row: Mapping[str, Any]) -> bool:
+        """Whether a recovery, done with nothing folded, costs accuracy, or more than folding as many gates does."""
+        if row["recovery"] == AS_IS or not row["folded"]:
+            return False
+        control = next(each for each in self.rows if not each["folded"] and each["recovery"] == row["recovery"])
+        merely = [r for r in self.rows if r["folded"] == row["folded"] and r["recovery"] == AS_IS]
+        farther = control["divergence"] > min(r["divergence"] for r in merely)
+        falls = self.measure == "accuracy" and control["validation"] < self.rows[0]["validation"] - CONTROL_DROP
+        return bool(farther or falls)
+
 
 def _describe_gates(
-    chosen: Variant, uses: Mapping[str, GateUse], damage: Mapping[str, float], order: Sequence[str]
+    chosen: Variant, predicted: pd.DataFrame, damages: Mapping[str, float], order: Sequence[str]
 ) -> pd.DataFrame:
-    """Return a row per gate: its place, what could have predicted its damage, the damage, where its constant went."""
-    table = predictors(uses).assign(damage=[damage[gate] for gate in uses])
+    """Return a row per gate: its place, its damage, what could have foretold that, where its constant went."""
+    table = predicted.copy()
+    if damages:
+        table.insert(0, "damage", [damages[str(gate)] for gate in table.index])
     table.insert(0, "place", [order.index(str(gate)) + 1 for gate in table.index])
     if chosen.report is not None:
         merged = chosen.report.table.set_index("gate")

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stripe.folding.constants import Constants
 from stripe.folding.exact import FoldReport, fold
+from stripe.folding.uses import Constants
 from stripe.gates.trace import Images
 
 Recovery = Callable[[nn.Module], nn.Module]
 """Makes a better network of a folded one, such as `reestimate_norms` or `distill` with their loaders."""
 
 NONE = "none"  # the weighting of a network without folded gates
-AS_FOLDED: Mapping[str, Recovery] = {NONE: lambda network: network}
+AS_IS = "none"  # the recovery that is none
+AS_FOLDED: Mapping[str, Recovery] = {AS_IS: lambda network: network}
 """The recovery that is none."""
 
 

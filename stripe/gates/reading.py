@@ -20,7 +20,16 @@ from stripe.gate import Gate, Kind, Tap, name_of, product_of
 from stripe.gates.finding import factors_of, is_alike
 from stripe.gates.graph import FACTORS
 from stripe.gates.hooks import Hooks, modules_by_path, output_items, run_eagerly, unwrap
-from stripe.gates.layouts import average, first_entries, flat, like_operand, like_output, mean_square, positions
+from stripe.gates.layouts import (
+    average,
+    first_entries,
+    flat,
+    like_operand,
+    like_output,
+    like_position,
+    mean_square,
+    positions,
+)
 from stripe.gates.trace import in_parts, op_name
 
 Sink = Callable[[Gate, Kind, Tensor], None]
@@ -58,8 +67,13 @@ def read_gates(
 
 
 @contextmanager
-def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[Any, Tensor]) -> Iterator[None]:
+def replace_gates(
+    model: nn.Module, gates: Sequence[Gate], values: Mapping[Any, Tensor], shifts: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """While open, let `model` use `values`, by gate or name (C,) or (N, C), instead of what its gates compute.
+
+    `shifts`, by name (C,), are added to what the gates give: where a gate multiplies, the network goes on with
+    x * value + shift.
 
     Gates not named stay as they are. Gradients reach `values` where the gate is a module's output that only
     its product uses (`gate.exclusive`). Raises ValueError for an unknown name, a wrong shape or a gradient
@@ -80,8 +94,14 @@ def replace_gates(model: nn.Module, gates: Sequence[Gate], values: Mapping[Any, 
             )
         shaped = like_output if gate.exclusive else like_operand
         jobs.append(_Job(gate, "attention", gate.attention if gate.exclusive else None, partial(shaped, gate, given)))
+    for name, shift in (shifts or {}).items():
+        jobs.append(_Job(known[name], "product", None, partial(_shifted, known[name], shift.detach())))
     with _watching(model, jobs):
         yield
+
+
+def _shifted(gate: Gate, shift: Tensor, product: Tensor) -> None:
+    product.add_(like_position(gate, shift, product))
 
 
 def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) -> _Job:
@@ -232,22 +252,33 @@ class _Products(TorchDispatchMode):
         result = in_parts(self, func, args, kwargs)
         if result is not NotImplemented:
             return result
+        met: list[_Job] = []
         if factors := factors_of(name, args, Tensor):
             for job in self._jobs:
-                args = self._meet(job, name, factors, func, args)
-        return func(*args, **kwargs)
+                if self._is_product(job, name, factors):
+                    met.append(job)
+                    args = self._meet(job, name, factors, func, args)
+        result = func(*args, **kwargs)
+        for job in met:
+            if job.kind == "product":
+                job.act(result)
+        return result
 
-    def _meet(self, job: _Job, name: str, factors: tuple[Tensor, Tensor], func: Any, args: Any) -> Any:
-        """Do the job if this is its product; return the arguments, with the result in place if there is one."""
+    def _is_product(self, job: _Job, name: str, factors: tuple[Tensor, Tensor]) -> bool:
+        """Whether this is the operation that applies the job's gate."""
         product = product_of(job.gate)
         gate = factors[product.operand]
         if name != product.op or not is_alike(job.gate.layout, product.copied, gate.shape, gate.stride()):
-            return args
+            return False
         self._seen[job] += 1
-        if self._seen[job] != product.ordinal + 1:
-            return args
-        result = job.act(gate if job.kind == "attention" else factors[1 - product.operand])
+        return self._seen[job] == product.ordinal + 1
+
+    def _meet(self, job: _Job, name: str, factors: tuple[Tensor, Tensor], func: Any, args: Any) -> Any:
+        """Do the job before its product; return the arguments, with the result in place if there is one."""
         self._due.discard(job)
+        product = product_of(job.gate)
+        read = factors[product.operand if job.kind == "attention" else 1 - product.operand]
+        result = None if job.kind == "product" else job.act(read)
         if result is None:
             return args
         position = FACTORS[name][product.operand]

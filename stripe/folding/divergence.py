@@ -1,0 +1,178 @@
+"""How far a network's outputs are from the original's, without labels, and its accuracy where there are labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stripe.devices import device_of
+from stripe.folding.tensors import outputs_of
+from stripe.gates.trace import Images
+
+CLASSES = "classes"
+VALUES = "values"
+KINDS = (CLASSES, VALUES)
+
+Outputs = Sequence[Tensor]
+"""Every tensor of a network's output."""
+
+
+def kind_of(model: nn.Module, images: Images) -> str:
+    """Return what a network gives out: scores of "classes" where it is one tensor (N, K >= 2), else "values"."""
+    with torch.inference_mode():
+        outputs = outputs_of(model, images)
+    one = len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1 and outputs[0].is_floating_point()
+    return CLASSES if one else VALUES
+
+
+def divergence(kind: str, found: Outputs, wanted: Outputs) -> Tensor:
+    """Return how far outputs are from those wanted, as a scalar that gradients pass; 0 where they are equal.
+
+    Of "classes" it is the Kullback-Leibler divergence of the class probabilities from those wanted, in nats, averaged
+    over the samples; of "values" the squared error over the squared value, averaged over the floating-point tensors.
+    """
+    if kind == CLASSES:
+        ours, theirs = log_probabilities(found[0]), log_probabilities(wanted[0])
+        return (theirs.exp() * (theirs - ours)).sum() / len(ours)
+    return torch.stack([wrong / total.clamp_min(1e-30) for wrong, total in _energies(found, wanted)]).mean()
+
+
+def log_probabilities(scores: Tensor) -> Tensor:
+    """Return the log of class probabilities (N, K) from logits, from their logs, or from the probabilities."""
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    with torch.no_grad():
+        are_probabilities = bool((scores >= 0).all() and ((scores.sum(1) - 1).abs() < 1e-3).all())
+    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log() if are_probabilities else scores.log_softmax(1)
+
+
+def sounding(kind: str, outputs: Outputs, generator: torch.Generator) -> Tensor:
+    """Return a scalar whose gradient v, taken per sample, foretells the divergence: a change d gives E[(v . d)^2].
+
+    It is what the outputs' scores give against random signs, so that one pass backwards stands for all of them
+    (Hutchinson 1990); of classes, E[v v'] is half the Fisher information, the second-order term of the divergence.
+    """
+
+    def signs(like: Tensor) -> Tensor:
+        return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+
+    if kind == CLASSES:
+        logs = log_probabilities(outputs[0])
+        return (logs * signs(logs) * (logs.detach().exp() / 2).sqrt()).sum()
+    floats = [output for output in outputs if output.is_floating_point()]
+    sizes = [output.detach().square().sum() / len(output) for output in floats]
+    terms = [
+        (output * signs(output)).sum() / (size.clamp_min(1e-30) * len(floats)).sqrt()
+        for output, size in zip(floats, sizes, strict=True)
+    ]
+    return torch.stack(terms).sum()
+
+
+def _energies(found: Outputs, wanted: Outputs) -> list[tuple[Tensor, Tensor]]:
+    """Return, per floating-point tensor, the sum of squared differences and that of squared wanted values."""
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if b.is_floating_point()]
+    return [((a - b).square().sum(), b.square().sum()) for a, b in pairs]
+
+
+# ---- measuring over batches ----
+@dataclass(frozen=True)
+class Damage:
+    """How far a network is from the original over some samples.
+
+    Attributes:
+        divergence: of classes in nats, as `divergence`; of values the relative error |f - o| / |o|, the mean over the
+            output's tensors.
+        fidelity: in percent: the share of samples whose most likely class is the original's, or the mean cosine
+            between a sample's values and the original's.
+        accuracy: the share of labels predicted, in percent; None where the labels are none of the classes.
+        samples: how many there were.
+    """
+
+    divergence: float
+    fidelity: float
+    accuracy: float | None
+    samples: int
+
+
+def damage(
+    network: nn.Module, original: nn.Module, batches: Iterable[Sequence[Any]], *, kind: str | None = None
+) -> Damage:
+    """Compare a network with the original over batches (images, labels, ...); memory stays at one batch.
+
+    `kind` is "classes" or "values" (default: as `kind_of` sees it). Labels are optional.
+
+    Raises:
+        ValueError: no batch, or an unknown kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"outputs '{kind}': expected one of {', '.join(KINDS)}")
+    device, sums = device_of(original), None
+    with torch.inference_mode():
+        for batch in batches:
+            images = _on(batch[0], device)
+            found, wanted = outputs_of(network, images), outputs_of(original, images)
+            if sums is None:
+                sums = _Classes() if (kind or kind_of(original, images)) == CLASSES else _Values()
+            sums.add(found, wanted, batch[1] if len(batch) > 1 else None)
+    if sums is None:
+        raise ValueError("there are no batches to compare networks on: expected at least one")
+    return sums.damage()
+
+
+def _on(images: Any, device: torch.device) -> Any:
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda item: item.to(device) if isinstance(item, Tensor) else item, images)
+
+
+class _Classes:
+    """Sums over samples of class probabilities."""
+
+    def __init__(self) -> None:
+        self._samples = 0
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._labelled = True
+
+    def add(self, found: Outputs, wanted: Outputs, labels: Tensor | None) -> None:
+        """Take a batch."""
+        ours, theirs = found[0].argmax(1).cpu(), wanted[0].argmax(1).cpu()
+        count = len(ours)
+        usable = isinstance(labels, Tensor) and labels.shape == ours.shape and not labels.is_floating_point()
+        self._labelled &= bool(usable and ((labels >= 0) & (labels < found[0].shape[1])).all())  # type: ignore[operator]
+        right = (ours == labels.cpu()).sum() if self._labelled and labels is not None else torch.zeros(())
+        away = divergence(CLASSES, [found[0].double()], [wanted[0].double()]).cpu() * count
+        self._sums += torch.stack([away, (ours == theirs).sum().double(), right.double()])
+        self._samples += count
+
+    def damage(self) -> Damage:
+        """Return the means."""
+        away, same, right = (self._sums / self._samples).tolist()
+        return Damage(max(away, 0.0), 100 * same, 100 * right if self._labelled else None, self._samples)
+
+
+class _Values:
+    """Sums over samples of any output."""
+
+    def __init__(self) -> None:
+        self._samples = 0
+        self._cosines = 0.0
+        self._energies: Tensor | None = None
+
+    def add(self, found: Outputs, wanted: Outputs, labels: Tensor | None) -> None:
+        """Take a batch."""
+        found, wanted = [each.double() for each in found], [each.double() for each in wanted]
+        part = torch.tensor([(float(wrong), float(total)) for wrong, total in _energies(found, wanted)]).double()
+        self._energies = part if self._energies is None else self._energies + part
+        ours, theirs = (torch.cat([each.reshape(len(each), -1) for each in outputs], 1) for outputs in (found, wanted))
+        self._cosines += float(torch.cosine_similarity(ours, theirs).sum())
+        self._samples += len(ours)
+
+    def damage(self) -> Damage:
+        """Return the means."""
+        assert self._energies is not None
+        wrong, total = self._energies.unbind(1)
+        error = float((wrong / total.clamp_min(1e-300)).sqrt().mean())
+        return Damage(error, 100 * self._cosines / self._samples, None, self._samples)
