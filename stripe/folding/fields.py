@@ -6,7 +6,7 @@ A field is an array in the shape of a value that says what every entry is multip
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,16 @@ class Blocked(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The parameters and buffers of a network in float64, by name; tied ones are one array under several names.
+    """The parameters and buffers of a network in float64, by name.
 
     `empty` names the parameters that a layer could have and has not, such as the bias of a convolution without one.
+    `tied` holds, by name, all the names of a tensor that has several.
     """
 
     tensors: Mapping[str, Array]
     empty: frozenset[str]
     run: Run
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def compute(
         self, value: Value, known: Mapping[Value, Array] | None = None, tensors: Mapping[str, Array] | None = None

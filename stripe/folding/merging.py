@@ -281,8 +281,7 @@ class Network:
         found = self._carrier(op.call.path, used, factor)
         if found is None or direct and used.producer is not None:
             raise Blocked(f"no parameter of {op.name} carries a factor per channel")
-        tensors = self._weights.tensors
-        same = [name for name, tensor in tensors.items() if tensor is tensors[found.name]]
+        same = self._weights.tied.get(found.name, (found.name,))
         others = [o for o in self._needed if o is not op and o.live_inputs and found.name in o.parameters]
         if len(same) > 1 or others:
             raise Blocked(f"{found.name} is shared with {same[1] if len(same) > 1 else others[0].call.path}")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stripe.folding.constants import Constants
-from stripe.folding.exact import FoldReport, fold
+from stripe.folding.exact import fold
+from stripe.folding.report import FoldReport
+from stripe.folding.uses import Constants
 from stripe.gates.trace import Images
 
 Recovery = Callable[[nn.Module], nn.Module]

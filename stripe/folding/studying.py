@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stripe.devices import device_of
-from stripe.folding.constants import WEIGHTINGS, Constants, GateUse, measure_gates
+from stripe.folding.comparing import AS_FOLDED, Recovery, Variant, variants
+from stripe.folding.constants import measure_gates
+from stripe.folding.damage import ORDERS, Metric, greedy_order, predictors, rank_correlations, sensitivity
 from stripe.folding.latency import BACKENDS, BATCHES, latencies
 from stripe.folding.recovery import reestimate_norms
-from stripe.folding.sensitivity import ORDERS, Metric, greedy_order, predictors, rank_correlations, sensitivity
-from stripe.folding.variants import AS_FOLDED, Recovery, Variant, variants
+from stripe.folding.uses import WEIGHTINGS, Constants, GateUse
 from stripe.gates import Gate, find_gates
 from stripe.gates.trace import Images
 from stripe.messages import Progress

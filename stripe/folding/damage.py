@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from stripe.folding.constants import Constants, GateUse
+from stripe.folding.uses import Constants, GateUse
 from stripe.gates import Gate, replace_gates
 from stripe.messages import Progress
 from stripe.stats import stripe_strength
