@@ -104,6 +104,21 @@ def along(field: Array, dim: int) -> Array:
     return rows[:, 0]
 
 
+def spread_like(field: Array, value: Value) -> Array:
+    """Return what a field is made of in the shape of a value that is spread over it, as a parameter that is added is.
+
+    Raises:
+        Blocked: the field differs where the value is the same.
+    """
+    lead = len(field.shape) - len(value.shape)
+    if lead < 0:
+        raise Blocked("a parameter has more dimensions than the map")
+    small = field[tuple(slice(1) if d < lead or value.shape[d - lead] == 1 else slice(None) for d in range(field.ndim))]
+    if not np.array_equal(np.broadcast_to(small, field.shape), field):
+        raise Blocked("a parameter is the same for channels that are scaled differently")
+    return small.reshape(small.shape[lead:]).copy()
+
+
 def per_input(op: Op, weight: Value, vector: Array) -> Array:
     """Shape a vector over a layer's input channels to broadcast with its weight; each group has its own."""
     if op.name != "convolution":

@@ -292,7 +292,9 @@ def _beside(tensor: onnx.TensorProto, source: Path) -> Stored:
     info = {entry.key: entry.value for entry in tensor.external_data}
     path = (source.parent / info.get("location", "")).resolve()
     if not path.is_relative_to(source.parent.resolve()) or not path.is_file():
-        raise ValueError(f"'{source}' has weights in '{info.get('location')}', which is not in its folder: put it there")
+        raise ValueError(
+            f"'{source}' has weights in '{info.get('location')}', which is not in its folder: put it there"
+        )
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     stored = Stored(path, int(info.get("offset", 0)), dtype, tuple(tensor.dims))
     if stored.offset + stored.bytes > path.stat().st_size:

@@ -16,7 +16,6 @@ from stripe.gates.graph import Call, Op, Value
 from stripe.graphs.file import FLOATS
 
 
-
 class Builder(Protocol):
     """What a translation needs of the trace under construction."""
 
@@ -139,7 +138,9 @@ def _batch_norm(node: Node) -> list[Value]:
 def _layer_norm(node: Node) -> list[Value]:
     x = node.value(0)
     normalised = x.shape[node.attribute("axis", -1) :]
-    return node.emit("native_layer_norm", x, normalised, node.value(1), node.optional(2), node.attribute("epsilon", 1e-5))
+    return node.emit(
+        "native_layer_norm", x, normalised, node.value(1), node.optional(2), node.attribute("epsilon", 1e-5)
+    )
 
 
 # ---- pooling ----
@@ -177,9 +178,10 @@ def _plain(name: str) -> Translation:
 
 
 def _clip(node: Node) -> list[Value]:
-    low, high = (
-        node.optional(i) if node.opset >= 11 else node.attribute(name) for i, name in ((1, "min"), (2, "max"))
-    )
+    bounds = [node.static(i) if node.has(i) else node.attribute(name) for i, name in ((1, "min"), (2, "max"))]
+    computed = [node.optional(i) for i in (1, 2)]
+    low, high = (b if isinstance(b, float | None) else float(np.ravel(b)[0]) for b in bounds)
+    low, high = (c if b is None else b for b, c in zip((low, high), computed, strict=True))
     return node.emit("clamp", node.value(0), low, high)
 
 

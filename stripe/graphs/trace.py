@@ -18,7 +18,9 @@ from stripe.graphs.file import GraphFile, Tensor, captured
 from stripe.graphs.operators import TRANSLATIONS, Node
 from stripe.messages import one_line
 
-_SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "RandomNormalLike", "RandomUniformLike", "EyeLike"})
+_SHAPE_ONLY = frozenset(
+    {"Shape", "Size", "ConstantOfShape", "Range", "RandomNormalLike", "RandomUniformLike", "EyeLike"}
+)
 """Operators that take a tensor's shape, not its values."""
 
 _STATIC = {  # operators and the positions of inputs that say how, not what
@@ -87,8 +89,13 @@ class _Builder:
             made = translate(Node(node, self, call, self._file.opset))
         if made is None:
             taken = [self.value(name) for name in dict.fromkeys([*node.input, *captured(node)]) if self._is_known(name)]
-            made = self.emit(call, _snake(node.op_type), taken, [self._shapes.get(name, ()) for name in node.output],
-                             live=node.op_type not in _SHAPE_ONLY)
+            made = self.emit(
+                call,
+                _snake(node.op_type),
+                taken,
+                [self._shapes.get(name, ()) for name in node.output],
+                live=node.op_type not in _SHAPE_ONLY,
+            )
         for position, (name, value) in enumerate(zip(node.output, made, strict=False)):
             if name:
                 self._values[name] = value
@@ -100,7 +107,14 @@ class _Builder:
         return name in self._values or name in self._weights
 
     def emit(
-        self, call: Call, name: str, args: Any, shapes: list[tuple[int, ...]], *, live: bool = True, alias: Value | None = None,
+        self,
+        call: Call,
+        name: str,
+        args: Any,
+        shapes: list[tuple[int, ...]],
+        *,
+        live: bool = True,
+        alias: Value | None = None,
         strides: tuple[int, ...] | None = None,
     ) -> list[Value]:
         """Append an operation and return what it makes; with `alias`, another view of that value's memory."""
@@ -231,4 +245,3 @@ def run(session: Any, inputs: Mapping[str, Tensor], outputs: list[str] | None = 
         given = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in inputs.items())
         raise ValueError(f"the network fails on its inputs ({given}): {one_line(error)}") from error
     return found
-
