@@ -2,7 +2,8 @@
 
 `trace` writes a graph down in the terms that `stripe.gates.rules` and `stripe.folding.merging` decide on, so that a
 network has the same gates and the same merges as a file and as a module. `find_gates` names them, `record` writes
-their attention into a run, `measure_gates` gives the constants, and `fold` a file without gates:
+their attention into a run, `measure_gates` gives the constants, `fold` a file without gates, and `cost` says how far
+its outputs are from the original's:
 
     gates = stripe.graphs.find_gates("model.onnx", images)
     stripe.graphs.record("model.onnx", gates, images, "runs/a")
@@ -18,12 +19,13 @@ from importlib.util import find_spec
 if missing := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
     raise ModuleNotFoundError(f"ONNX files need {', '.join(missing)}: pip install 'stripe-observation[onnx]'")
 
+from stripe.graphs.comparing import Cost, cost  # noqa: E402
 from stripe.graphs.file import GraphFile, open_graph  # noqa: E402
 from stripe.graphs.folding import fold  # noqa: E402
-from stripe.graphs.inputs import Batch, batches, read_inputs  # noqa: E402
+from stripe.graphs.inputs import Batch, Batches, read_inputs  # noqa: E402
 from stripe.graphs.recording import explain_gates, find_gates, measure_gates, record  # noqa: E402
 
 __all__ = [
-    "Batch", "GraphFile", "batches", "explain_gates", "find_gates", "fold", "measure_gates", "open_graph",
-    "read_inputs", "record",
+    "Batch", "Batches", "Cost", "GraphFile", "cost", "explain_gates", "find_gates", "fold", "measure_gates",
+    "open_graph", "read_inputs", "record",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""An ONNX file in memory without its weights: these stay on the disk and are read one at a time, or mapped by a session.
+"""An ONNX file in memory without its weights, which stay on the disk: read one at a time, or mapped by a session.
 
 Python's protobuf would hold a file of 2 GB twice, and cannot hold a larger one at all.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +34,25 @@ OLDEST_OPSET = 7  # before it, products did not broadcast as NumPy does
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinear", "Integer", "QAttention", "QGemm", "QMoE", "MatMulNBits")
 
 
+class Spool:
+    """A nameless file on the disk for the weights that a network's own file holds, gone with the last that uses it."""
+
+    def __init__(self) -> None:
+        """Make it."""
+        with tempfile.TemporaryFile() as file:
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def open(self, mode: str) -> IO[bytes]:
+        """Open it."""
+        return os.fdopen(os.dup(self._descriptor), mode)
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where the bytes of a large weight lie."""
 
-    path: Path
+    source: Path | Spool
     offset: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -49,12 +64,15 @@ class Stored:
 
     def read(self) -> Tensor:
         """Return it as an array of its own."""
-        flat = np.fromfile(self.path, self.dtype, int(np.prod(self.shape)), offset=self.offset)
+        with self.source.open("rb") as stream:
+            stream.seek(self.offset)
+            flat = np.frombuffer(stream.read(self.bytes), self.dtype)
         return flat.reshape(self.shape)
 
     def mapped(self) -> Tensor:
         """Return it as an array that the disk backs."""
-        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+        with self.source.open("rb") as stream:
+            return np.memmap(stream, self.dtype, "r", self.offset, self.shape)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +80,7 @@ class GraphFile:
     """An ONNX network: `proto` holds nodes and small weights, `large` the others, by name.
 
     Constant nodes that hold a large weight are initialisers here; `lifted` names them, and `save` makes them nodes
-    again. `external` says that the file kept its weights in another one. `held` keeps what is on the disk alive.
+    again. `external` says that the file kept its weights in another one.
     """
 
     path: Path
@@ -70,7 +88,6 @@ class GraphFile:
     large: Mapping[str, Stored | Tensor]
     lifted: tuple[str, ...] = ()
     external: bool = False
-    held: object = None
 
     @property
     def graph(self) -> onnx.GraphProto:
@@ -193,12 +210,11 @@ def open_graph(path: str | os.PathLike[str]) -> GraphFile:
     if not proto.graph.node or not proto.graph.output:
         raise ValueError(f"'{path}' is no ONNX file, or holds no network: expected nodes and outputs")
     external = any(tensor.external_data for tensor in proto.graph.initializer)
-    held = tempfile.TemporaryDirectory(prefix="stripe-")
     lifted = _lift(proto.graph)
-    large = dict(_taken_out(proto.graph, source, Path(held.name) / "weights"))
+    large = dict(_taken_out(proto.graph, source, Spool()))
     skeleton = proto.SerializeToString()
     del proto  # its memory is freed as a whole or not at all
-    file = GraphFile(source, onnx.ModelProto.FromString(skeleton), large, lifted, external, held)
+    file = GraphFile(source, onnx.ModelProto.FromString(skeleton), large, lifted, external)
     _require_usable(file)
     return file
 
@@ -269,7 +285,7 @@ def _lower(graph: onnx.GraphProto, names: Sequence[str]) -> None:
     graph.node.extend([*nodes, *following.node])
 
 
-def _taken_out(graph: onnx.GraphProto, source: Path, spool: Path) -> Iterator[tuple[str, Stored]]:
+def _taken_out(graph: onnx.GraphProto, source: Path, spool: Spool) -> Iterator[tuple[str, Stored]]:
     """Take the large weights out of a graph; those that the file itself holds are written to `spool`."""
     with spool.open("wb") as stream:
         for tensor in graph.initializer:

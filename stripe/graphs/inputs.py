@@ -50,31 +50,43 @@ def by_name(file: GraphFile, inputs: Inputs) -> dict[str, Tensor]:
     return {each.name: _as_taken(each, given[each.name]) for each in file.inputs}
 
 
-def batches(file: GraphFile, inputs: Inputs, labels: ArrayLike | None = None, *, size: int = BATCH) -> Iterator[Batch]:
-    """Yield the samples of some inputs in batches of at most `size`, or of what the network takes at once.
+class Batches:
+    """The samples of some inputs in batches of at most `size`, or of what the network takes at once, again and again.
 
     Inputs whose first dimension is not the first input's number of samples go to every batch whole. Where the network
     takes a fixed number and the last batch is short of it, its last sample stands in for the missing ones, which
     `sample_ids` does not count.
     """
-    arrays = by_name(file, inputs)
-    first = arrays[file.inputs[0].name]
-    require(first.ndim and len(first), f"input '{file.inputs[0].name}' holds no sample")
-    count, step = len(first), file.batch_size or size
-    known = None if labels is None else np.asarray(labels)
-    require(
-        known is None or known.shape == (count,), f"labels are not of the {count} samples: expected shape ({count},)"
-    )
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        rows = np.arange(start, stop)
-        if file.batch_size:
-            rows = np.minimum(np.arange(start, start + step), count - 1)
-        parts = {
-            name: np.ascontiguousarray(array[rows]) if array.ndim and len(array) == count else array
-            for name, array in arrays.items()
-        }
-        yield Batch(parts, None if known is None else known[start:stop], np.arange(start, stop))
+
+    def __init__(self, file: GraphFile, inputs: Inputs, labels: ArrayLike | None = None, *, size: int = BATCH) -> None:
+        """Take arrays and, where they are known, labels (N,).
+
+        Raises:
+            ValueError: they do not fit the network, or one another.
+        """
+        self._arrays = by_name(file, inputs)
+        first = self._arrays[file.inputs[0].name]
+        require(first.ndim and len(first), f"input '{file.inputs[0].name}' holds no sample")
+        self._count, self._size, self._fixed = len(first), file.batch_size or size, file.batch_size is not None
+        self._labels = None if labels is None else np.asarray(labels)
+        require(
+            self._labels is None or self._labels.shape == (self._count,),
+            f"labels are not of the {self._count} samples: expected shape ({self._count},)",
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches."""
+        for start in range(0, self._count, self._size):
+            stop = min(start + self._size, self._count)
+            rows = np.arange(start, stop)
+            if self._fixed:
+                rows = np.minimum(np.arange(start, start + self._size), self._count - 1)
+            parts = {
+                name: np.ascontiguousarray(array[rows]) if array.ndim and len(array) == self._count else array
+                for name, array in self._arrays.items()
+            }
+            labels = None if self._labels is None else self._labels[start:stop]
+            yield Batch(parts, labels, np.arange(start, stop))
 
 
 def read_inputs(file: GraphFile, path: str, *, samples: int | None = None, size: int = BATCH) -> Iterator[Batch]:
@@ -94,7 +106,7 @@ def read_inputs(file: GraphFile, path: str, *, samples: int | None = None, size:
     seen = 0
     for each in files:
         arrays, labels = _read(file, each)
-        for batch in batches(file, arrays, labels, size=size):
+        for batch in Batches(file, arrays, labels, size=size):
             room = len(batch.sample_ids) if samples is None else min(len(batch.sample_ids), samples - seen)
             if room <= 0:
                 return
@@ -103,8 +115,8 @@ def read_inputs(file: GraphFile, path: str, *, samples: int | None = None, size:
             seen += room
 
 
-def first_of(batches: Iterable[Batch], count: int) -> dict[str, Tensor]:
-    """Return the first batch, cut to `count` samples unless the network takes a fixed number.
+def first_of(file: GraphFile, batches: Iterable[Batch], count: int) -> dict[str, Tensor]:
+    """Return the inputs of the first `count` samples, or of as many as the network takes at once.
 
     Raises:
         ValueError: there is none.
@@ -112,11 +124,8 @@ def first_of(batches: Iterable[Batch], count: int) -> dict[str, Tensor]:
     batch = next(iter(batches), None)
     if batch is None:
         raise ValueError("there are no inputs: give at least one sample")
-    return shortened(batch, count)
-
-
-def shortened(batch: Batch, count: int) -> dict[str, Tensor]:
-    """Return the inputs of a batch's first samples."""
+    if file.batch_size:
+        return batch.inputs
     total = len(batch.sample_ids)
     return {name: a[:count] if a.ndim and len(a) == total else a for name, a in batch.inputs.items()}
 
@@ -150,7 +159,9 @@ def _as_taken(info: onnx.ValueInfoProto, array: Tensor) -> Tensor:
         f"input '{info.name}' is of type {array.dtype}; expected {wanted}",
     )
     dims = [each.dim_value for each in kind.shape.dim]
-    fits = len(dims) == array.ndim and all(n in (0, -1, m) or i == 0 for i, (n, m) in enumerate(zip(dims, array.shape)))
+    fits = len(dims) == array.ndim and all(
+        n in (0, -1, m) or i == 0 for i, (n, m) in enumerate(zip(dims, array.shape, strict=True))
+    )
     shown = ", ".join(each.dim_param or str(each.dim_value) for each in kind.shape.dim)
     require(not kind.HasField("shape") or fits, f"input '{info.name}' has shape {array.shape}; expected ({shown})")
     return np.ascontiguousarray(array, wanted)

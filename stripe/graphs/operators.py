@@ -31,8 +31,18 @@ class Builder(Protocol):
         """Return the shape of a node's output."""
         ...
 
-    def emit(self, call: Call, name: str, args: Any, shapes: list[tuple[int, ...]], **how: Any) -> list[Value]:
-        """Append an operation; return what it makes."""
+    def emit(
+        self,
+        call: Call,
+        name: str,
+        args: Any,
+        shapes: list[tuple[int, ...]],
+        *,
+        live: bool = True,
+        alias: Value | None = None,
+        strides: tuple[int, ...] | None = None,
+    ) -> list[Value]:
+        """Append an operation; return what it makes, with `alias` another view of that value's memory."""
         ...
 
 
@@ -180,9 +190,8 @@ def _plain(name: str) -> Translation:
 def _clip(node: Node) -> list[Value]:
     bounds = [node.static(i) if node.has(i) else node.attribute(name) for i, name in ((1, "min"), (2, "max"))]
     computed = [node.optional(i) for i in (1, 2)]
-    low, high = (b if isinstance(b, float | None) else float(np.ravel(b)[0]) for b in bounds)
-    low, high = (c if b is None else b for b, c in zip((low, high), computed, strict=True))
-    return node.emit("clamp", node.value(0), low, high)
+    numbers = [b if isinstance(b, float | None) else float(np.ravel(b)[0]) for b in bounds]
+    return node.emit("clamp", node.value(0), *(c if n is None else n for n, c in zip(numbers, computed, strict=True)))
 
 
 def _extremum(name: str, bound: str) -> Translation:

@@ -18,7 +18,7 @@ from stripe.gate import Gate, Gates, product_of
 from stripe.gates.graph import FACTORS
 from stripe.gates.rules import Candidate, candidates_of
 from stripe.graphs.file import GraphFile, Tensor, open_graph
-from stripe.graphs.inputs import BATCH, Batch, Inputs, batches, first_of
+from stripe.graphs.inputs import Batch, Batches, Inputs, first_of
 from stripe.graphs.trace import run, trace
 from stripe.messages import Progress
 from stripe.store import CONTENTS, RunWriter
@@ -46,8 +46,8 @@ def find_gates(path: Path | GraphFile, inputs: Inputs | Iterable[Batch], *, norm
     candidates = explain_gates(path, inputs, normalisers=normalisers)
     if hidden := [candidate.site for candidate in candidates if candidate.hidden]:
         raise ValueError(
-            f"input too small: what is scaled at {', '.join(hidden)} is a single pixel, where a gate cannot be told; use"
-            " inputs of at least twice the size"
+            f"input too small: what is scaled at {', '.join(hidden)} is a single pixel, where a gate cannot be told;"
+            " use inputs of at least twice the size"
         )
     return Gates(candidate.gate for candidate in candidates if candidate.gate)
 
@@ -55,9 +55,9 @@ def find_gates(path: Path | GraphFile, inputs: Inputs | Iterable[Batch], *, norm
 def explain_gates(
     path: Path | GraphFile, inputs: Inputs | Iterable[Batch], *, normalisers: Sequence[str] = ()
 ) -> list[Candidate]:
-    """Return every product that might scale channels, in order of execution, accepted or with the reason why not."""
+    """Return every product that might scale channels, in order, accepted or with the reason why it is no gate."""
     file = opened(path)
-    return candidates_of(trace(file, first_of(samples_of(file, inputs), SEARCHED)), normalisers)
+    return candidates_of(trace(file, first_of(file, samples_of(file, inputs), SEARCHED)), normalisers)
 
 
 def record(
@@ -156,12 +156,11 @@ def opened(path: Path | GraphFile) -> GraphFile:
     return path if isinstance(path, GraphFile) else open_graph(path)
 
 
-def samples_of(file: GraphFile, inputs: Any, labels: ArrayLike | None = None, *, size: int = BATCH) -> Iterable[Batch]:
-    """Return batches of arrays; batches as they are."""
-    if isinstance(inputs, Mapping) or hasattr(inputs, "__array__"):
-        return batches(file, inputs, labels, size=size)
-    if isinstance(inputs, tuple | list) and not any(isinstance(each, Batch) for each in inputs):
-        return batches(file, inputs, labels, size=size)
+def samples_of(file: GraphFile, inputs: Any, labels: ArrayLike | None = None) -> Iterable[Batch]:
+    """Return arrays in batches, which can be gone through again; batches as they are."""
+    given = isinstance(inputs, tuple | list) and any(isinstance(each, Batch) for each in inputs)
+    if isinstance(inputs, Mapping | tuple | list) or hasattr(inputs, "__array__"):
+        return inputs if given else Batches(file, inputs, labels)  # type: ignore[return-value]
     return inputs  # type: ignore[no-any-return]
 
 
@@ -191,7 +190,7 @@ class _Wanted:
         return f"{self.kind} of {self.gate.name}"
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
-        """Yield nodes that make rows (n, ...) in float32: the first entry, or the average, along every dimension of space."""
+        """Yield nodes that make rows (n, ...) in float32: the first entry, or the average, along space."""
         _, attention, scaled = operands(self.file, self.gate)
         space = [d for d, letter in enumerate(self.gate.layout) if letter not in "NRGC"]
         name = f"{self.output}, wide"
