@@ -533,6 +533,7 @@ def pages(count, size):
         for y in range(4, size[0] - 20, 40):
             text = "".join(rng.choice(list("0123456789 ABC"), 24))
             ImageDraw.Draw(page).text((4, y), text, "black", ImageFont.load_default(28))
+        page = page.rotate(180 * int(rng.integers(2)))
         drawn.append(np.asarray(page, "f").transpose(2, 0, 1) / 127.5 - 1)
     return np.stack(drawn)
 
@@ -550,23 +551,25 @@ def test_networks_that_others_trained_fold_whole(tmp_path, name):
     constants = {name: use.constant("energy") for name, use in uses.items()}
     report = graphs.fold(path, constants, tmp_path / "f.onnx", x)
     assert set(report.table["direction"]) <= {"back", "forward"}
-    assert report.error < 1e-5
+    assert report.error < 5e-5  # the detector's own rounding on inputs this small is 1e-5
     assert graphs.find_gates(tmp_path / "f.onnx", x) == []
     assert graphs.cost(path, tmp_path / "f.onnx", x).relative_error > 1e-4
 
 
 MEASURED = """
-import resource, sys
+import sys
 import numpy as np
 from stripe import graphs
 x = np.random.default_rng(0).normal(size=(3, 3, 9, 13)).astype("f")
 report = graphs.fold(sys.argv[1], {"gated": np.linspace(0.2, 1, 6)}, sys.argv[2], x)
 assert list(report.table["direction"]) == ["forward"]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+[peak] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(int(peak) * 1024)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process's memory")
 def test_a_large_file_folds_in_less_than_three_times_its_size(tmp_path):
     g = Graph()
     x = g.add("HardSwish", g.norm(g.conv("x", C, 3, into=3, bias=False)))

@@ -5,10 +5,12 @@ Python's protobuf would hold a file of 2 GB twice, and cannot hold a larger one 
 
 from __future__ import annotations
 
+import mmap
 import os
+import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,40 +21,24 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, numpy_helper
 
-from stripe.files import replaced
 from stripe.messages import listing, one_line
 
 Tensor = npt.NDArray[Any]
 
 LARGE = 1024
 """Bytes from which a weight is left on the disk; what is smaller may be a shape, which sessions must see at once."""
-LARGEST_FILE = 2**31 - 2**20
-"""Bytes that protobuf can write into one file; weights beyond it go into a file of their own."""
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+SPOOLED = "weights"  # the file in the spool
 OLDEST_OPSET = 7  # before it, products did not broadcast as NumPy does
 
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinear", "Integer", "QAttention", "QGemm", "QMoE", "MatMulNBits")
 
 
-class Spool:
-    """A nameless file on the disk for the weights that a network's own file holds, gone with the last that uses it."""
-
-    def __init__(self) -> None:
-        """Make it."""
-        with tempfile.TemporaryFile() as file:
-            self._descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._descriptor)
-
-    def open(self, mode: str) -> IO[bytes]:
-        """Open it."""
-        return os.fdopen(os.dup(self._descriptor), mode)
-
-
 @dataclass(frozen=True)
 class Stored:
-    """Where the bytes of a large weight lie."""
+    """Where the bytes of a large weight lie in the spool."""
 
-    source: Path | Spool
+    path: Path
     offset: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -64,15 +50,26 @@ class Stored:
 
     def read(self) -> Tensor:
         """Return it as an array of its own."""
-        with self.source.open("rb") as stream:
+        with self.path.open("rb") as stream:
             stream.seek(self.offset)
-            flat = np.frombuffer(stream.read(self.bytes), self.dtype)
-        return flat.reshape(self.shape)
+            return np.frombuffer(stream.read(self.bytes), self.dtype).reshape(self.shape)
 
-    def mapped(self) -> Tensor:
-        """Return it as an array that the disk backs."""
-        with self.source.open("rb") as stream:
-            return np.memmap(stream, self.dtype, "r", self.offset, self.shape)  # type: ignore[no-any-return]
+
+class Spool:
+    """A file for large weights in a temporary folder (see TMPDIR), which goes with the last network that uses it."""
+
+    def __init__(self) -> None:
+        """Make the folder."""
+        self.folder = Path(tempfile.mkdtemp(prefix="stripe-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def keep(self, array: Tensor) -> Stored:
+        """Append an array."""
+        path = self.folder / SPOOLED
+        with path.open("ab") as stream:
+            offset = aligned(stream)
+            stream.write(np.ascontiguousarray(array).data)
+        return Stored(path, offset, array.dtype, array.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +82,8 @@ class GraphFile:
 
     path: Path
     proto: onnx.ModelProto
-    large: Mapping[str, Stored | Tensor]
+    spool: Spool
+    large: Mapping[str, Stored]
     lifted: tuple[str, ...] = ()
     external: bool = False
 
@@ -118,7 +116,11 @@ class GraphFile:
         for name, array in (changed or {}).items():
             if name not in initialisers:
                 initialisers[name] = proto.graph.initializer.add(name=name)
-            _describe(initialisers[name], array, large)
+            large.pop(name, None)
+            if array.nbytes >= LARGE:
+                large[name] = _stored(initialisers[name], array, self.spool)
+            else:
+                initialisers[name].CopyFrom(numpy_helper.from_array(array, name))
         return replace(self, proto=proto, large=large)
 
     def weight(self, name: str) -> Tensor:
@@ -128,12 +130,11 @@ class GraphFile:
             KeyError: none has this name.
         """
         if name in self.large:
-            held = self.large[name]
-            return held.read() if isinstance(held, Stored) else held
+            return self.large[name].read()
         return _array(next(tensor for tensor in self.graph.initializer if tensor.name == name))
 
     def session(self, *, plain: bool = False) -> Any:
-        """Open the network in onnxruntime, its large weights mapped from the disk; `plain` runs every node as it is.
+        """Open the network in onnxruntime; `plain` runs every node as it is, on weights that stay mapped to the disk.
 
         Raises:
             ValueError: onnxruntime cannot load it.
@@ -143,56 +144,16 @@ class GraphFile:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
         options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_prepacking", "1")  # else every weight is held twice
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.spool.folder))
         if plain:
+            options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        names, values = [], []
-        kinds = {tensor.name: tensor.data_type for tensor in self.graph.initializer}
-        for name in (name for name in self.large if name in kinds):
-            held = self.large[name]
-            array = held.mapped() if isinstance(held, Stored) else held
-            names.append(name)
-            values.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kinds[name]))
-        options.add_external_initializers(names, values)
         try:
             return onnxruntime.InferenceSession(
                 self.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's errors have no common class of their own
             raise ValueError(f"'{self.path}' cannot be run by onnxruntime: {one_line(error)}") from error
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write an ONNX file, its weights in a second file where the original had them so, or protobuf's limit asks."""
-        target = Path(path)
-        total = sum(held.bytes if isinstance(held, Stored) else held.nbytes for held in self.large.values())
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self.proto)
-        if self.external or total > LARGEST_FILE:
-            data = target.with_name(f"{target.name}.data")
-            with replaced(data) as partial:
-                self._write_data(partial, proto, data.name)
-        else:
-            for tensor in (each for each in proto.graph.initializer if each.name in self.large):
-                del tensor.external_data[:]
-                tensor.data_location = onnx.TensorProto.DEFAULT
-                tensor.raw_data = self.weight(tensor.name).tobytes()
-            _lower(proto.graph, self.lifted)
-        with replaced(target) as partial:
-            partial.write_bytes(proto.SerializeToString())
-            del proto
-            try:
-                onnx.checker.check_model(str(partial))
-            except onnx.checker.ValidationError as error:
-                raise ArithmeticError(f"what was made of '{self.path}' is no valid ONNX: {one_line(error)}") from error
-        return target
-
-    def _write_data(self, partial: Path, proto: onnx.ModelProto, location: str) -> None:
-        with partial.open("wb") as stream:
-            for tensor in (each for each in proto.graph.initializer if each.name in self.large):
-                stream.write(b"\0" * (-stream.tell() % 4096))  # so that each can be mapped by itself
-                array = self.weight(tensor.name)
-                _locate(tensor, location, stream.tell(), array.nbytes)
-                stream.write(np.ascontiguousarray(array).data)
 
 
 def open_graph(path: str | os.PathLike[str]) -> GraphFile:
@@ -211,10 +172,11 @@ def open_graph(path: str | os.PathLike[str]) -> GraphFile:
         raise ValueError(f"'{path}' is no ONNX file, or holds no network: expected nodes and outputs")
     external = any(tensor.external_data for tensor in proto.graph.initializer)
     lifted = _lift(proto.graph)
-    large = dict(_taken_out(proto.graph, source, Spool()))
+    spool = Spool()
+    large = dict(_taken_out(proto.graph, source, spool))
     skeleton = proto.SerializeToString()
     del proto  # its memory is freed as a whole or not at all
-    file = GraphFile(source, onnx.ModelProto.FromString(skeleton), large, lifted, external)
+    file = GraphFile(source, onnx.ModelProto.FromString(skeleton), spool, large, lifted, external)
     _require_usable(file)
     return file
 
@@ -270,37 +232,29 @@ def _lift(graph: onnx.GraphProto) -> tuple[str, ...]:
     return tuple(lifted)
 
 
-def _lower(graph: onnx.GraphProto, names: Sequence[str]) -> None:
-    """Make Constant nodes, before all others, of the initialisers that were some."""
-    wanted = set(names)
-    nodes = [
-        onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
-        for tensor in graph.initializer
-        if tensor.name in wanted
-    ]
-    for tensor in [tensor for tensor in graph.initializer if tensor.name in wanted]:
-        graph.initializer.remove(tensor)
-    following = onnx.GraphProto(node=graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *following.node])
-
-
 def _taken_out(graph: onnx.GraphProto, source: Path, spool: Spool) -> Iterator[tuple[str, Stored]]:
-    """Take the large weights out of a graph; those that the file itself holds are written to `spool`."""
-    with spool.open("wb") as stream:
-        for tensor in graph.initializer:
-            if tensor.external_data:
-                yield tensor.name, _beside(tensor, source)
-            elif tensor.data_type in FLOATS and (array := _array(tensor)).nbytes >= LARGE:
-                stream.write(b"\0" * (-stream.tell() % 4096))
-                offset = stream.tell()
-                stream.write(np.ascontiguousarray(array).data)
-                name, kind, shape = tensor.name, tensor.data_type, array.shape
-                tensor.Clear()
-                tensor.name, tensor.data_type = name, kind
-                tensor.dims.extend(shape)
-                _locate(tensor, "weights", offset, array.nbytes)
-                yield name, Stored(spool, offset, array.dtype, shape)
+    """Move the large weights of a graph, from it or from a file beside it, into the spool."""
+    for tensor in graph.initializer:
+        if tensor.external_data:
+            yield tensor.name, _stored(tensor, _beside(tensor, source).read(), spool)
+        elif tensor.data_type in FLOATS and (array := _array(tensor)).nbytes >= LARGE:
+            yield tensor.name, _stored(tensor, array, spool)
+
+
+def _stored(tensor: onnx.TensorProto, array: Tensor, spool: Spool) -> Stored:
+    """Let an initialiser say that it lies in the spool, as `array`."""
+    name, stored = tensor.name, spool.keep(array)
+    tensor.Clear()
+    tensor.name, tensor.data_type = name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor.dims.extend(array.shape)
+    locate(tensor, SPOOLED, stored.offset, stored.bytes)
+    return stored
+
+
+def aligned(stream: IO[bytes]) -> int:
+    """Go on to where what is written can be mapped by itself; return the position."""
+    stream.write(b"\0" * (-stream.tell() % mmap.ALLOCATIONGRANULARITY))
+    return stream.tell()
 
 
 def _beside(tensor: onnx.TensorProto, source: Path) -> Stored:
@@ -318,19 +272,8 @@ def _beside(tensor: onnx.TensorProto, source: Path) -> Stored:
     return stored
 
 
-def _describe(tensor: onnx.TensorProto, array: Tensor, large: dict[str, Any]) -> None:
-    """Make an initialiser of an array: inside the graph where it is small."""
-    name = tensor.name
-    large.pop(name, None)
-    made = numpy_helper.from_array(np.ascontiguousarray(array), name)
-    if array.nbytes >= LARGE:
-        made.ClearField("raw_data")
-        _locate(made, "weights", 0, array.nbytes)
-        large[name] = np.ascontiguousarray(array)
-    tensor.CopyFrom(made)
-
-
-def _locate(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+def locate(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Let an initialiser say in which file its weight lies, and where in it."""
     del tensor.external_data[:]
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", length)):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,13 @@ from stripe.folding.merging import Merge, Network
 from stripe.folding.report import FoldReport, table_of
 from stripe.gate import Gate, name_of
 from stripe.gates.rules import candidates_of
+from stripe.graphs.checking import Reference
 from stripe.graphs.file import FLOATS, GraphFile, Tensor, captured, referenced, rename
 from stripe.graphs.inputs import Batch, Inputs, first_of
 from stripe.graphs.operators import run_again
 from stripe.graphs.recording import SEARCHED, Path, opened, operands, samples_of
-from stripe.graphs.trace import GraphTrace, run, trace
+from stripe.graphs.trace import GraphTrace, trace
+from stripe.graphs.writing import save
 
 TOLERANCES: dict[int, float] = {
     TensorProto.DOUBLE: 1e-10,
@@ -31,9 +32,6 @@ TOLERANCES: dict[int, float] = {
     TensorProto.BFLOAT16: 0.2,
 }
 """Largest relative error between a folded file and the one with constant gates, by the type that most weights have."""
-
-ROUNDINGS = 10.0
-"""How much more than a change of the inputs' last bits rounding along the way may change the outputs."""
 
 
 def fold(
@@ -75,7 +73,7 @@ def fold(
     network = Network(graph, weights, constant.needed, constant.operands, is_final=True)
     original = _Original(file, graph, gates, vectors, samples)
     folded, merges, error = original.merged(network.plan(list(constant.maps(weights))))
-    folded.save(folded_path)
+    save(folded, folded_path)
     table = table_of(merges, "gate")
     order = [gate.name for gate in gates]
     return FoldReport(table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error)
@@ -95,11 +93,6 @@ def _checked(file: GraphFile, gates: Sequence[Gate], constants: Mapping[Any, Arr
         if not np.isfinite(vector).all():
             raise ValueError(f"the constant of gate {name!r} is not finite in {(~np.isfinite(vector)).sum()} channels")
     return vectors
-
-
-def _moved(array: Tensor) -> Tensor:
-    """Move the last bit of every number of an input."""
-    return np.nextafter(array, np.inf, dtype=array.dtype) if array.dtype.kind == "f" else array
 
 
 # ---- weights ----
@@ -147,60 +140,23 @@ class _Original:
 
     def merged(self, merges: list[Merge]) -> tuple[GraphFile, list[Merge], float]:
         """Return the network with the merges made, all those that are exact, and its relative error."""
-        reference = self._at_constants()
-        tolerance = self._tolerance(reference)
+        reference = Reference(self._at_constants(), self.samples, TOLERANCES[self._usual])
         built = self._built(merges)
-        error = self._error(built, reference, self.samples)
-        if not error <= tolerance:
+        error = reference.error(built)
+        if not error <= reference.tolerance:
             kept = [merge.keep(merge.reason or "its neighbours' merges are not exact") for merge in merges]
             for i, merge in enumerate(merges):
                 tried = self._built([*kept[:i], merge, *kept[i + 1 :]])
-                alone = self._error(tried, reference, islice(self.samples, 1)) if merge.edits else 0.0
-                if not alone <= tolerance:
+                alone = reference.error(tried, batches=1) if merge.edits else 0.0
+                if not alone <= reference.tolerance:
                     merges[i] = merge.keep(f"{merge.direction} is not exact: relative error {alone:.2g}")
             built = self._built(merges)
-            error = self._error(built, reference, self.samples)
-        if not error <= tolerance:
-            raise ArithmeticError(f"the folded network differs by {error:.2g}; expected at most {tolerance:.0e}")
-        return built, merges, error
-
-    def _tolerance(self, reference: GraphFile) -> float:
-        """Return the largest error that may be rounding: where outputs are tiny, it is more than usual.
-
-        Raises:
-            ValueError: the network differs from itself.
-        """
-        tolerance = TOLERANCES[self._usual]
-        first = list(islice(self.samples, 1))
-        if not (difference := self._error(reference, reference, first)) <= tolerance:
-            raise ValueError(
-                f"the network differs from itself by {difference:.2g} between two runs on the same inputs, so that"
-                " nothing can be compared: take out what is random in it"
+            error = reference.error(built)
+        if not error <= reference.tolerance:
+            raise ArithmeticError(
+                f"the folded network differs by {error:.2g}; expected at most {reference.tolerance:.0e}"
             )
-        moved = [replace(batch, inputs={n: _moved(array) for n, array in batch.inputs.items()}) for batch in first]
-        return max(tolerance, ROUNDINGS * self._error(reference, reference, first, moved))
-
-    def _error(
-        self, tried: GraphFile, reference: GraphFile, samples: Iterable[Batch], moved: Iterable[Batch] | None = None
-    ) -> float:
-        """Return the largest difference of an output over the largest value that it has; the worst of all outputs.
-
-        The network that is tried runs on `moved` where it is given.
-        """
-        first = reference.session(plain=True)
-        sessions = first if tried is reference else tried.session(plain=True), first
-        differences: dict[int, float] = {}
-        largest: dict[int, float] = {}
-        for pair in zip(samples if moved is None else moved, samples, strict=True):
-            found = [run(session, batch.inputs) for session, batch in zip(sessions, pair, strict=True)]
-            for i, (a, b) in enumerate(zip(*found, strict=True)):
-                if a.shape != b.shape or a.dtype.kind not in "fiub":
-                    return float("inf")
-                wide_a, wide_b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-                gap = np.abs(wide_a - wide_b).max(initial=0.0)
-                differences[i] = max(gap, differences.get(i, 0.0)) if not np.isnan(gap) else float("inf")
-                largest[i] = max(np.abs(wide_b).max(initial=0.0), largest.get(i, 0.0))
-        return float(max(differences[i] / max(largest[i], 1e-300) if differences[i] else 0.0 for i in differences))
+        return built, merges, error
 
     def _at_constants(self) -> GraphFile:
         """Return the network with constants in the places of its gates, and nothing else changed."""
