@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         folding,
         gate,
         gates,
+        graphs,
         models,
         plots,
         recipe,
@@ -53,14 +54,14 @@ _HOMES = {
     "open_run": "stripe.store",
 }
 _ROOMS = (
-    "asr", "attention", "checkpoints", "cluster", "data", "examples", "figures", "folding", "gate", "gates", "models",
-    "plots", "recipe", "recorder", "report", "stats", "store", "training",
+    "asr", "attention", "checkpoints", "cluster", "data", "examples", "figures", "folding", "gate", "gates", "graphs",
+    "models", "plots", "recipe", "recorder", "report", "stats", "store", "training",
 )  # fmt: skip
 
 __all__ = [
     "Gate", "Recorder", "RecorderCallback", "Run", "asr", "attention", "checkpoints", "cluster", "data", "examples",
-    "figures", "find_gates", "fold", "folding", "gate", "gates", "interleave", "keep_memory", "load_example", "models",
-    "open_run", "plots", "recipe", "recorder", "report", "stats", "store", "training",
+    "figures", "find_gates", "fold", "folding", "gate", "gates", "graphs", "interleave", "keep_memory", "load_example",
+    "models", "open_run", "plots", "recipe", "recorder", "report", "stats", "store", "training",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import stripe
 from stripe.folding import study
-from stripe.folding.study import most_folded
+from stripe.folding.studying import most_folded
 
 
 class Gated(nn.Module):

@@ -22,7 +22,7 @@ import stripe
 from stripe.asr.psi import Psi, best_fit, random_psis, vectors_of
 from stripe.attention import create_attention
 from stripe.data import Loader, load_images
-from stripe.folding.constants import GateUse, measure_gates
+from stripe.folding import GateUse, measure_gates
 from stripe.gate import Gate
 from stripe.gates import isolate, read_gates
 from stripe.stats import Moments, benjamini_hochberg

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from stripe.folding.constants import GateUse
+from stripe.folding.uses import GateUse
 from stripe.stats import SEED
 from stripe.stats.verdicts import DRAWS, energy_distance
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from stripe.asr.layers import asr_layers
 from stripe.devices import device_of
-from stripe.folding.constants import GateUse, measure_gates
+from stripe.folding import GateUse, measure_gates
 from stripe.folding.exact import fuse_norms
 from stripe.gate import Gate, Kind
 from stripe.gates import find_gates, read_gates, replace_gates

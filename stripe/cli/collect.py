@@ -9,7 +9,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from stripe.cli import options
+from stripe.cli import graphs, options
 
 if TYPE_CHECKING:
     from stripe.data import ImageSet
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, or timm:NAME[:pretrained], torchvision:NAME[:pretrained], package.module:FACTORY",
+        help="files, ONNX too, or timm:NAME[:pretrained], torchvision:NAME[:pretrained], package.module:FACTORY",
     )
     network.add_argument(
         "--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME, ...:FACTORY"
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--size", type=options.positive, metavar="N", help="side of the images (default: the network's)")
     data.add_argument("--samples", type=options.positive, metavar="N", help="images to record (default: all)")
     options.add_loading(data)
+    graphs.add_arguments(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--out", metavar="RUN", help="directory of the run, or s3://BUCKET/RUN")
     files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _list(arguments)
     if arguments.out is None:
         raise ValueError("no place to record to: name a directory with --out RUN, or list gates with --list-gates")
+    if graphs.are_graphs(arguments.ckpt):
+        return graphs.collect(arguments, _contents(arguments), _gates)
     from stripe.data import Loader
     from stripe.models import read_checkpoint
     from stripe.recorder import Recorder
@@ -198,11 +201,8 @@ def _gates(arguments: argparse.Namespace, spec: str, candidates: Sequence[Candid
 
 def _list(arguments: argparse.Namespace) -> int:
     """Print the gates of every checkpoint, and with --explain what was rejected."""
-    from stripe.models import read_checkpoint
-
     for spec in arguments.ckpt:
-        checkpoint = read_checkpoint(spec, arguments.arch)
-        candidates = _candidates(checkpoint, _images(arguments, SEARCHED, _preprocessing(arguments, checkpoint)))
+        candidates = graphs.candidates(arguments, spec) if graphs.is_graph(spec) else _read_candidates(arguments, spec)
         if arguments.explain:
             rejected = [candidate for candidate in candidates if not candidate.gate]
             print(f"{spec}: {len(rejected)} products and sums rejected")
@@ -211,6 +211,13 @@ def _list(arguments: argparse.Namespace) -> int:
         print(f"{spec}: {len(gates)} gates")
         _print(gates, COLUMNS)
     return 0
+
+
+def _read_candidates(arguments: argparse.Namespace, spec: str) -> list[Candidate]:
+    from stripe.models import read_checkpoint
+
+    checkpoint = read_checkpoint(spec, arguments.arch)
+    return _candidates(checkpoint, _images(arguments, SEARCHED, _preprocessing(arguments, checkpoint)))
 
 
 def _print(items: Sequence[object], columns: Sequence[str]) -> None:

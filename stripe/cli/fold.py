@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stripe.cli import options
+from stripe.cli import graphs, options
 from stripe.files import write_csv
 from stripe.recipe import CONSTANTS, DISTILL_LR, LEARNING_STEPS, TRAIN_BATCH, Recipe
 
@@ -32,7 +32,9 @@ TRACED = 3  # images on which the network is traced and exported
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     network = parser.add_argument_group("network")
-    network.add_argument("--ckpt", required=True, metavar="PATH", help="file, timm:NAME, torchvision:NAME[:pretrained]")
+    network.add_argument(
+        "--ckpt", required=True, metavar="PATH", help="file, ONNX too, timm:NAME, torchvision:NAME[:pretrained]"
+    )
     network.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
     network.add_argument(
         "--run", dest="run_path", metavar="RUN", help="take the mean constants from this run's stripes"
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--test-samples", type=options.positive, metavar="N", help="images to test on (default: all)")
     data.add_argument("--samples", type=options.positive, default=2000, metavar="N", help="images to measure gates on")
     data.add_argument("--manualSeed", type=int, metavar="SEED", help="of the split (default: the checkpoint's, else 0)")
+    graphs.add_arguments(parser)
     choice = parser.add_argument_group("what to fold")
     choice.add_argument("--keep", type=int, metavar="K", help="leave the K most sensitive gates as they are")
     choice.add_argument(
@@ -100,6 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Study what folding costs; print and write what was found, and the network that was chosen."""
+    if graphs.is_graph(arguments.ckpt):
+        return graphs.fold(arguments)
     from stripe import figures, folding, plots
     from stripe.models import read_checkpoint
 

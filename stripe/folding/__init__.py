@@ -12,20 +12,42 @@ every module in its own; `fuse` and `fold` hold for inference, take the network 
 eval mode. Put back into train mode, a folded network does there what it did before, but for its gates.
 
 How it is decided: `fields` and `maps` say what of a graph is an affine map per channel, `merging` where it goes, all
-without torch; `source` takes it out of the modules' own methods, and `building` puts together and compares.
+without torch; `source` takes it out of the modules' own methods, and `building` puts together and compares. Names are
+imported on first use, so that what needs no torch is there without it.
 """
 
-from stripe.folding.building import ChannelScale
-from stripe.folding.constants import Forecast, foretell, learn_constants, measure_gates
-from stripe.folding.divergence import Damage, damage
-from stripe.folding.exact import FoldReport, fold, fuse_norms
-from stripe.folding.export import OnnxFile, onnx_session, save_onnx, save_program, save_weights
-from stripe.folding.latency import latencies
-from stripe.folding.recovery import distill, reestimate_norms
-from stripe.folding.sensitivity import Metric, greedy_order, predictors, rank_correlations, sensitivity
-from stripe.folding.study import Study, study
-from stripe.folding.uses import AVERAGES, GateUse, mean_constants
-from stripe.folding.variants import AS_FOLDED, Recovery, Variant, variants
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stripe.folding.building import ChannelScale
+    from stripe.folding.comparing import AS_FOLDED, Recovery, Variant, variants
+    from stripe.folding.constants import Forecast, foretell, learn_constants, measure_gates
+    from stripe.folding.divergence import Damage, damage
+    from stripe.folding.exact import fold, fuse_norms
+    from stripe.folding.export import OnnxFile, onnx_session, save_onnx, save_program, save_weights
+    from stripe.folding.latency import latencies
+    from stripe.folding.ordering import Metric, greedy_order, predictors, rank_correlations, sensitivity
+    from stripe.folding.recovery import distill, reestimate_norms
+    from stripe.folding.report import FoldReport
+    from stripe.folding.studying import Study, study
+    from stripe.folding.uses import AVERAGES, GateUse, mean_constants
+
+_NAMES = {
+    "building": "ChannelScale",
+    "comparing": "AS_FOLDED Recovery Variant variants",
+    "constants": "Forecast foretell learn_constants measure_gates",
+    "divergence": "Damage damage",
+    "exact": "fold fuse_norms",
+    "export": "OnnxFile onnx_session save_onnx save_program save_weights",
+    "latency": "latencies",
+    "ordering": "Metric greedy_order predictors rank_correlations sensitivity",
+    "recovery": "distill reestimate_norms",
+    "report": "FoldReport",
+    "studying": "Study study",
+    "uses": "AVERAGES GateUse mean_constants",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "AS_FOLDED", "AVERAGES", "ChannelScale", "Damage", "FoldReport", "Forecast", "GateUse", "Metric",
@@ -34,3 +56,14 @@ __all__ = [
     "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights", "sensitivity", "study",
     "variants",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stripe.folding' has no attribute '{name}'; expected one of {', '.join(__all__)}")
+    return getattr(import_module(f"stripe.folding.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -225,7 +225,7 @@ def learn_constants(
             loss = divergence(kind, found, wanted) * len(piece) / len(batch)
             if not loss.isfinite():
                 raise FloatingPointError(f"the divergence is {float(loss)} in step {step} of learning: lower its rate")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
     return {each.gate.name: _array(torch.stack(each.now())) for each in freed}
 

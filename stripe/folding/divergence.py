@@ -140,8 +140,10 @@ class _Classes:
         """Take a batch."""
         ours, theirs = found[0].argmax(1).cpu(), wanted[0].argmax(1).cpu()
         count = len(ours)
-        usable = isinstance(labels, Tensor) and labels.shape == ours.shape and not labels.is_floating_point()
-        self._labelled &= bool(usable and ((labels >= 0) & (labels < found[0].shape[1])).all())  # type: ignore[operator]
+        if isinstance(labels, Tensor) and labels.shape == ours.shape and not labels.is_floating_point():
+            self._labelled &= bool(torch.logical_and(labels >= 0, labels < found[0].shape[1]).all())
+        else:
+            self._labelled = False
         right = (ours == labels.cpu()).sum() if self._labelled and labels is not None else torch.zeros(())
         away = divergence(CLASSES, [found[0].double()], [wanted[0].double()]).cpu() * count
         self._sums += torch.stack([away, (ours == theirs).sum().double(), right.double()])

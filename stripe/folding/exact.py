@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,31 +21,13 @@ from stripe.folding.building import ChannelScale, Original
 from stripe.folding.fields import Weights
 from stripe.folding.maps import Constants, norm_maps
 from stripe.folding.merging import Merge, Network
+from stripe.folding.report import FoldReport, table_of
 from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
 from stripe.gate import Gate, name_of
 from stripe.gates.finding import find_gates
 from stripe.gates.hooks import uncompiled
 from stripe.gates.reading import replace_gates
 from stripe.gates.trace import Images, tensors_in, trace
-
-
-@dataclass(frozen=True, eq=False)
-class FoldReport:
-    """What became of each gate, and how far the folded network is from the one whose gates are constant.
-
-    `table` has one row per gate: gate, direction ("back", "forward" or "kept"), into (names of the tensors that
-    changed), through (maps between), reason (why it was kept) and weight_growth (largest weight after over before).
-    `error` is the largest difference over the largest output, in float64.
-    """
-
-    table: pd.DataFrame
-    error: float
-
-    def _repr_html_(self) -> str:
-        """Show in a notebook how many gates were merged, how exactly, and the table."""
-        merged = int((self.table["direction"] != "kept").sum())
-        head = f"<p><b>{merged} of {len(self.table)}</b> gates merged, relative error {self.error:.1g}</p>"
-        return head + self.table.to_html(index=False)
 
 
 def fold(
@@ -197,16 +178,6 @@ def _checked(
             wrong = (~vector.isfinite()).reshape(-1, channels[name]).any(0).sum()
             raise ValueError(f"the constant of gate {name!r} is not finite in {wrong} channels")
     return vectors
-
-
-def table_of(merges: Iterable[Merge], what: str) -> pd.DataFrame:
-    """Return a row for each gate or norm, named in the column `what`, as in a report."""
-    rows = [
-        (name, m.direction, tuple(dict.fromkeys(e.name for e in m.edits)), m.through, m.reason, m.growth)
-        for m in merges
-        for name in m.map.names
-    ]
-    return pd.DataFrame(rows, columns=[what, "direction", "into", "through", "reason", "weight_growth"])
 
 
 def cast_like(new: nn.Module, model: nn.Module) -> None:

@@ -6,7 +6,7 @@ A field is an array in the shape of a value that says what every entry is multip
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,16 @@ class Blocked(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The parameters and buffers of a network in float64, by name; tied ones are one array under several names.
+    """The parameters and buffers of a network in float64, by name.
 
     `empty` names the parameters that a layer could have and has not, such as the bias of a convolution without one.
+    `tied` holds, by name, all the names of a tensor that has several.
     """
 
     tensors: Mapping[str, Array]
     empty: frozenset[str]
     run: Run
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def compute(
         self, value: Value, known: Mapping[Value, Array] | None = None, tensors: Mapping[str, Array] | None = None
@@ -100,6 +102,21 @@ def along(field: Array, dim: int) -> Array:
     if (rows != rows[:, :1]).any():
         raise Blocked("the channels are spread over several dimensions")
     return rows[:, 0]
+
+
+def spread_like(field: Array, value: Value) -> Array:
+    """Return what a field is made of in the shape of a value that is spread over it, as a parameter that is added is.
+
+    Raises:
+        Blocked: the field differs where the value is the same.
+    """
+    lead = len(field.shape) - len(value.shape)
+    if lead < 0:
+        raise Blocked("a parameter has more dimensions than the map")
+    small = field[tuple(slice(1) if d < lead or value.shape[d - lead] == 1 else slice(None) for d in range(field.ndim))]
+    if not np.array_equal(np.broadcast_to(small, field.shape), field):
+        raise Blocked("a parameter is the same for channels that are scaled differently")
+    return small.reshape(small.shape[lead:]).copy()
 
 
 def per_input(op: Op, weight: Value, vector: Array) -> Array:

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from stripe.folding.fields import Array, Blocked, Weights, along, per_input
+from stripe.folding.fields import Array, Blocked, Weights, along, per_input, spread_like
 from stripe.folding.maps import NORMS, AffineMap
 from stripe.gates.graph import MOVES, Op, Trace, Value
 
@@ -77,8 +77,20 @@ class Merge:
 class Network:
     """The graph of a network, the operations that its output needs once some values are constant, and its weights."""
 
-    def __init__(self, graph: Trace, weights: Weights, needed: set[Op], constants: Mapping[Op, Value]) -> None:
-        """Take a graph, the network's weights, what is needed, and by operation the operand that is constant."""
+    def __init__(
+        self,
+        graph: Trace,
+        weights: Weights,
+        needed: set[Op],
+        constants: Mapping[Op, Value],
+        *,
+        is_final: bool = False,
+    ) -> None:
+        """Take a graph, the network's weights, what is needed, and by operation the operand that is constant.
+
+        A network that `is_final` is never trained again, so that its batch norms are layers like others.
+        """
+        self._is_final = is_final
         self._graph = graph
         self._weights = weights
         self._needed = needed
@@ -166,17 +178,34 @@ class Network:
             yield from self._back(source, *self._across(op, scale, shift, source, through), {op}, through)
 
     def _into_summands(self, op: Op, scale: Array, shift: Array, through: list[str]) -> Iterator[Edit]:
-        """Scale every branch of a sum, and shift the first; a zero that is added, as sum() does, is no branch."""
+        """Scale every branch of a sum, and shift the first; a zero that is added, as sum() does, is no branch.
+
+        A parameter that is added is a branch of its own, which takes the shift.
+        """
         first, second = op.args[:2]
         branches = [first] if second is first or not isinstance(second, Value) and second == 0 else [first, second]
-        if not all(isinstance(v, Value) and v.live and v.shape == scale.shape for v in branches):
+        added = [v for v in branches if isinstance(v, Value) and v.parameters]
+        branches = [v for v in branches if v not in added]
+        if not all(isinstance(v, Value) and v.live and v.shape == scale.shape for v in branches) or not branches:
             raise Blocked(f"{op.name} is in between")
         if second is first and shift.any():
             raise Blocked("a shift does not pass the sum of a map and itself")
+        for parameter in added:
+            yield self._into_parameter(op, parameter, scale, shift)
+            shift = np.zeros_like(shift)
         through.append(op.name)
         for branch in branches:
             yield from self._back(branch, scale, shift, {op}, through)
             shift = np.zeros_like(shift)
+
+    def _into_parameter(self, op: Op, parameter: Value, scale: Array, shift: Array) -> Edit:
+        """Scale and shift what is added to, or subtracted from, a map."""
+        if shift.any() and op.kwargs:
+            raise Blocked(f"{op.name} weights what it adds")
+        factor, delta = spread_like(scale, parameter), spread_like(shift, parameter)
+        delta = -delta if op.name == "sub" and parameter is op.args[1] else delta
+        found = self._edit(op, parameter, factor, bool(delta.any()))
+        return replace(found, delta=delta) if delta.any() else found
 
     def _into_output(self, op: Op, scale: Array, shift: Array) -> Iterator[Edit]:
         dim, *positions = _MADE_BY[op.name]
@@ -210,6 +239,8 @@ class Network:
         for op in self._users(value):
             if op.name in _TAKEN_BY:
                 yield from self._into_input(op, value, scale, shift)
+            elif op.name in NORMS and self._is_final and not self._has_norms:
+                yield from self._into_norm(op, value, scale, shift)
             elif op.name in MOVES:
                 moved = (self._weights.pushed(op, value, *each) for each in ((scale, 1.0), (shift, 0.0)))
                 for output, its_scale, its_shift in zip(op.outputs, *moved, strict=False):
@@ -236,14 +267,33 @@ class Network:
             summed = added.reshape(len(added), -1).sum(1) if op.name == "convolution" else added.sum(0)
             yield self._added(op, bias, summed)
 
+    def _into_norm(self, op: Op, value: Value, scale: Array, shift: Array) -> Iterator[Edit]:
+        """Let a batch norm do with x what it did with scale * x + shift, by its weight and bias, whatever the scale."""
+        x, weight, bias, mean, variance, training = op.args[:6]
+        if x is not value or training or any(v is None or v.live for v in (weight, bias, mean, variance)):
+            raise Blocked(f"{op.name} after it has no weight, bias and running statistics")
+        factor, offset = along(scale, 1), along(shift, 1)
+        weights, means, variances = (self._weights.compute(each) for each in (weight, mean, variance))
+        delta = weights * (means * (factor - 1) + offset) / np.sqrt(variances + op.args[7])
+        yield self._edit(op, weight, factor)
+        yield replace(self._edit(op, bias, np.ones_like(delta), True), delta=delta)
+
     def _added(self, op: Op, bias: Value | None, delta: Array) -> Edit:
-        """Add to a layer's output: at its bias, at the running mean of the batch norm that takes it, at a new bias."""
+        """Add to a layer's output: at its bias, at what the next operation adds or subtracts, or at a new bias."""
         if bias is not None:
             return replace(self._edit(op, bias, np.ones_like(delta), True), delta=delta)
-        users = self._users(op.outputs[0])
-        if self._has_norms or len(users) != 1 or users[0].name not in NORMS or users[0].args[3] is None:
+        output = op.outputs[0]
+        users = self._users(output)
+        user = users[0] if len(users) == 1 else None
+        if user and user.name == "add" and not user.kwargs:
+            for parameter in (v for v in user.args[:2] if isinstance(v, Value) and v.parameters and not v.producer):
+                shape = [1] * len(output.shape)
+                shape[1 if op.name == "convolution" else -1] = -1
+                moved = spread_like(np.broadcast_to(delta.reshape(shape), output.shape), parameter)
+                return replace(self._edit(user, parameter, np.ones_like(moved), True), delta=moved)
+        if self._has_norms or user is None or user.name not in NORMS or user.args[3] is None:
             return self._new_bias(op, np.ones_like(delta), delta, "after")
-        return replace(self._edit(users[0], users[0].args[3], np.ones_like(delta), True), delta=-delta)
+        return replace(self._edit(user, user.args[3], np.ones_like(delta), True), delta=-delta)
 
     # maps between, and tensors to change
     def _scaled_input(self, op: Op) -> Value:
@@ -281,8 +331,7 @@ class Network:
         found = self._carrier(op.call.path, used, factor)
         if found is None or direct and used.producer is not None:
             raise Blocked(f"no parameter of {op.name} carries a factor per channel")
-        tensors = self._weights.tensors
-        same = [name for name, tensor in tensors.items() if tensor is tensors[found.name]]
+        same = self._weights.tied.get(found.name, (found.name,))
         others = [o for o in self._needed if o is not op and o.live_inputs and found.name in o.parameters]
         if len(same) > 1 or others:
             raise Blocked(f"{found.name} is shared with {same[1] if len(same) > 1 else others[0].call.path}")

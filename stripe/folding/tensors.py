@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,13 +29,17 @@ def weights_of(model: nn.Module) -> Weights:
     """Return the weights as the planning of merges takes them; integers among them become floating point."""
     named = named_tensors(model)
     arrays = {id(tensor): _array(tensor) for tensor in named.values()}
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, tensor in named.items():
+        names[id(tensor)].append(name)
     empty = [
         f"{path}.{name}".removeprefix(".")
         for path, module in model.named_modules()
         for name, parameter in module._parameters.items()
         if parameter is None
     ]
-    return Weights({name: arrays[id(tensor)] for name, tensor in named.items()}, frozenset(empty), _run)
+    tied = {name: tuple(same) for same in names.values() if len(same) > 1 for name in same}
+    return Weights({name: arrays[id(tensor)] for name, tensor in named.items()}, frozenset(empty), _run, tied)
 
 
 def _array(tensor: Tensor) -> Array:

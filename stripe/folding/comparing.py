@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stripe.folding.exact import FoldReport, fold
+from stripe.folding.exact import fold
+from stripe.folding.report import FoldReport
 from stripe.folding.uses import Constants
 from stripe.gates.trace import Images
 

@@ -90,5 +90,5 @@ def rank_correlations(
         measured = [damage[gate] for gate in values.index]
         varied = len(values) > 2 and values.nunique() > 1 and len(set(measured)) > 1
         rho, p = spearmanr(values, measured) if varied else (float("nan"), float("nan"))
-        rows.append((name, float(rho), float(p), len(values)))
+        rows.append((str(name), float(rho), float(p), len(values)))
     return pd.DataFrame(rows, columns=["predictor", "rho", "p", "gates"])

@@ -11,13 +11,13 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
+from stripe.folding.comparing import AS_FOLDED, AS_IS, Recovery, Variant, variants
 from stripe.folding.constants import Forecast, foretell, learn_constants, measure_gates
 from stripe.folding.divergence import VALUES, Damage, damage, kind_of
 from stripe.folding.latency import BACKENDS, BATCHES, latencies
+from stripe.folding.ordering import ORDERS, Metric, greedy_order, predictors, rank_correlations, sensitivity
 from stripe.folding.recovery import reestimate_norms
-from stripe.folding.sensitivity import ORDERS, Metric, greedy_order, predictors, rank_correlations, sensitivity
 from stripe.folding.uses import AVERAGES, Constants, GateUse
-from stripe.folding.variants import AS_FOLDED, AS_IS, Recovery, Variant, variants
 from stripe.gates import Gate, find_gates
 from stripe.gates.trace import Images
 from stripe.messages import Progress

@@ -1,0 +1,235 @@
+"""ONNX files in `collect` and `fold`: what the two commands do without torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stripe.cli import options
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stripe.folding import GateUse
+    from stripe.gate import Gate
+    from stripe.gates import Candidate
+    from stripe.graphs import Batch, GraphFile
+
+ENDING = ".onnx"
+HELD_OUT = 5  # every so many-th sample is not measured on, but compared on
+
+Choose = Callable[[argparse.Namespace, str, "Sequence[Candidate]"], "list[Gate]"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what an ONNX file does not tell."""
+    group = parser.add_argument_group("ONNX files")
+    group.add_argument("--inputs", metavar="PATH", help=".npz or .npy file of inputs, or a folder of such files")
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}", nargs=3, type=float, metavar=("R", "G", "B"), help=f"{name} that images are normalised by"
+        )
+
+
+def is_graph(spec: str) -> bool:
+    """Whether a checkpoint is an ONNX file."""
+    return spec.lower().endswith(ENDING)
+
+
+def are_graphs(specs: Sequence[str]) -> bool:
+    """Whether all checkpoints are ONNX files.
+
+    Raises:
+        ValueError: some are.
+    """
+    if any(map(is_graph, specs)) and not all(map(is_graph, specs)):
+        raise ValueError("--ckpt names ONNX files beside other checkpoints: record them as runs of their own")
+    return all(map(is_graph, specs))
+
+
+def candidates(arguments: argparse.Namespace, spec: str) -> list[Candidate]:
+    """Look for gates on the first samples; ValueError where these are too small to tell."""
+    from stripe.graphs import explain_gates, find_gates, open_graph
+
+    file = open_graph(spec)
+    found = explain_gates(file, _batches(arguments, file))
+    if any(candidate.hidden for candidate in found):
+        find_gates(file, _batches(arguments, file))  # which says what to do
+    return found
+
+
+def collect(arguments: argparse.Namespace, contents: str, choose: Choose) -> int:
+    """Record every file as an epoch of one run, in the order in which they are named."""
+    from stripe.graphs import open_graph, record
+
+    if arguments.resume:
+        raise ValueError("--resume goes on with checkpoints of a training, not with ONNX files: leave it out")
+    for epoch, spec in enumerate(arguments.ckpt):
+        file = open_graph(spec)
+        gates = choose(arguments, spec, candidates(arguments, spec))
+        record(
+            file,
+            gates,
+            _batches(arguments, file),
+            arguments.out,
+            epoch=epoch,
+            squeeze=arguments.squeeze,
+            dtype=arguments.dtype,
+            contents=contents,
+            description={"file": Path(spec).name},
+            data=_described(arguments),
+            overwrite=arguments.overwrite,
+            progress=options.progress(f"epoch {epoch}"),
+        )
+        print(f"{arguments.out}: epoch {epoch}, {len(gates)} gates, from {spec}")
+    return 0
+
+
+def fold(arguments: argparse.Namespace) -> int:
+    """Fold a file by each weighting, print what it costs on samples held out, and name the one that costs least."""
+    import pandas as pd
+
+    from stripe import graphs
+
+    _require_known(arguments)
+    file = graphs.open_graph(arguments.ckpt)
+    measured = _Part(arguments, file, held_out=False)
+    gates = graphs.find_gates(file, measured)
+    if not gates:
+        raise ValueError(f"{arguments.ckpt} has no gate: see `stripe collect --ckpt {arguments.ckpt} --explain`")
+    uses = graphs.measure_gates(file, gates, measured, progress=options.progress("gates"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows, tables = [], []
+    for weighting, constants in _choices(arguments, uses).items():
+        row, table = _fold_by(arguments, file, uses, weighting, constants)
+        rows.append(row)
+        tables.append(table)
+    costs, table = pd.DataFrame(rows), pd.concat(tables, ignore_index=True)
+    for name, each in (("cost", costs), ("gates", table.drop(columns="into"))):
+        print(f"\n{name}\n{each.to_string(index=False, float_format='{:.4g}'.format)}")
+    chosen = costs["file"].iloc[int(costs["relative_error"].argmin())]
+    content = {"chosen": chosen, "cost": options.plain(costs), "gates": options.plain(table)}
+    for path in (arguments.out / "fold.json", arguments.json):
+        options.write_json(path, content)
+    print(f"\n{arguments.out / chosen}")
+    return 0
+
+
+def _choices(arguments: argparse.Namespace, uses: Mapping[str, GateUse]) -> dict[str, dict[str, Any]]:
+    """Return the constants to compare, by weighting; means are a run's where one was given."""
+    from stripe.folding import mean_constants
+    from stripe.store import open_run
+
+    choices = {weighting: {n: use.constant(weighting) for n, use in uses.items()} for weighting in arguments.weightings}
+    if arguments.run_path:
+        choices["mean"] = dict(mean_constants(open_run(arguments.run_path)))
+    return choices
+
+
+def _fold_by(
+    arguments: argparse.Namespace,
+    file: GraphFile,
+    uses: Mapping[str, GateUse],
+    weighting: str,
+    constants: Mapping[str, Any],
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Write the file folded by a weighting; return what it costs, and what became of each gate."""
+    from stripe import graphs
+
+    if lacking := uses.keys() - constants.keys():
+        raise ValueError(f"the run holds no gate {', '.join(sorted(lacking))}: record one of this file")
+    errors = {name: use.error(constants[name]) for name, use in uses.items()}
+    folded = sorted(errors, key=errors.__getitem__)[: len(errors) - (arguments.keep or 0)]
+    if not folded:
+        raise ValueError(f"--keep {arguments.keep} leaves no gate to fold: there are {len(errors)}")
+    path, compared = arguments.out / f"folded-{weighting}{ENDING}", _Part(arguments, file, held_out=True)
+    report = graphs.fold(file, {name: constants[name] for name in folded}, path, compared)
+    merged = int((report.table["direction"] != "kept").sum())
+    row = {"weighting": weighting, "folded": len(folded), "merged": merged, **asdict(graphs.cost(file, path, compared))}
+    energies = report.table["gate"].map(errors)
+    return row | {"exactness": report.error, "file": path.name}, report.table.assign(
+        weighting=weighting, energy_error=energies
+    )
+
+
+def _require_known(arguments: argparse.Namespace) -> None:
+    """Refuse what asks for training, or for more than one number of folded gates."""
+    asked = {
+        "--max-drop": arguments.max_drop is not None,
+        "--distill-steps": arguments.distill_steps,
+        "--counts": arguments.counts,
+        "--recover-each": arguments.recover_each,
+        "--order": arguments.order != "single",
+    }
+    if given := [name for name, value in asked.items() if value]:
+        raise ValueError(f"{', '.join(given)}: not for ONNX files; fold the network as a module, or leave it out")
+    if arguments.keep is not None and arguments.keep < 0:
+        raise ValueError(f"--keep {arguments.keep}: expected a number of gates, at least 0")
+
+
+# ---- samples ----
+def _batches(arguments: argparse.Namespace, file: GraphFile) -> Iterable[Batch]:
+    """Return the samples that --inputs or --dataset names."""
+    from stripe.graphs import read_inputs
+
+    if arguments.inputs:
+        return read_inputs(file, arguments.inputs, samples=arguments.samples, size=arguments.batch)
+    if arguments.dataset is None:
+        raise ValueError("an ONNX file names no data: give --inputs FILE.npz, or --dataset URI for images")
+    return _images(arguments, file)
+
+
+def _images(arguments: argparse.Namespace, file: GraphFile) -> Iterator[Batch]:
+    """Yield batches of a data set; its readers are torch's."""
+    from stripe.data import Loader, load_images
+    from stripe.graphs import Batch
+
+    info = file.inputs[0].type.tensor_type.shape.dim
+    fixed = info[2].dim_value if len(info) == 4 else 0
+    size = getattr(arguments, "size", None) or fixed or None
+    given = {"size": size, "mean": arguments.mean, "std": arguments.std}
+    images = load_images(
+        arguments.dataset,
+        getattr(arguments, "split", "train"),
+        samples=arguments.samples,
+        data_dir=arguments.data_dir,
+        **{name: value for name, value in given.items() if value},
+    )
+    for pixels, labels, sample_ids in Loader(images, file.batch_size or arguments.batch, workers=arguments.workers):
+        if file.batch_size in (None, len(pixels)):
+            yield Batch({file.inputs[0].name: pixels.numpy()}, labels.numpy(), sample_ids.numpy())
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The samples to measure on, or those to compare on, read anew each time; batches of a fixed size stay whole."""
+
+    arguments: argparse.Namespace
+    file: GraphFile
+    held_out: bool
+
+    def __iter__(self) -> Iterator[Batch]:
+        from stripe.graphs import Batch
+
+        for i, batch in enumerate(_batches(self.arguments, self.file)):
+            count = len(batch.sample_ids)
+            if self.file.batch_size:
+                if i == 0 or self._is_in(i):
+                    yield batch
+                continue
+            rows = [n for n in range(count) if self._is_in(n)] or [*range(count)]
+            parts = {name: a[rows] if a.ndim and len(a) == count else a for name, a in batch.inputs.items()}
+            yield Batch(parts, None if batch.labels is None else batch.labels[rows], batch.sample_ids[rows])
+
+    def _is_in(self, position: int) -> bool:
+        return (position % HELD_OUT == HELD_OUT - 1) == self.held_out
+
+
+def _described(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.inputs:
+        return {"uri": Path(arguments.inputs).name}
+    known = {"uri": arguments.dataset, "split": arguments.split, "size": arguments.size}
+    return known | {name: getattr(arguments, name) for name in ("mean", "std") if getattr(arguments, name)}

@@ -1,0 +1,39 @@
+"""What became of the gates or norms of a network. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from stripe.folding.merging import Merge
+
+
+@dataclass(frozen=True, eq=False)
+class FoldReport:
+    """What became of each gate, and how far the folded network is from the one whose gates are constant.
+
+    `table` has one row per gate: gate, direction ("back", "forward" or "kept"), into (names of the tensors that
+    changed), through (maps between), reason (why it was kept) and weight_growth (largest weight after over before).
+    `error` is the largest difference over the largest output, in float64.
+    """
+
+    table: pd.DataFrame
+    error: float
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook how many gates were merged, how exactly, and the table."""
+        merged = int((self.table["direction"] != "kept").sum())
+        head = f"<p><b>{merged} of {len(self.table)}</b> gates merged, relative error {self.error:.1g}</p>"
+        return head + self.table.to_html(index=False)
+
+
+def table_of(merges: Iterable[Merge], what: str) -> pd.DataFrame:
+    """Return a row for each gate or norm, named in the column `what`, as in a report."""
+    rows = [
+        (name, m.direction, tuple(dict.fromkeys(e.name for e in m.edits)), m.through, m.reason, m.growth)
+        for m in merges
+        for name in m.map.names
+    ]
+    return pd.DataFrame(rows, columns=[what, "direction", "into", "through", "reason", "weight_growth"])

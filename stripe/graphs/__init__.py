@@ -1,0 +1,31 @@
+"""Gates of an ONNX file: found, recorded and folded as those of a module are, and without torch.
+
+`trace` writes a graph down in the terms that `stripe.gates.rules` and `stripe.folding.merging` decide on, so that a
+network has the same gates and the same merges as a file and as a module. `find_gates` names them, `record` writes
+their attention into a run, `measure_gates` gives the constants, `fold` a file without gates, and `cost` says how far
+its outputs are from the original's:
+
+    gates = stripe.graphs.find_gates("model.onnx", images)
+    stripe.graphs.record("model.onnx", gates, images, "runs/a")
+    uses = stripe.graphs.measure_gates("model.onnx", gates, images)
+    constants = {name: use.constant("mean") for name, use in uses.items()}
+    report = stripe.graphs.fold("model.onnx", constants, "folded.onnx", images)
+
+Needs the extra `onnx`: onnx and onnxruntime.
+"""
+
+from importlib.util import find_spec
+
+if missing := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
+    raise ModuleNotFoundError(f"ONNX files need {', '.join(missing)}: pip install 'stripe-observation[onnx]'")
+
+from stripe.graphs.comparing import Cost, cost  # noqa: E402
+from stripe.graphs.file import GraphFile, open_graph  # noqa: E402
+from stripe.graphs.folding import fold  # noqa: E402
+from stripe.graphs.inputs import Batch, Batches, read_inputs  # noqa: E402
+from stripe.graphs.recording import explain_gates, find_gates, measure_gates, record  # noqa: E402
+
+__all__ = [
+    "Batch", "Batches", "Cost", "GraphFile", "cost", "explain_gates", "find_gates", "fold", "measure_gates",
+    "open_graph", "read_inputs", "record",
+]  # fmt: skip

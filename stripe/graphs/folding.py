@@ -1,0 +1,273 @@
+"""fold for an ONNX file: constants in place of its gates, merged into its weights, compared and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from stripe.folding.fields import Array, Weights
+from stripe.folding.maps import AffineMap, Constants, placed
+from stripe.folding.merging import Merge, Network
+from stripe.folding.report import FoldReport, table_of
+from stripe.gate import Gate, name_of
+from stripe.gates.rules import candidates_of
+from stripe.graphs.checking import Reference
+from stripe.graphs.file import FLOATS, GraphFile, Tensor, captured, referenced, rename
+from stripe.graphs.inputs import Batch, Inputs, first_of
+from stripe.graphs.operators import run_again
+from stripe.graphs.recording import SEARCHED, Path, opened, operands, samples_of
+from stripe.graphs.trace import GraphTrace, trace
+from stripe.graphs.writing import save
+
+TOLERANCES: dict[int, float] = {
+    TensorProto.DOUBLE: 1e-10,
+    TensorProto.FLOAT: 1e-4,
+    TensorProto.FLOAT16: 3e-2,
+    TensorProto.BFLOAT16: 0.2,
+}
+"""Largest relative error between a folded file and the one with constant gates, by the type that most weights have."""
+
+
+def fold(
+    path: Path | GraphFile,
+    constants: Mapping[Any, Array],
+    folded_path: Path,
+    inputs: Inputs | Iterable[Batch],
+    *,
+    normalisers: Sequence[str] = (),
+) -> FoldReport:
+    """Write an ONNX file in which gates are the vectors (C,) of `constants`, merged into weights where that is exact.
+
+    The keys of `constants` are gates or their names. All samples of `inputs` are sent through the folded file and the
+    one with constant gates; the report's `error` is their largest difference over the largest output. Weights keep
+    their types, and opset, metadata and inputs are as they were. A gate without an exact merge becomes a product with
+    its constant.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a file that is quantised or
+            cannot be run, or a network that differs from itself.
+        ArithmeticError: the folded file differs, even with nothing merged, or is no valid ONNX.
+
+    Example:
+        >>> gates = stripe.graphs.find_gates("model.onnx", images)  # doctest: +SKIP
+        >>> uses = stripe.graphs.measure_gates("model.onnx", gates, images)  # doctest: +SKIP
+        >>> vectors = {name: use.constant("mean") for name, use in uses.items()}  # doctest: +SKIP
+        >>> report = stripe.graphs.fold("model.onnx", vectors, "folded.onnx", images)  # doctest: +SKIP
+    """
+    file = opened(path)
+    samples = samples_of(file, inputs)
+    samples = list(samples) if isinstance(samples, Iterator) else samples
+    graph = trace(file, first_of(file, samples, SEARCHED))
+    found = [candidate.gate for candidate in candidates_of(graph, normalisers) if candidate.gate]
+    vectors = _checked(file, found, constants)
+    gates = [gate for gate in found if gate.name in vectors]
+    weights = _weights(file, graph)
+    constant = Constants(graph, gates, vectors)
+    network = Network(graph, weights, constant.needed, constant.operands, is_final=True)
+    original = _Original(file, graph, gates, vectors, samples)
+    folded, merges, error = original.merged(network.plan(list(constant.maps(weights))))
+    save(folded, folded_path)
+    table = table_of(merges, "gate")
+    order = [gate.name for gate in gates]
+    return FoldReport(table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error)
+
+
+def _checked(file: GraphFile, gates: Sequence[Gate], constants: Mapping[Any, Array]) -> dict[str, Array]:
+    """Return the constants in float64, by the names of their gates."""
+    if not gates:
+        raise ValueError(f"'{file.path}' has no gates to fold: see stripe.graphs.explain_gates for what was looked at")
+    channels = {gate.name: gate.channels for gate in gates}
+    vectors = {name_of(gate): np.asarray(vector, np.float64) for gate, vector in constants.items()}
+    for name, vector in vectors.items():
+        if name not in channels:
+            raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(channels)}")
+        if vector.shape != (channels[name],):
+            raise ValueError(f"the constant of gate {name!r} has shape {vector.shape}; expected ({channels[name]},)")
+        if not np.isfinite(vector).all():
+            raise ValueError(f"the constant of gate {name!r} is not finite in {(~np.isfinite(vector)).sum()} channels")
+    return vectors
+
+
+# ---- weights ----
+class _Doubles(Mapping[str, Array]):
+    """The weights of a file in float64, each read when it is asked for; a few are kept."""
+
+    def __init__(self, file: GraphFile) -> None:
+        self._names = [tensor.name for tensor in file.graph.initializer]
+        self._read = lru_cache(maxsize=2)(lambda name: np.asarray(file.weight(name), np.float64))
+
+    def __getitem__(self, name: str) -> Array:
+        found: Array = self._read(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+_BIASED = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
+"""Operators that can take a bias, and its position among their inputs."""
+
+
+def _weights(file: GraphFile, graph: GraphTrace) -> Weights:
+    paths = [
+        node.output[0]
+        for node in file.graph.node
+        if node.op_type in _BIASED and not any(node.input[_BIASED[node.op_type] :])
+    ]
+    return Weights(_Doubles(file), frozenset(f"{path}.bias" for path in paths), run_again)
+
+
+# ---- building ----
+@dataclass(eq=False)
+class _Original:
+    """A network with its graph: what merges are made in copies of, and compared with."""
+
+    file: GraphFile
+    graph: GraphTrace
+    gates: Sequence[Gate]
+    vectors: Mapping[str, Array]
+    samples: Iterable[Batch]
+
+    def merged(self, merges: list[Merge]) -> tuple[GraphFile, list[Merge], float]:
+        """Return the network with the merges made, all those that are exact, and its relative error."""
+        reference = Reference(self._at_constants(), self.samples, TOLERANCES[self._usual])
+        built = self._built(merges)
+        error = reference.error(built)
+        if not error <= reference.tolerance:
+            kept = [merge.keep(merge.reason or "its neighbours' merges are not exact") for merge in merges]
+            for i, merge in enumerate(merges):
+                tried = self._built([*kept[:i], merge, *kept[i + 1 :]])
+                alone = reference.error(tried, batches=1) if merge.edits else 0.0
+                if not alone <= reference.tolerance:
+                    merges[i] = merge.keep(f"{merge.direction} is not exact: relative error {alone:.2g}")
+            built = self._built(merges)
+            error = reference.error(built)
+        if not error <= reference.tolerance:
+            raise ArithmeticError(
+                f"the folded network differs by {error:.2g}; expected at most {reference.tolerance:.0e}"
+            )
+        return built, merges, error
+
+    def _at_constants(self) -> GraphFile:
+        """Return the network with constants in the places of its gates, and nothing else changed."""
+        proto = _copied(self.file.proto)
+        added = {}
+        for gate in self.gates:
+            node, attention, _ = operands(self.file, gate)
+            name = f"{gate.name}.constant"
+            shape = next(value.shape for value, tensor in self.graph.names.items() if tensor == node.output[0])
+            added[name] = placed(gate, self.vectors[gate.name], shape[:1] and (1, *shape[1:])).astype(
+                self._type_of(attention)
+            )
+            rename([each for each in proto.graph.node if node.output[0] in each.output], attention, name)
+        _prune(proto.graph)
+        return self.file.with_proto(proto, added)
+
+    def _type_of(self, tensor: str) -> np.dtype[Any]:
+        """Return the floating-point type of a tensor, by default that of most weights."""
+        kind = self._types.get(tensor, self._usual)
+        return np.dtype(helper.tensor_dtype_to_np_dtype(kind if kind in FLOATS else self._usual))
+
+    @cached_property
+    def _types(self) -> dict[str, int]:
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self.file.proto).graph
+        except onnx.shape_inference.InferenceError:
+            inferred = self.file.graph
+        infos = [*inferred.value_info, *inferred.input, *inferred.output]
+        return {info.name: info.type.tensor_type.elem_type for info in infos}
+
+    @cached_property
+    def _usual(self) -> int:
+        kinds = [tensor.data_type for tensor in self.file.graph.initializer if tensor.data_type in FLOATS]
+        return max(set(kinds), key=kinds.count, default=int(TensorProto.FLOAT))
+
+    def _built(self, merges: Sequence[Merge]) -> GraphFile:
+        """Return the network with weights changed and maps taken out."""
+        proto = _copied(self.file.proto)
+        changed: dict[str, Tensor] = {}
+        for merge in merges:
+            for edit in merge.edits:
+                if edit.new and edit.name not in changed:
+                    node = next(each for each in proto.graph.node if edit.path in each.output)
+                    kind = self._type_of(node.output[0])
+                    changed[edit.name] = np.zeros(edit.factor.shape, kind)
+                    node.input.extend([""] * (_BIASED[node.op_type] - len(node.input)))
+                    del node.input[_BIASED[node.op_type] :]
+                    node.input.append(edit.name)
+                before = changed[edit.name] if edit.name in changed else self.file.weight(edit.name)
+                after = before.astype(np.float64) * edit.factor + (0.0 if edit.delta is None else edit.delta)
+                changed[edit.name] = after.astype(before.dtype)
+        stands_for: dict[str, str] = {}
+        for merge in (merge for merge in merges if merge.direction != "unused"):
+            x, y = self.graph.names[merge.map.x], self.graph.names[merge.map.y]
+            x = stands_for.get(x, x)
+            if merge.direction == "kept":
+                changed |= self._scaled(proto.graph, merge.map, x, y)
+            else:
+                _take_out(proto.graph, x, y)
+                stands_for[y] = x
+        _prune(proto.graph)
+        used = referenced(proto.graph)
+        return self.file.with_proto(proto, {name: array for name, array in changed.items() if name in used})
+
+    def _scaled(self, graph: onnx.GraphProto, map: AffineMap, x: str, y: str) -> dict[str, Tensor]:
+        """Put a product and a sum with constants in the place of what made `y`; return the constants by name."""
+        kind = self._type_of(x)
+        fields = [("Mul", map.scale, 1.0), ("Add", map.shift, 0.0)]
+        steps = [(op, field) for op, field, nothing in fields if (field != nothing).any()] or [("Mul", map.scale)]
+        nodes, constants, taken = [], {}, x
+        for i, (op, field) in enumerate(steps):
+            made = y if i == len(steps) - 1 else f"{y}.scaled"
+            constants[f"{y}.{op.lower()}"] = field.astype(kind)
+            nodes.append(helper.make_node(op, [taken, f"{y}.{op.lower()}"], [made], name=made))
+            taken = made
+        _replace(graph, y, nodes)
+        return constants
+
+
+def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def _take_out(graph: onnx.GraphProto, x: str, y: str) -> None:
+    """Let whatever takes `y` take `x`; where its name is needed, `y` is a copy of `x`."""
+    needed = any(output.name == y for output in graph.output) or any(y in captured(node) for node in graph.node)
+    _replace(graph, y, [helper.make_node("Identity", [x], [y], name=y)] if needed else [])
+    rename((node for node in graph.node if y not in node.output), y, x)
+
+
+def _replace(graph: onnx.GraphProto, made: str, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put nodes in the place of the one that makes a tensor."""
+    position = next(i for i, node in enumerate(graph.node) if made in node.output)
+    graph.node.pop(position)
+    for i, node in enumerate(nodes):
+        graph.node.insert(position + i, node)
+
+
+def _prune(graph: onnx.GraphProto) -> None:
+    """Take out the nodes, weights and descriptions that the outputs no longer need."""
+    needed = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update([*node.input, *captured(node)])
+            kept.append(node)
+    copies = onnx.GraphProto(node=reversed(kept))
+    del graph.node[:]
+    graph.node.extend(copies.node)
+    for field in (graph.initializer, graph.value_info, graph.sparse_initializer):
+        for each in [each for each in field if getattr(each, "name", None) not in needed and hasattr(each, "name")]:
+            field.remove(each)
