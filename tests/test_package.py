@@ -127,6 +127,11 @@ def test_reading_and_analysing_never_imports_torch(room):
     assert "torch" in loaded_by("stripe.attention")
 
 
+def test_the_rules_of_finding_need_no_torch():
+    assert "torch" not in loaded_by("stripe.gates.rules")
+    assert "torch" in loaded_by("stripe.gates.finding")
+
+
 def test_import_stripe_loads_nothing_heavy():
     assert not loaded_by("stripe") & {"torch", "numpy", "pandas", "matplotlib", "pyarrow"}
 

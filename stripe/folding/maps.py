@@ -9,8 +9,8 @@ import numpy as np
 
 from stripe.folding.fields import Array, Blocked, Weights, values_in
 from stripe.gate import Gate, product_of
-from stripe.gates.finding import factors_of, is_alike
-from stripe.gates.graph import ARITHMETIC, FACTORS, Op, Trace, Value
+from stripe.gates.describing import is_alike
+from stripe.gates.graph import ARITHMETIC, FACTORS, Op, Trace, Value, factors_of
 
 NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 """ATen operations on input, weight, bias, running mean, running variance, training, momentum, epsilon."""

@@ -1,16 +1,44 @@
 """Where a network scales channels by attention, and how to read it there.
 
-`trace` runs a network once and keeps what it computed as a graph; `finding` decides on that graph which
-products are gates, by what is computed and never by class names; `reading` takes or replaces their values.
+`trace` runs a network once and keeps what it computed as a `graph`; `rules` decide on that graph which products are
+gates, by what is computed and never by class names, and `describing` says where they are met; `finding` does both for
+a network; `reading` takes or replaces their values. Names are imported on first use: graph and rules need no torch.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from stripe.gate import Gate, Gates, Product, Tap, table
-from stripe.gates.finding import NORMALISERS, Candidate, explain_gates, find_gates
-from stripe.gates.isolating import IsolatedAttention, isolate
-from stripe.gates.reading import read_gates, replace_gates
+
+if TYPE_CHECKING:
+    from stripe.gates.finding import explain_gates, find_gates
+    from stripe.gates.isolating import IsolatedAttention, isolate
+    from stripe.gates.reading import read_gates, replace_gates
+    from stripe.gates.rules import NORMALISERS, Candidate
+
+_HOMES = {
+    "NORMALISERS": "rules",
+    "Candidate": "rules",
+    "IsolatedAttention": "isolating",
+    "explain_gates": "finding",
+    "find_gates": "finding",
+    "isolate": "isolating",
+    "read_gates": "reading",
+    "replace_gates": "reading",
+}
 
 __all__ = [
     "NORMALISERS", "Candidate", "Gate", "Gates", "IsolatedAttention", "Product", "Tap", "explain_gates", "find_gates",
-    "isolate", "read_gates",
-    "replace_gates", "table",
+    "isolate", "read_gates", "replace_gates", "table",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stripe.gates' has no attribute '{name}'; expected one of {', '.join(__all__)}")
+    return getattr(import_module(f"stripe.gates.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 FACTORS = {"mul": (0, 1), "add": (0, 1), "addcmul": (1, 2)}
 """Operations that multiply or add two tensors, with the positions of the two among the arguments."""
@@ -23,6 +25,12 @@ MOVES = frozenset(
 
 ARITHMETIC = frozenset("add sub rsub mul div neg pow reciprocal addcmul maximum minimum".split())
 """Operations that combine values entry by entry."""
+
+
+def factors_of(name: str, args: Sequence[Any], kind: type[T]) -> tuple[T, T] | None:
+    """Return the two tensors (or values) that an operation multiplies or adds, None for any other operation."""
+    pair = [args[i] for i in FACTORS.get(name, ()) if i < len(args) and isinstance(args[i], kind)]
+    return (pair[0], pair[1]) if len(pair) == 2 else None
 
 
 @dataclass(eq=False)

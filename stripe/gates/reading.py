@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe.gate import Gate, Kind, Tap, name_of, product_of
-from stripe.gates.finding import factors_of, is_alike
-from stripe.gates.graph import FACTORS
+from stripe.gates.describing import is_alike
+from stripe.gates.graph import FACTORS, factors_of
 from stripe.gates.hooks import Hooks, modules_by_path, output_items, run_eagerly, unwrap
 from stripe.gates.layouts import average, first_entries, flat, like_operand, like_output, mean_square, positions
 from stripe.gates.trace import in_parts, op_name
