@@ -98,7 +98,12 @@ class Constants:
         }
         if not users <= ops or y.shape != x.shape or self._graph_gives({v for op in ops - {end} for v in op.outputs}):
             return None
-        constants = {self.operands[op]: self._placed[op] for op in ops if op in self.operands}
+        with np.errstate(divide="ignore"):  # a constant of 0 divides by infinity
+            constants = {
+                self.operands[op]: 1 / self._placed[op] if op.name == "div" else self._placed[op]
+                for op in ops
+                if op in self.operands
+            }
         known = {value: np.broadcast_to(array, value.shape) for value, array in constants.items()}
         try:
             zero, one, some = (

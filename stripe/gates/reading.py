@@ -95,7 +95,7 @@ def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) ->
                 f"{kind} of gate {gate.name!r} came from a tensor of shape {tuple(tensor.shape)}; expected"
                 f" {gate.channels} channels, as found: call find_gates again with images like these"
             )
-        sink(gate, kind, values.clone())
+        sink(gate, kind, values.clone() if values.is_floating_point() else values.float())
 
     return _Job(gate, kind, tap, read)
 
@@ -246,10 +246,13 @@ class _Products(TorchDispatchMode):
         self._seen[job] += 1
         if self._seen[job] != product.ordinal + 1:
             return args
-        result = job.act(gate if job.kind == "attention" else factors[1 - product.operand])
+        inverted = name == "div" and job.kind == "attention"
+        operand = gate if job.kind == "attention" else factors[1 - product.operand]
+        result = job.act(operand.reciprocal() if inverted else operand)
         self._due.discard(job)
         if result is None:
             return args
+        result = result.reciprocal() if inverted else result
         position = FACTORS[name][product.operand]
         if position == 0 and func._schema.is_mutable:
             return (args[0].copy_(result), *args[1:])
