@@ -232,3 +232,79 @@ def test_what_is_pooled_over_all_of_the_map_is_a_gate(pool):
 
     [gate] = find_gates(Net(lambda x, z: x * z.sigmoid()).eval(), torch.rand(2, 3, 9, 9))
     assert gate.channels == 8
+
+
+# ---- functions named as bounded ----
+def test_a_function_named_as_bounded_is_taken_so_where_gates_are_found_and_folded(images):
+    model = randomize(Scaled(lambda x, z: x * F.softplus(z))).eval()
+    constants = {"model": torch.linspace(0.2, 0.9, 8)}
+    with pytest.warns(UserWarning, match="not normalised"), pytest.raises(ValueError, match="no gates to fold"):
+        fold(model, constants, images)
+    folded, report = fold(model, constants, images, normalisers=["softplus"])
+    assert report.table.direction[0] != "kept"
+    with torch.no_grad():
+        expected = model.last(model.first(images) * constants["model"][:, None, None])
+        assert relative_error(folded(images), expected) < 1e-6
+
+
+# ---- inputs that are no single batch ----
+class Detector(Scaled):
+    """Takes a list of images, as torchvision's detectors do."""
+
+    def forward(self, images, targets=None):
+        assert isinstance(images, list)
+        return [{"boxes": each} for each in super().forward(torch.stack(images))]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_list_of_images_is_a_batch_of_its_length(count, wrapped):
+    model = randomize(Detector(lambda x, z: x * z.sigmoid())).eval()
+    images = [torch.rand(3, 20, 28) for _ in range(count)]
+    [gate] = find_gates(model, (images,) if wrapped else images)
+    values = {}
+    with torch.no_grad(), read_gates(model, [gate], lambda gate, kind, rows: values.update({kind: rows})):
+        model(images)
+    expected = model.z(model.first(torch.stack(images))).sigmoid().flatten(1)
+    assert torch.allclose(values["attention"], expected)
+
+
+class Conditioned(Scaled):
+    """Takes more than images, and not first."""
+
+    def forward(self, extra, images, flag=True, lengths=None):
+        assert flag
+        assert lengths is None or len(lengths) == len(images)
+        return super().forward(images) + (extra.sum() if isinstance(extra, torch.Tensor) else extra)
+
+
+OTHERS = {
+    "one temperature": torch.ones(1), "a scalar": torch.tensor(2.0), "a number": 2.0, "a mask": torch.ones(1, 20, 28),
+    "a table": torch.ones(7, 5), "of three": torch.ones(2, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_batch_need_not_be_the_first_input(other, by_name):
+    model, images = randomize(Conditioned(lambda x, z: x * z.sigmoid())).eval(), torch.rand(4, 3, 20, 28)
+    inputs = (OTHERS[other], images, True, torch.tensor([9, 8, 7, 6]))
+    named = dict(zip(("extra", "images", "flag", "lengths"), inputs, strict=True))
+    [gate] = find_gates(model, named if by_name else inputs)
+    folded, report = fold(model, {gate: torch.linspace(0.2, 0.9, 8)}, named if by_name else inputs)
+    with torch.no_grad(), replace_gates(model, [gate], {gate: torch.linspace(0.2, 0.9, 8)}):
+        assert relative_error(folded(*inputs), model(*inputs)) < 1e-6
+
+
+class Video(Scaled):
+    """Folds the frames of (N, T, 3, H, W) into the batch."""
+
+    def forward(self, clips):
+        return super().forward(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+
+
+def test_frames_folded_into_the_batch_are_refused_in_words():
+    model, clips = randomize(Video(lambda x, z: x * z.sigmoid())).eval(), torch.rand(2, 4, 3, 20, 28)
+    with pytest.warns(UserWarning, match="not the batch of 2 but 4 times it, as where frames, crops or windows"):
+        assert find_gates(model, clips) == []
+    assert len(find_gates(model, torch.rand(4, 1, 3, 20, 28))) == 1, "one frame a sample is one row a sample"

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--run", dest="run_path", metavar="RUN", help="take the mean constants from this run's stripes"
     )
+    options.add_normalisers(network)
     data = parser.add_argument_group("data")
     options.add_data(data)
     options.add_loading(data)
@@ -103,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         recover_each=arguments.recover_each,
         test=data.loader(data.test),
         measure=data.measure,
+        normalisers=arguments.normaliser,
         progress=options.progress("gates"),
         callback=partial(_print_variant, data.measure),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -49,13 +49,17 @@ class FoldReport:
 
 
 def fold(
-    model: nn.Module, constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], images: Images
+    model: nn.Module,
+    constants: Mapping[Any, Tensor | np.ndarray[Any, Any]],
+    images: Images,
+    *,
+    normalisers: Collection[str] = (),
 ) -> tuple[nn.Module, FoldReport]:
     """Replace the gates in `constants` by its vectors (C,), and merge these into the network's weights.
 
-    The keys of `constants` are gates or their names; `images` is a small batch as `find_gates` takes it. Returns a new
-    network, in eval mode, and the report. A gate without an exact merge becomes a ChannelScale. What the network does
-    in train mode is otherwise as it was.
+    The keys of `constants` are gates or their names; `images` and `normalisers` are as `find_gates` takes them. Returns
+    a new network, in eval mode, and the report. A gate without an exact merge becomes a ChannelScale. What the network
+    does in train mode is otherwise as it was.
 
     Raises:
         ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a gate that cannot be
@@ -66,7 +70,7 @@ def fold(
     model = uncompiled(model)
     exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
     with torch.no_grad(), in_double():
-        found = find_gates(exact, images)
+        found = find_gates(exact, images, normalisers=normalisers)
         vectors = _checked(found, constants, tensors_in(images)[0])
         gates = [gate for gate in found if gate.name in vectors]
         graph, weights = trace(exact, images), weights_of(exact)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -96,6 +96,7 @@ def study(
     recover_each: bool = False,
     test: Batches | None = None,
     measure: str = "accuracy",
+    normalisers: Collection[str] = (),
     progress: Progress = iter,
     callback: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Study:
@@ -120,6 +121,7 @@ def study(
         recover_each: try the recoveries at every number of folded gates, not only at the chosen one.
         test: batches like `held_out` on which each variant is measured too, but nothing is chosen.
         measure: "accuracy" by the labels, or "agreement" with the predictions of `model`, for which no labels are read.
+        normalisers: ATen names of functions to be taken as bounded, as in `find_gates`.
         progress: wraps the iterators over batches and gates.
         callback: called with each row of `Study.variants` as soon as it is measured.
 
@@ -144,14 +146,14 @@ def study(
     _require_choices(order, measure, max_drop, {"calibration": calibration, "held_out": held_out, "test": test})
     if model.training:
         raise ValueError("the network is in train mode, where statistics change: call model.eval() before study")
-    gates = find_gates(model, images)
+    gates = find_gates(model, images, normalisers=normalisers)
     counts = _counts(counts, len(gates), keep)
     uses = measure_gates(model, gates, calibration, progress=progress)
     constants = _constants(uses, weightings, means)
     loaders = {"validation": held_out} | ({} if test is None else {"test": test})
     metrics = {name: MEASURES[measure](model, batches) for name, batches in loaders.items()}
     damage, names = _order(order, model, gates, uses, metrics["validation"], progress)
-    trials = _Trials(model, images, names, constants, metrics, callback)
+    trials = _Trials(model, images, names, constants, metrics, callback, normalisers)
     if recoveries is None:
         recoveries = {"re-estimated": partial(reestimate_norms, loader=calibration)}
     trials.add(counts, {**AS_FOLDED, **recoveries} if recover_each else AS_FOLDED)
@@ -286,13 +288,15 @@ class _Trials:
     constants: Mapping[str, Constants]
     metrics: Mapping[str, Metric]
     callback: Callable[[Mapping[str, Any]], None] | None
+    normalisers: Collection[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[int, Variant] = field(default_factory=dict)
     highest: dict[int, float] = field(default_factory=dict)
 
     def add(self, counts: Sequence[int], recoveries: Mapping[str, Recovery]) -> None:
         """Make the variants of these numbers of folded gates, and measure them."""
-        made = variants(self.model, self.images, self.order, self.constants, counts=counts, recoveries=recoveries)
+        options: Any = {"counts": counts, "recoveries": recoveries, "normalisers": self.normalisers}
+        made = variants(self.model, self.images, self.order, self.constants, **options)
         for variant in made:
             row: dict[str, Any] = {
                 "folded": variant.folded,
