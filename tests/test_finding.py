@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed
 import torchvision
 from torch import nn
-from torch.ao.quantization import get_default_qat_qconfig_mapping
-from torch.ao.quantization.quantize_fx import prepare_qat_fx
+from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 from torch.nn import functional as F
 
 from stripe.folding import fold
@@ -308,3 +309,93 @@ def test_frames_folded_into_the_batch_are_refused_in_words():
     with pytest.warns(UserWarning, match="not the batch of 2 but 4 times it, as where frames, crops or windows"):
         assert find_gates(model, clips) == []
     assert len(find_gates(model, torch.rand(4, 1, 3, 20, 28))) == 1, "one frame a sample is one row a sample"
+
+
+# ---- networks of other kinds ----
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+
+def sequence():
+    return randomize(nn.Sequential(nn.Conv2d(3, 8, 3), Block(), nn.Conv2d(8, 4, 1))).eval()
+
+
+def inside(function):
+    model = sequence()
+    model[1] = function(model[1])
+    return model
+
+
+def quantised():
+    mapping = get_default_qconfig_mapping("fbgemm")
+    prepared = prepare_fx(sequence(), mapping, (torch.rand(3, 3, 20, 28),))
+    prepared(torch.rand(3, 3, 20, 28))
+    return convert_fx(prepared)
+
+
+FOLDED_BEFORE = {
+    "scripted": (lambda: torch.jit.script(sequence()), "the network is scripted or traced.*before torch.jit"),
+    "scripted inside": (lambda: inside(torch.jit.script), "^1 is scripted or traced.*before torch.jit"),
+    "traced inside": (
+        lambda: inside(lambda block: torch.jit.trace(block, torch.rand(1, 8, 9, 9))), "^1 is scripted or traced"
+    ),
+    "int8": (quantised, "quantised to int8: fold the network before"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", FOLDED_BEFORE)
+def test_what_can_be_read_and_not_rewritten_is_refused_by_fold_alone(kind, images):
+    make, said = FOLDED_BEFORE[kind]
+    model = make()
+    [gate] = find_gates(model, images)
+    assert read(model, [gate], images)[gate.name].shape == (3, 8)
+    with pytest.raises(ValueError, match=said):
+        fold(model, {gate: torch.ones(8)}, images)
+
+
+def test_gates_are_found_on_the_meta_device_and_folded_once_the_weights_are_there(images):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), Block(), nn.Conv2d(8, 4, 1)).eval()
+    gates = find_gates(model, images.to("meta"))
+    with pytest.raises(ValueError, match=r"^0\.weight is on the meta device .* load the weights first"):
+        fold(model, {"1": torch.ones(8)}, images)
+    assert gates == find_gates(sequence(), images)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_sharded_networks_are_read_by_gates_found_before(images, tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    model = sequence()
+    gates = find_gates(model, images)
+    expected = read(model, gates, images)["1"]
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fsdp.fully_shard(model[1], mesh=mesh)
+        with pytest.raises(ValueError, match="find the gates before fully_shard"):
+            find_gates(model, images)
+        with pytest.raises(ValueError, match="^1 is sharded by FSDP: load its full state dict"):
+            fold(model, {"1": torch.ones(8)}, images)
+        assert torch.equal(read(model, gates, images)["1"], expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("part", ["", "1"])
+def test_networks_compiled_in_place_are_read_and_folded(part, called, images):
+    model, constants = sequence(), {"1": torch.linspace(0.2, 0.9, 8)}
+    expected = read(model, find_gates(model, images), images)["1"]
+    plain, _ = fold(model, constants, images)
+    model.get_submodule(part).compile(backend="eager")
+    with torch.no_grad():
+        if called:
+            model(images)
+        assert torch.equal(read(model, find_gates(model, images), images)["1"], expected)
+        assert torch.equal(fold(model, constants, images)[0](images), plain(images))

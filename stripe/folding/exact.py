@@ -25,6 +25,7 @@ from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
 from stripe.gate import Gate, name_of
 from stripe.gates.finding import find_gates
 from stripe.gates.hooks import uncompiled
+from stripe.gates.kinds import require_foldable
 from stripe.gates.reading import replace_gates
 from stripe.gates.trace import Images, tensors_in, trace
 
@@ -63,11 +64,12 @@ def fold(
 
     Raises:
         ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a gate that cannot be
-            taken out of the module that applies it, an output in which no tensor is seen, or a network that differs
-            from itself.
+            taken out of the module that applies it, an output in which no tensor is seen, a network that differs
+            from itself, or one that is scripted, quantised to int8, sharded by FSDP or on the meta device.
         ArithmeticError: the folded network differs, even with nothing merged.
     """
     model = uncompiled(model)
+    require_foldable(model)
     exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
     with torch.no_grad(), in_double():
         found = find_gates(exact, images, normalisers=normalisers)
@@ -99,6 +101,7 @@ def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Modul
         ArithmeticError: the new network differs, even with nothing merged.
     """
     model = uncompiled(model)
+    require_foldable(model)
     exact = copy.deepcopy(model).double().eval()
     with torch.no_grad(), in_double():
         images = example_for(exact) if images is None else tree_map(doubled, images)

@@ -116,11 +116,11 @@ def _power(op: Op, base: Interval, exponent: Interval, *_: Interval) -> Interval
     return (0.0, math.inf) if even else inverse(base) if exponent == (-1.0, -1.0) else ANY
 
 
-def _exp(op: Op, a: Interval) -> Interval:
+def _exp(op: Op, a: Interval, *_: Interval) -> Interval:
     return tuple(math.exp(end) if end < 700 else math.inf for end in a)  # type: ignore[return-value]
 
 
-def _absolute(op: Op, a: Interval) -> Interval:
+def _absolute(op: Op, a: Interval, *_: Interval) -> Interval:
     return (0.0 if a[0] <= 0 <= a[1] else min(map(abs, a))), max(map(abs, a))
 
 
@@ -144,25 +144,25 @@ _FUNCTIONS: dict[str, Callable[..., Interval]] = {
     "add": _plus,
     "sub": _minus,
     "rsub": lambda op, a, b, *_: _minus(op, b, a),
-    "mul": lambda op, a, b: _times(a, b),
-    "div": lambda op, a, b: _times(a, inverse(b)),
-    "reciprocal": lambda op, a: inverse(a),
-    "neg": lambda op, a: (-a[1], -a[0]),
+    "mul": lambda op, a, b, *_: _times(a, b),
+    "div": lambda op, a, b, *_: _times(a, inverse(b)),
+    "reciprocal": lambda op, a, *_: inverse(a),
+    "neg": lambda op, a, *_: (-a[1], -a[0]),
     "pow": _power,
-    "square": lambda op, a: (0.0, math.inf),
+    "square": lambda op, a, *_: (0.0, math.inf),
     "exp": _exp,
     "log_softmax": lambda op, a, *_: (-math.inf, 0.0),
-    "log_sigmoid_forward": lambda op, a: (-math.inf, 0.0),
+    "log_sigmoid_forward": lambda op, a, *_: (-math.inf, 0.0),
     "_log_softmax": lambda op, a, *_: (-math.inf, 0.0),
     "abs": _absolute,
-    "relu": lambda op, a: _within(a, (0.0, math.inf)),
+    "relu": lambda op, a, *_: _within(a, (0.0, math.inf)),
     "softplus": lambda op, a, *_: (0.0, math.inf),
     "clamp": _clamp,
-    "clamp_min": lambda op, a, b: (max(a[0], b[0]), max(a[1], b[0])),
-    "clamp_max": lambda op, a, b: (min(a[0], b[1]), min(a[1], b[1])),
-    "maximum": lambda op, a, b: (max(a[0], b[0]), max(a[1], b[1])),
-    "minimum": lambda op, a, b: (min(a[0], b[0]), min(a[1], b[1])),
-    "where": lambda op, _, a, b: (min(a[0], b[0]), max(a[1], b[1])),
+    "clamp_min": lambda op, a, b, *_: (max(a[0], b[0]), max(a[1], b[0])),
+    "clamp_max": lambda op, a, b, *_: (min(a[0], b[1]), min(a[1], b[1])),
+    "maximum": lambda op, a, b, *_: (max(a[0], b[0]), max(a[1], b[1])),
+    "minimum": lambda op, a, b, *_: (min(a[0], b[0]), min(a[1], b[1])),
+    "where": lambda op, _, a, b, *__: (min(a[0], b[0]), max(a[1], b[1])),
 }
 
 ENTRYWISE = NORMALISERS | QUANTISED | set(_FUNCTIONS)

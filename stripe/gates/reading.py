@@ -89,7 +89,8 @@ def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) ->
     least = 2 if rows is flat else 3
 
     def read(tensor: Tensor) -> None:
-        values = rows(gate, tensor.detach()) if tensor.ndim >= least else None
+        tensor = tensor.dequantize() if tensor.is_quantized else tensor.detach()
+        values = rows(gate, tensor) if tensor.ndim >= least else None
         if values is None or values.shape[1] != gate.channels:
             raise ValueError(
                 f"{kind} of gate {gate.name!r} came from a tensor of shape {tuple(tensor.shape)}; expected"
@@ -169,7 +170,8 @@ class _Watch:
         if missing := dict.fromkeys(job.gate.name for job in self._jobs if job in self._due):
             raise RuntimeError(
                 f"the forward did not pass {', '.join(missing)}: call find_gates"
-                " again when the network or the shape of its input has changed"
+                " again when the network or the shape of its input has changed; where a part was compiled meanwhile,"
+                ' call the network under torch.compiler.set_stance("force_eager")'
             )
         self.forwards += 1
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe.gates.graph import FACTORS, Call, Op, Place, Port, Trace, Value
 from stripe.gates.hooks import Hooks, output_items, run_eagerly
+from stripe.gates.kinds import require_traceable
 
 Images = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example input: a tensor, or several as positional (tuple, list) or keyword (mapping) arguments."""
@@ -31,8 +32,9 @@ _SHAPE_ONLY = ("empty", "zeros", "ones", "full", "rand", "new_")  # they take a 
 def trace(model: nn.Module, images: Images) -> Trace:
     """Run `model` once on `images` and return its graph; training flags and buffers are put back.
 
-    Raises ValueError when `images` holds no tensor.
+    Raises ValueError when `images` holds no batch, or the network is sharded.
     """
+    require_traceable(model)
     example = list(_tensors(images))
     if not (batches := _batches(images, example)):
         raise ValueError(f"images must be a batch, or a tuple or mapping with one; received {type(images).__name__}")
