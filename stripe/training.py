@@ -153,11 +153,30 @@ def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Ev
     try:
         with torch.no_grad():
             for images, labels, *_ in tqdm(loader, "evaluating", unit="batch", leave=False, disable=not progress):
-                scores.append(_score(model(images.to(device)), labels.to(device)))
+                scores.append(_score(logits_of(model(images.to(device))), labels.to(device)))
     finally:
         for module in training:
             module.training = True
     return _evaluation(scores)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits (N, classes) in what a network returns.
+
+    That is the tensor itself, what is named "logits" as transformers do, "out" as torchvision's segmentation does, or
+    else the first tensor of a tuple or mapping. Raises ValueError where there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    items = dict(output) if isinstance(output, Mapping) else {}
+    named = [items.get(name, getattr(output, name, None)) for name in ("logits", "out")]
+    others = items.values() if items else output if isinstance(output, tuple | list) else ()
+    for item in (*named, *others):
+        if isinstance(item, Tensor):
+            return item
+    raise ValueError(
+        f"the network returned {type(output).__name__}: expected logits, or a tuple or mapping that holds them"
+    )
 
 
 def _score(logits: Tensor, labels: Tensor) -> Tensor:
@@ -350,7 +369,7 @@ class _Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.autocast():
-            logits = self.model(images)
+            logits = logits_of(self.model(images))
         return _score(logits, labels)
 
 

@@ -48,7 +48,7 @@ def gray(value: int, height: int = 12, width: int = 12) -> np.ndarray:
 
 def write_folder(root: Path, layout: dict[str, list[np.ndarray]]) -> str:
     for name, images in layout.items():
-        (root / name).mkdir(parents=True)
+        (root / name).mkdir(parents=True, exist_ok=name == ".")
         for number, pixels in enumerate(images):
             (root / name / f"{number}.png").write_bytes(encode(pixels))
     return f"imagefolder:{root}"
@@ -292,6 +292,69 @@ def test_folder_without_splits_serves_as_any(tmp_path):
     uri = write_folder(tmp_path, {"a": [gray(10)], "b": [gray(20)]})
     for split in ("train", "test", "val"):
         assert load_images(uri, split).images.float().mean((1, 2, 3)).tolist() == [10, 20]
+
+
+def test_a_class_may_be_named_like_a_split(tmp_path):
+    uri = write_folder(tmp_path, {"bus": [gray(10)], "car": [gray(20), gray(25)], "train": [gray(30)]})
+    images = load_images(uri, "train")
+    assert (len(images), images.classes) == (4, ("bus", "car", "train"))
+    assert images.labels.tolist() == [0, 1, 1, 2]
+    assert len(load_images(uri, "test")) == 4
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_a_folder_without_test_images_is_tested_on_those_of_validation(tmp_path, name):
+    uri = write_folder(tmp_path, {"train/a": [gray(10)] * 2, f"{name}/a": [gray(40)] * 3})
+    for split in ("test", "val", "validation"):
+        images = load_images(uri, split)
+        assert (len(images), images.split) == (3, name)
+    assert len(load_images(uri, "train")) == 2
+    both = write_folder(tmp_path / "both", {"train/a": [gray(1)] * 2, "val/a": [gray(2)] * 3, "test/a": [gray(3)] * 4})
+    assert [len(load_images(both, split)) for split in ("train", "val", "test")] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_flat_folder_holds_images_without_labels(tmp_path, split):
+    uri = write_folder(tmp_path / "flat", {".": [gray(10), gray(20)]})
+    images = load_images(uri, split)
+    assert images.labels.tolist() == [-1, -1]
+    assert images.classes == ()
+    assert images.images.float().mean((1, 2, 3)).tolist() == [10, 20]
+    uri = write_folder(tmp_path / "split", {"train": [gray(10)] * 2, "test": [gray(20)] * 3})
+    images = load_images(uri, split)
+    assert images.labels.unique().tolist() == [-1]
+    assert len(images) == (2 if split == "train" else 3)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"), [("PNG", np.uint16), ("TIFF", np.uint16), ("PPM", np.uint16), ("TIFF", ">u2")]
+)
+def test_grey_of_sixteen_bits_keeps_its_higher_eight(tmp_path, form, kind):
+    ramp = np.tile(np.linspace(0, 65535, 40).astype(np.uint16), (40, 1))
+    for number in range(2):
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / f"{number}.{form.lower()}", form)
+    row = load_images(f"imagefolder:{tmp_path}", "test").images[0, :, 7]
+    assert row.tolist() == [(ramp[7] >> 8).tolist()] * 3
+
+
+def test_images_are_not_shrunk_to_a_pixel_that_torch_refuses():
+    with pytest.raises(ValueError, match="^images of size 1: .* at least 2"):
+        load_images("digits", "test", size=1, samples=4)
+    assert load_images("digits", "test", size=2, samples=4).images.shape == (4, 3, 2, 2)
+
+
+def test_images_of_one_colour_are_normalised_to_zero(tmp_path):
+    images = load_images(write_folder(tmp_path, {"a": [gray(51)] * 3}), "test")
+    assert images.std == (1, 1, 1)
+    pixels, *_ = next(iter(Loader(images, 3)))
+    assert pixels.abs().max() < 1e-6
+
+
+def test_pixels_of_other_depths_are_refused_by_name(tmp_path):
+    for number in range(2):
+        Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / f"{number}.tiff")
+    with pytest.raises(ValueError, match=r"0\.tiff' \(pixels of 32 bits, mode F: expected 8 or 16"):
+        load_images(f"imagefolder:{tmp_path}", "test")
 
 
 def test_folder_without_training_split_normalises_by_its_own(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 import pickle
@@ -35,6 +36,35 @@ def network(seed: int = 0) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(32, 10),
     )
+
+
+class Returning(nn.Module):
+    """A network that hands its logits out in some shape of output."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.inner, self.wrap = network(), wrap
+
+    def forward(self, x):
+        return self.wrap(self.inner(x))
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda y: {"loss": y.mean(), "logits": y}, lambda y: {"out": y, "aux": -y}, lambda y: (y, -y), lambda y: [y],
+    lambda y: Output(y.mean(), y),
+])  # fmt: skip
+def test_networks_whose_output_holds_the_logits_are_evaluated(wrap):
+    loader = Loader(load_images("digits", "test", size=16, samples=40), 20)
+    assert evaluate(Returning(wrap).eval(), loader) == evaluate(network().eval(), loader)
+    assert evaluate(Returning(lambda y: wrap(-y)).eval(), loader).loss != evaluate(network().eval(), loader).loss
+    with pytest.raises(ValueError, match="the network returned str: expected logits"):
+        evaluate(Returning(lambda y: "y").eval(), loader)
 
 
 @pytest.fixture(scope="module")

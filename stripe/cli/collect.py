@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--gates", nargs="+", default=["*"], metavar="PATTERN", help="only gates of these names")
     network.add_argument("--list-gates", action="store_true", help="print the gates and record nothing")
     network.add_argument("--explain", action="store_true", help="print as well what was rejected, with the reason")
+    options.add_normalisers(network)
     data = parser.add_argument_group("data")
     options.add_data(data, split="test")
     data.add_argument("--size", type=options.positive, metavar="N", help="side of the images (default: the network's)")
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             if begun:
                 _require_samples(arguments, begun, len(images))
             loader, loaded = Loader(images, arguments.batch, **share), preprocessing
-        gates = _gates(arguments, spec, _candidates(checkpoint, loader.images))
+        gates = _gates(arguments, spec, _candidates(arguments, checkpoint, loader.images))
         with Recorder(
             checkpoint.model,
             gates,
@@ -170,15 +171,15 @@ def _images(arguments: argparse.Namespace, samples: int | None, preprocessing: M
 
 
 # ---- gates ----
-def _candidates(checkpoint: Checkpoint, images: ImageSet) -> list[Candidate]:
-    """Look for gates on the first images; ValueError where these are too small to tell."""
+def _candidates(arguments: argparse.Namespace, checkpoint: Checkpoint, images: ImageSet) -> list[Candidate]:
+    """Look for gates on the first images; a warning names those that these are too small for, ValueError if all are."""
     from stripe.data import Loader
     from stripe.gates import explain_gates, find_gates
 
     batch = next(iter(Loader(images, SEARCHED)))[0]
-    candidates = explain_gates(checkpoint.model, batch)
+    candidates = explain_gates(checkpoint.model, batch, normalisers=arguments.normaliser)
     if any(candidate.hidden for candidate in candidates):
-        find_gates(checkpoint.model, batch)  # which says what to do
+        find_gates(checkpoint.model, batch, normalisers=arguments.normaliser)  # which says what to do
     return candidates
 
 
@@ -217,7 +218,7 @@ def _read_candidates(arguments: argparse.Namespace, spec: str) -> list[Candidate
     from stripe.models import read_checkpoint
 
     checkpoint = read_checkpoint(spec, arguments.arch)
-    return _candidates(checkpoint, _images(arguments, SEARCHED, _preprocessing(arguments, checkpoint)))
+    return _candidates(arguments, checkpoint, _images(arguments, SEARCHED, _preprocessing(arguments, checkpoint)))
 
 
 def _print(items: Sequence[object], columns: Sequence[str]) -> None:

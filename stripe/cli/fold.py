@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--run", dest="run_path", metavar="RUN", help="take the mean constants from this run's stripes"
     )
+    options.add_normalisers(network)
     data = parser.add_argument_group("data")
     options.add_data(data)
     options.add_loading(data)
@@ -129,6 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         learning_steps=arguments.learning_steps,
         measure=data.measure,
         outputs=arguments.outputs,
+        normalisers=arguments.normaliser,
         progress=options.progress("gates"),
         callback=_print_variant,
     )

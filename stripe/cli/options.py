@@ -35,6 +35,17 @@ def add_loading(parser: Parser) -> None:
     )
 
 
+def add_normalisers(parser: Parser) -> None:
+    """Add --normaliser."""
+    parser.add_argument(
+        "--normaliser",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="ATen functions, such as relu or softplus, to be taken as bounded where gates are looked for",
+    )
+
+
 def add_json(parser: Parser) -> None:
     """Add --json FILE."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the printed figures there too")

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dis import opmap
@@ -77,6 +78,7 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
     aborts, and the job, whose work is done, counts as failed.
     """
     keep_memory()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     code = dispatch(*words, **choices)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C has nothing left to interrupt
     distributed = sys.modules.get("torch.distributed")

@@ -54,7 +54,7 @@ class Encoded:
         strip = Image.new("RGB", (self.size, self.size * len(self.rows)))  # one below the other
         for number, (name, file) in enumerate(self.read(self.rows)):
             with open_image(name, file) as image:
-                strip.paste(_square(image.convert("RGB"), self.size), (0, self.size * number))
+                strip.paste(_square(_eight_bits(image), self.size), (0, self.size * number))
         pixels = np.asarray(strip).reshape(-1, self.size, self.size, 3)
         return torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
 
@@ -88,7 +88,11 @@ def sized(stored: Tensor | Reader, rows: Tensor, size: int) -> Images:
     if not isinstance(stored, Tensor):
         return Encoded(stored, rows, size)
     images = stored[rows]
-    return images if images.shape[2:] == (size, size) else Resized(images, size)
+    if images.shape[2:] == (size, size):
+        return images
+    if size == 1:  # an internal assertion of torch fails
+        raise ValueError("images of size 1: torch cannot shrink an image to one pixel; expected a side of at least 2")
+    return Resized(images, size)
 
 
 def in_memory(images: Images, uri: str) -> Images:
@@ -134,6 +138,15 @@ def open_image(name: str, file: str | BytesIO) -> Iterator[Image.Image]:
             yield image
     except Exception as error:
         raise ValueError(f"broken image '{name}' ({error}): replace or remove it") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image as RGB with 8 bits a channel: of 16-bit grey, which `convert` clips, the higher 8."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits, mode {image.mode}: expected 8 or 16 bits a channel")
+    return image.convert("RGB")
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:

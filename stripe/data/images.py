@@ -97,7 +97,8 @@ def load_images(
 
     Args:
         uri: `digits`, `cifar10`, `cifar100`, `stl10`, `imagefolder:DIR` or `hf:NAME_OR_DIR`.
-        split: one of the set's splits, such as train or test.
+        split: one of the set's splits, such as train or test. A set without "test" is tested on its "val" or
+            "validation", which are two names for one thing.
         size: side of the images in pixels; by default their own, for encoded ones 224 at most.
         samples: how many to load, spread evenly over the split; by default all.
         data_dir: folder of torchvision's data sets.
@@ -118,8 +119,7 @@ def load_images(
     if size is not None and not (type(size) is int and 1 <= size <= LARGEST_SIZE):
         raise ValueError(f"images of size {size!s:.80}: expected a side of 1 to {LARGEST_SIZE} pixels")
     source = open_source(uri, str(data_dir))
-    if split not in source.splits:
-        raise ValueError(f"unknown split '{split}' of '{uri}': expected one of {', '.join(source.splits)}")
+    split = _existing(split, source.splits, uri)
     reference = "train" if "train" in source.splits else split
     open_split = functools.cache(source.open)
     size = size or source.size or _natural_size(open_split(reference), uri, reference)
@@ -144,6 +144,15 @@ def seeded_generator(*numbers: int) -> torch.Generator:
     """Make a generator seeded from several non-negative numbers."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
+
+
+def _existing(split: str, splits: Sequence[str], uri: str) -> str:
+    """Return the name that a set has for a split."""
+    names = {"test": ("test", "val", "validation"), "val": ("val", "validation"), "validation": ("validation", "val")}
+    for name in names.get(split, (split,)):
+        if name in splits:
+            return name
+    raise ValueError(f"unknown split '{split}' of '{uri}': expected one of {', '.join(splits)}")
 
 
 def _check_count(available: int, asked: int, uri: str, split: str) -> None:

@@ -18,7 +18,7 @@ CIFAR_STD = (0.2023, 0.1994, 0.2010)
 
 
 def statistics(images: Images, uri: str) -> Constants:
-    """Return each channel's mean and std over all pixels, in 0..1.
+    """Return each channel's mean and std over all pixels, in 0..1; a std of 1 where all pixels are equal.
 
     Counts how often each of the 256 values occurs, so the result does not depend on the order of the sum. Of
     a set beyond MEMORY_LIMIT it takes as many images as fit, spread evenly.
@@ -32,6 +32,7 @@ def statistics(images: Images, uri: str) -> Constants:
     shares = counts.double() / counts.sum(1, keepdim=True)
     mean = shares @ values
     std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    std[counts.count_nonzero(1) == 1] = 1.0
     return checked_constants(mean.tolist(), std.tolist())
 
 

@@ -17,7 +17,8 @@ from stripe.data.decoding import IMAGE_FORMATS, Reader
 from stripe.data.normalisation import CIFAR_MEAN, CIFAR_STD, Constants
 from stripe.store import Table, find_tables
 
-FOLDER_SPLITS = ("train", "test", "val")
+UNKNOWN = -1  # the label of an image whose class is not known
+FOLDER_SPLITS = ("train", "test", "val", "validation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,21 +93,21 @@ def _open_torchvision(uri: str, data_dir: str) -> Source:
 
 
 def _open_folder(uri: str, data_dir: str) -> Source:
-    """Open DIR/SPLIT/CLASS/image, or DIR/CLASS/image, which then serves as every split."""
+    """Open DIR/SPLIT/CLASS/image, or DIR/CLASS/image, which then serves as every split; without CLASS, unlabelled."""
     root = Path(uri.partition(":")[2]).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"'{uri}': there is no folder '{root}'; expected DIR/SPLIT/CLASS/image")
-    folders = {split: root / split for split in FOLDER_SPLITS if (root / split).is_dir()}
-    folders = folders or dict.fromkeys(FOLDER_SPLITS, root)
-    entries = [entry for folder in folders.values() for entry in folder.iterdir()]
-    classes = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
+    folders = _split_folders(root) or dict.fromkeys(FOLDER_SPLITS, root)
+    classes = sorted({entry.name for folder in folders.values() for entry in _subfolders(folder)})
     extensions = {ending for ending, form in Image.registered_extensions().items() if form in IMAGE_FORMATS}
 
     def open_split(split: str) -> Split:
+        groups = {label: (folders[split] / name).rglob("*") for label, name in enumerate(classes)}
+        groups = groups or {UNKNOWN: folders[split].iterdir()}
         found = [
             (str(path), label)
-            for label, name in enumerate(classes)
-            for path in sorted((folders[split] / name).rglob("*"))
+            for label, paths in groups.items()
+            for path in sorted(paths)
             if path.suffix.lower() in extensions
         ]
 
@@ -117,6 +118,21 @@ def _open_folder(uri: str, data_dir: str) -> Source:
         return Split(read, labels, tuple(classes))
 
     return Source(tuple(folders), open_split)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Return the folders of splits: those that hold folders, or all of them where there is nothing else.
+
+    A folder named train among others that hold images as it does is a class, of trains.
+    """
+    named = {split: root / split for split in FOLDER_SPLITS if (root / split).is_dir()}
+    if len(named) == len(_subfolders(root)):
+        return named
+    return {split: folder for split, folder in named.items() if _subfolders(folder)}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _open_hub(uri: str, data_dir: str) -> Source:

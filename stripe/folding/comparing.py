@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,16 +40,18 @@ def variants(
     *,
     counts: Iterable[int],
     recoveries: Mapping[str, Recovery],
+    normalisers: Collection[str] = (),
 ) -> Iterator[Variant]:
     """Yield a variant for each count of folded gates, each weighting in `constants`, and each recovery.
 
-    `images` is a small batch as `fold` takes it. A count of 0 is `model` itself, as weighting "none": with a
+    `images` and `normalisers` are as `fold` takes them. A count of 0 is `model` itself, as weighting "none": with a
     recovery it tells what this gives a network of which nothing is folded.
     """
     for count in counts:
         for weighting in constants if count else [NONE]:
             network, report = model, None
             if count:
-                network, report = fold(model, {name: constants[weighting][name] for name in order[:count]}, images)
+                chosen = {name: constants[weighting][name] for name in order[:count]}
+                network, report = fold(model, chosen, images, normalisers=normalisers)
             for name, recover in recoveries.items():
                 yield Variant(count, weighting, name, recover(network), report)

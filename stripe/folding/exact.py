@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,31 +26,36 @@ from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
 from stripe.gate import Gate, name_of
 from stripe.gates.finding import find_gates
 from stripe.gates.hooks import uncompiled
+from stripe.gates.kinds import require_foldable
 from stripe.gates.reading import replace_gates
 from stripe.gates.trace import Images, tensors_in, trace
 
 
 def fold(
-    model: nn.Module, constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], images: Images
+    model: nn.Module,
+    constants: Mapping[Any, Tensor | np.ndarray[Any, Any]],
+    images: Images,
+    *,
+    normalisers: Collection[str] = (),
 ) -> tuple[nn.Module, FoldReport]:
     """Replace the gates in `constants` by its vectors (C,), and merge these into the network's weights.
 
     The keys of `constants` are gates or their names. A value of shape (2, C) holds the constant and a shift: where the
-    gate multiplies a map x, the new network goes on with x * value[0] + value[1]. `images` is a small batch as
-    `find_gates` takes it. Returns a new
-    network, in eval mode, and the report. A gate without an exact merge becomes a ChannelScale. What the network does
-    in train mode is otherwise as it was.
+    gate multiplies a map x, the new network goes on with x * value[0] + value[1]. `images` and `normalisers` are as
+    `find_gates` takes them. Returns a new network, in eval mode, and the report. A gate without an exact merge becomes
+    a ChannelScale. What the network does in train mode is otherwise as it was.
 
     Raises:
         ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a gate that cannot be
-            taken out of the module that applies it, an output in which no tensor is seen, or a network that differs
-            from itself.
+            taken out of the module that applies it, an output in which no tensor is seen, a network that differs
+            from itself, or one that is scripted, quantised to int8, sharded by FSDP or on the meta device.
         ArithmeticError: the folded network differs, even with nothing merged.
     """
     model = uncompiled(model)
+    require_foldable(model)
     exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
     with torch.no_grad(), in_double():
-        found = find_gates(exact, images)
+        found = find_gates(exact, images, normalisers=normalisers)
         original, constant, weights = _at_constants(exact, found, constants, images)
         plan = Network(original.graph, weights, constant.needed, constant.operands).plan(list(constant.maps(weights)))
         folded, merges, error = original.merged(plan)
@@ -108,6 +113,7 @@ def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Modul
         ArithmeticError: the new network differs, even with nothing merged.
     """
     model = uncompiled(model)
+    require_foldable(model)
     exact = copy.deepcopy(model).double().eval()
     with torch.no_grad(), in_double():
         images = example_for(exact) if images is None else tree_map(doubled, images)

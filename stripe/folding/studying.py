@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -117,6 +117,7 @@ def study(
     test: Batches | None = None,
     measure: str | None = None,
     outputs: str | None = None,
+    normalisers: Collection[str] = (),
     progress: Progress = iter,
     callback: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Study:
@@ -148,6 +149,7 @@ def study(
         measure: what `max_drop` counts: "accuracy" by the labels, "agreement" with the predictions of `model`, or, of
             outputs that are no class scores, "cosine" (default: the first that the network and the labels allow).
         outputs: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
+        normalisers: ATen names of functions to be taken as bounded, as in `find_gates`.
         progress: wraps the iterators over batches and gates.
         callback: called with each row of `Study.variants` as soon as it is measured.
 
@@ -172,7 +174,7 @@ def study(
     _require_choices(order, measure, max_drop, {"calibration": calibration, "held_out": held_out, "test": test})
     if model.training:
         raise ValueError("the network is in train mode, where statistics change: call model.eval() before study")
-    gates = find_gates(model, images)
+    gates = find_gates(model, images, normalisers=normalisers)
     counts = _counts(counts, len(gates), keep)
     if unknown := [kind for kind in weightings if kind not in CONSTANTS]:
         raise ValueError(f"no weighting '{unknown[0]}'; expected some of {', '.join(CONSTANTS)}")
@@ -189,7 +191,7 @@ def study(
     constants = _Constants(gates, uses, forecasts, means, lambda some: learn(some, uses, images, calibration))
     damages, names = _order(order, model, gates, uses, foretold, judges["validation"].negative, progress)
     allowed = None if keep is not None else max_drop
-    trials = _Trials(model, images, names, constants, judges, measure, allowed, callback)
+    trials = _Trials(model, images, names, constants, judges, measure, allowed, callback, normalisers)
     if recoveries is None:
         recoveries = {"re-estimated": partial(reestimate_norms, loader=calibration)}
     for count in counts:
@@ -348,6 +350,7 @@ class _Trials:
     measure: str
     max_drop: float | None
     callback: Callable[[Mapping[str, Any]], None] | None
+    normalisers: Collection[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[int, Variant] = field(default_factory=dict)
     _worth: dict[int, tuple[bool, float]] = field(default_factory=dict)
@@ -361,7 +364,8 @@ class _Trials:
         """Fold this number of gates by each kind of constant, recover, and measure."""
         folded = self.order[:count]
         constants = {kind: self.constants(folded, kind) for kind in kinds} if count else {}
-        made = variants(self.model, self.images, self.order, constants, counts=[count], recoveries=recoveries)
+        options: Any = {"counts": [count], "recoveries": recoveries, "normalisers": self.normalisers}
+        made = variants(self.model, self.images, self.order, constants, **options)
         for variant in made:
             row = self._row(variant)
             self.rows.append(row)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from stripe.gate import Gate, Gates, Product, Tap, table
 
 if TYPE_CHECKING:
+    from stripe.gates.bounds import NORMALISERS
     from stripe.gates.finding import explain_gates, find_gates
     from stripe.gates.isolating import IsolatedAttention, isolate
     from stripe.gates.reading import read_gates, replace_gates
-    from stripe.gates.rules import NORMALISERS, Candidate
+    from stripe.gates.rules import Candidate
 
 _HOMES = {
-    "NORMALISERS": "rules",
+    "NORMALISERS": "bounds",
     "Candidate": "rules",
     "IsolatedAttention": "isolating",
     "explain_gates": "finding",

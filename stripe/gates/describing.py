@@ -24,7 +24,7 @@ def describe(graph: Trace, op: Op, operand: int, *, form: Form, dims: tuple[int,
     pair = [op.args[i] for i in FACTORS[op.name]]
     gate, scaled = pair[operand], pair[1 - operand]
     layout, copied = _layout(len(gate.shape), form, dims), gate.flat - {0} <= op.outputs[0].flat
-    source = _port(graph, gate, dims)
+    source = None if op.name == "div" else _port(graph, gate, dims)  # the tensor is the attention's inverse
     pooled = _average_port(graph, scaled, dims)
     squeeze = pooled or next((p for p in graph.ports[scaled.memory] if _is_map(p.value, scaled, layout)), None)
     earlier = [factors_of(o.name, o.args, Value) for o in graph.ops[op.call.start : op.index] if o.name == op.name]

@@ -13,8 +13,14 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-FACTORS = {"mul": (0, 1), "add": (0, 1), "addcmul": (1, 2)}
-"""Operations that multiply or add two tensors, with the positions of the two among the arguments."""
+FACTORS = {"mul": (0, 1), "add": (0, 1), "addcmul": (1, 2), "div": (0, 1), "lerp": (1, 2)}
+"""Operations that multiply, divide or add two tensors, with the positions of the two among the arguments.
+
+A gate that divides is the divisor's inverse; lerp(0, x, g) is x * g.
+"""
+
+DIRECTED = frozenset({"div", "lerp"})
+"""Of these, those whose second factor alone can be the gate."""
 
 MOVES = frozenset(
     "view _unsafe_view _reshape_alias expand permute transpose t squeeze unsqueeze clone _to_copy alias detach"
@@ -39,7 +45,7 @@ class Value:
 
     `live` values depend on the network's input; `parameters` names the parameters and buffers that a value
     was made from without meeting a live one; `even` holds the dimensions along which a full-shaped factor
-    was constant by comparison.
+    was constant by comparison; `number` is what all entries of a constant that is no parameter are, where it is known.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +55,7 @@ class Value:
     live: bool
     parameters: frozenset[str] = frozenset()
     even: frozenset[int] = frozenset()
+    number: float | None = None
     producer: Op | None = field(default=None, repr=False)
     consumers: list[Op] = field(default_factory=list, repr=False)
 
@@ -165,10 +172,10 @@ class Port:
 class Trace:
     """The graph of one forward pass; operations and calls in order, ports by memory in order of passing.
 
-    `batch` is the size of the first input's first dimension.
+    `batches` holds the sizes that the batch may have, by the shapes of the inputs.
     """
 
-    batch: int
+    batches: tuple[int, ...]
     inputs: tuple[Value, ...] = ()
     outputs: tuple[Value, ...] = ()
     ops: list[Op] = field(default_factory=list)

@@ -72,4 +72,5 @@ def like_position(gate: Gate, values: Tensor, operand: Tensor) -> Tensor:
 def _samples(gate: Gate, values: Tensor, like: Tensor) -> Tensor:
     if values.ndim == 2 and len(values) != len(like):
         raise ValueError(f"values of gate {gate.name!r} are of {len(values)} samples; the batch has {len(like)}")
-    return values.to(like).expand(len(like), gate.channels)
+    dtype = like.dtype if like.is_floating_point() else values.dtype  # a mask of booleans gives way to numbers
+    return values.to(like.device, dtype).expand(len(like), gate.channels)

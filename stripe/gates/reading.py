@@ -109,13 +109,14 @@ def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) ->
     least = 2 if rows is flat else 3
 
     def read(tensor: Tensor) -> None:
-        values = rows(gate, tensor.detach()) if tensor.ndim >= least else None
+        tensor = tensor.dequantize() if tensor.is_quantized else tensor.detach()
+        values = rows(gate, tensor) if tensor.ndim >= least else None
         if values is None or values.shape[1] != gate.channels:
             raise ValueError(
                 f"{kind} of gate {gate.name!r} came from a tensor of shape {tuple(tensor.shape)}; expected"
                 f" {gate.channels} channels, as found: call find_gates again with images like these"
             )
-        sink(gate, kind, values.clone())
+        sink(gate, kind, values.clone() if values.is_floating_point() else values.float())
 
     return _Job(gate, kind, tap, read)
 
@@ -189,7 +190,8 @@ class _Watch:
         if missing := dict.fromkeys(job.gate.name for job in self._jobs if job in self._due):
             raise RuntimeError(
                 f"the forward did not pass {', '.join(missing)}: call find_gates"
-                " again when the network or the shape of its input has changed"
+                " again when the network or the shape of its input has changed; where a part was compiled meanwhile,"
+                ' call the network under torch.compiler.set_stance("force_eager")'
             )
         self.forwards += 1
 
@@ -277,10 +279,12 @@ class _Products(TorchDispatchMode):
         """Do the job before its product; return the arguments, with the result in place if there is one."""
         self._due.discard(job)
         product = product_of(job.gate)
+        inverted = name == "div" and job.kind == "attention"
         read = factors[product.operand if job.kind == "attention" else 1 - product.operand]
-        result = None if job.kind == "product" else job.act(read)
+        result = None if job.kind == "product" else job.act(read.reciprocal() if inverted else read)
         if result is None:
             return args
+        result = result.reciprocal() if inverted else result
         position = FACTORS[name][product.operand]
         if position == 0 and func._schema.is_mutable:
             return (args[0].copy_(result), *args[1:])

@@ -1,26 +1,28 @@
 """Which products of a network scale channels by attention, decided on its graph; no torch.
 
 A gate is a tensor that depends on the input, has one value per sample and channel and none per position,
-went through a normaliser after its pooling, and multiplies a feature map.
+went through a bounded function after its pooling, and multiplies a feature map.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from stripe.gate import Form, Gate
+from stripe.gates.bounds import ENTRYWISE, Interval, bounds_of, inverse, is_bounded
 from stripe.gates.describing import describe, names_of
-from stripe.gates.graph import ARITHMETIC, MOVES, Op, Trace, Value, factors_of
+from stripe.gates.graph import ARITHMETIC, DIRECTED, MOVES, Op, Trace, Value, factors_of
 
-NORMALISERS = frozenset(
-    "sigmoid hardsigmoid _softmax tanh hardtanh relu6 clamp lstm_cell _thnn_fused_lstm_cell".split()
-)
-"""ATen operations of which one must lie between the pooling and the product; clamp needs both bounds."""
+CONSTANT = "the same for every sample: it does not depend on the input"
+UNBOUNDED = "not normalised (sigmoid, softmax, tanh, ...) between its pooling and the product"
 
-_PASSING = MOVES | ARITHMETIC
-_SHRINKING = frozenset("convolution max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d".split())
+_LINEAR = MOVES | ARITHMETIC
+_PASSING = _LINEAR | ENTRYWISE
+_POOLS = frozenset("max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d".split())
+_SHRINKING = _POOLS | {"convolution"}
+_MATRIX_PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "convolution": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,16 @@ class Candidate:
 
 
 def candidates_of(graph: Trace, normalisers: Collection[str] = ()) -> list[Candidate]:
-    """Return every product of a graph that might scale channels, in order, accepted or with the reason why not."""
-    judged = [_examine(graph, op, NORMALISERS | set(normalisers)) for op in graph.ops]
-    candidates = [candidate for candidate in judged if candidate]
+    """Return every product of a graph that might scale channels, in order, accepted or with the reason why not.
+
+    Where the inputs leave open what the batch is, it is the size that gives the most gates.
+    """
+    bounds, passing = bounds_of(graph, normalisers), _PASSING | set(normalisers)
+    tried = []
+    for batch in graph.batches:
+        examined = (_examine(_Search(graph, batch, bounds, passing), op) for op in graph.ops)
+        tried.append([candidate for candidate in examined if candidate])
+    candidates = max(tried, key=lambda each: sum(candidate.gate is not None for candidate in each))
     names = iter(names_of(graph, [candidate.gate for candidate in candidates if candidate.gate]))
     return [replace(c, gate=replace(c.gate, name=next(names))) if c.gate else c for c in candidates]
 
@@ -59,33 +68,58 @@ class _Verdict:
     dims: tuple[int, ...] = ()
 
 
-def _examine(graph: Trace, op: Op, allowed: Collection[str]) -> Candidate | None:
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What a product is judged by: the graph, the batch's size, the values' bounds, and operations to look through."""
+
+    graph: Trace
+    batch: int
+    bounds: Mapping[Value, Interval]
+    passing: Collection[str]
+
+
+def _examine(search: _Search, op: Op) -> Candidate | None:
     """Judge either factor of a product as the gate; of a sum, only where a live summand is spread over space."""
     factors = factors_of(op.name, op.args, Value)
     if factors is None or not any(factor.live for factor in factors):
-        return None
-    if op.name == "add" and not any(
-        f.live and (f.flat - op.outputs[0].flat or _is_spread(f, allowed)) for f in factors
-    ):
+        return _matrix_product(op)
+    if op.name == "add" and not any(f.live and (f.flat - op.outputs[0].flat or _is_spread(search, f)) for f in factors):
         return None
     judged = []
-    for operand, (gate, scaled) in enumerate([factors, factors[::-1]]):
-        verdict = _judge(graph, op, gate, scaled, allowed)
-        found = None if verdict.reason else describe(graph, op, operand, form=verdict.form, dims=verdict.dims)
+    for operand in (1,) if op.name in DIRECTED else (0, 1):
+        gate, scaled = factors[operand], factors[1 - operand]
+        verdict = _judge(search, op, gate, scaled)
+        found = None if verdict.reason else describe(search.graph, op, operand, form=verdict.form, dims=verdict.dims)
         candidate = Candidate(op.call.path, op.name, gate.shape, scaled.shape, found, verdict.reason, verdict.hidden)
         judged.append((candidate, gate))
-    return min(judged, key=lambda pair: (pair[0].gate is None, not pair[0].hidden, pair[1].live, pair[1].entries))[0]
+    candidate, _ = min(
+        judged,
+        key=lambda each: (each[0].gate is None, not each[0].hidden, each[1].live, each[1].entries, not each[1].even),
+    )
+    return candidate
 
 
-def _judge(graph: Trace, op: Op, gate: Value, scaled: Value, allowed: Collection[str]) -> _Verdict:
+def _matrix_product(op: Op) -> Candidate | None:
+    """Tell of a matrix product or convolution of two tensors that both depend on the input that it is no gate."""
+    pair = [op.args[i] for i in _MATRIX_PRODUCTS.get(op.name, ())]
+    if len(pair) != 2 or not all(value.live for value in pair):
+        return None
+    scaled, gate = pair if op.name == "convolution" else pair[::-1]
+    reason = "a matrix product or convolution of two tensors that depend on the input: it mixes what it multiplies"
+    return Candidate(op.call.path, op.name, gate.shape, scaled.shape, None, reason)
+
+
+def _judge(search: _Search, op: Op, gate: Value, scaled: Value) -> _Verdict:
     """Decide whether `gate` gates the feature map `scaled`: first by its shape, then by what computed it."""
     shape = op.outputs[0].shape
-    if not gate.live or (len(gate.shape) == len(shape) and 0 in gate.flat and graph.batch > 1):
-        return _Verdict("the same for every sample: it does not depend on the input")
-    if len(gate.shape) != len(shape) or not gate.shape[0] == shape[0] == graph.batch:
-        return _Verdict(f"its first dimension is not the batch of {graph.batch}")
+    if not gate.live or (len(gate.shape) == len(shape) and 0 in gate.flat and search.batch > 1):
+        return _Verdict(CONSTANT)
+    if op.name == "lerp" and op.args[0].number != 0:
+        return _Verdict("lerp mixes two maps here: a gate would show in a product, as in x * g + y * (1 - g)")
+    if len(gate.shape) != len(shape) or not gate.shape[0] == shape[0] == search.batch:
+        return _Verdict(_not_the_batch(search.batch, gate, shape))
     flat = gate.flat - {0}
-    if flat <= op.outputs[0].flat and _is_spread(gate, allowed):
+    if flat <= op.outputs[0].flat and _is_spread(search, gate):
         flat |= gate.even
     dims = tuple(d for d in range(1, len(shape)) if d not in flat)
     wide = flat - op.outputs[0].flat
@@ -94,18 +128,22 @@ def _judge(graph: Trace, op: Op, gate: Value, scaled: Value, allowed: Collection
     if not wide and len(dims) > 1:
         return _Verdict("it varies over space")
     if not wide:
-        hidden = len(shape) > 2 and op.name == "mul" and bool(_form(gate, allowed)) and _is_shrunk(gate, scaled)
+        hidden = (
+            len(shape) > 2 and op.name == "mul" and bool(_form(search, op, gate)) and _is_shrunk(search, gate, scaled)
+        )
         return _Verdict("what it scales is a single pixel at this input size", hidden)
     radix = _summed_dim(op, dims)
     if not _are_channels(scaled, dims, wide, radix):
         return _Verdict(f"it varies along dimensions {', '.join(map(str, dims))}, which are not the channels")
     if not scaled.live or scaled.flat & {*dims} or wide <= scaled.flat:
         return _Verdict("outer product: what it scales is no feature map")
+    if window := _window(gate):
+        return _Verdict(f"it is pooled over {window} of the map, not over all of it")
     if op.name == "add" and not _is_context(gate, scaled):
         return _Verdict("no learned layer computes it from the map that it is added to")
-    form = "additive" if op.name == "add" else _form(gate, allowed)
+    form = "additive" if op.name == "add" else _form(search, op, gate)
     if form is None:
-        return _Verdict("not normalised (sigmoid, softmax, tanh, ...) between its pooling and the product")
+        return _Verdict(UNBOUNDED)
     return _Verdict(form=form, dims=dims) if radix is None else _Verdict(form="radix", dims=radix)
 
 
@@ -148,44 +186,76 @@ def _known_channels(scaled: Value, *, through_splits: bool) -> tuple[int, int | 
     return None
 
 
-def _form(gate: Value, allowed: Collection[str]) -> Form | None:
-    """Return how a gate is normalised: by a bounded function, or (affine) by its own mean over channels."""
-    for op in gate.upstream(_PASSING):
-        if op.name in allowed and (op.name != "clamp" or _has_both_bounds(op)):
+def _form(search: _Search, op: Op, gate: Value) -> Form | None:
+    """Return how the gate of `op` is normalised: by a bounded function, or (affine) by its own mean over channels."""
+    if op.name == "div":
+        return "multiplicative" if is_bounded(inverse(search.bounds[gate])) else None
+    for maker in gate.upstream(search.passing):
+        if any(is_bounded(search.bounds[output]) for output in maker.outputs if output.live):
             return "multiplicative"
-        if op.name == "div" and _is_by_own_mean(op):
+        if maker.name == "div" and _is_by_own_mean(search, maker):
             return "affine"
     return None
 
 
-def _has_both_bounds(op: Op) -> bool:
-    return sum(bound is not None for bound in (*op.args[1:], *op.kwargs.values())) == 2
-
-
-def _is_by_own_mean(op: Op) -> bool:
+def _is_by_own_mean(search: _Search, op: Op) -> bool:
     whole, part = op.args[:2]
-    means = [o for o in part.upstream(_PASSING) if o.name == "mean"] if isinstance(part, Value) else []
+    if not (isinstance(whole, Value) and isinstance(part, Value)):
+        return False
+    means = [maker for maker in part.upstream(search.passing) if maker.name == "mean"]
     return any(value.memory == whole.memory for mean in means for value in mean.inputs)
 
 
 def _is_context(added: Value, scaled: Value) -> bool:
     """Whether a learned layer computes what is added from the map that it is added to."""
-    if not any(op.is_layer for op in added.upstream(_PASSING)):
+    if not any(op.is_layer for op in added.upstream(_LINEAR)):
         return False
-    passed = [op for op in scaled.upstream(_PASSING) if op.name in _PASSING]
+    passed = [op for op in scaled.upstream(_LINEAR) if op.name in _LINEAR]
     above = {scaled.memory, *(value.memory for op in passed for value in op.live_inputs)}
     return any(value.memory in above for op in added.upstream() for value in op.live_inputs)
 
 
-def _is_spread(value: Value, allowed: Collection[str]) -> bool:
-    """Whether a full-shaped value, constant along some dimensions, was spread from a smaller one, not so by chance."""
-    ops = value.upstream(_PASSING | set(allowed)) if value.even else ()
-    return any(output.entries < value.entries for op in ops for output in op.outputs)
+def _is_spread(search: _Search, value: Value) -> bool:
+    """Whether a full-shaped value, constant along some dimensions, was spread from smaller ones, not so by chance."""
+    queue, seen = [value] if value.even else [], set[Value]()
+    while queue:
+        current = queue.pop()
+        if current.entries >= value.entries and current not in seen:
+            op = current.producer
+            if op is None or op.name not in search.passing or not op.live_inputs:
+                return False
+            seen.add(current)
+            queue += op.live_inputs
+    return bool(seen)
 
 
-def _is_shrunk(gate: Value, scaled: Value) -> bool:
+def _window(gate: Value) -> str | None:
+    """Return over which part of a map the first layer that made `gate` of one pooled, as in "4x4 of 7x7"."""
+    for op in gate.chain():
+        space = op.main_input.shape[2:]
+        if op.name in _SHRINKING and math.prod(op.outputs[0].shape[2:]) == 1 < math.prod(space):
+            kernel = tuple(op.args[1].shape[2:] if op.name == "convolution" else op.args[1])
+            kernel = kernel * len(space) if len(kernel) == 1 else kernel
+            if any(size < n for size, n in zip(kernel, space, strict=True)):
+                return " of ".join("x".join(map(str, sizes)) for sizes in (kernel, space))
+        if math.prod(space) > 1 and op.name not in _PASSING:
+            return None
+    return None
+
+
+def _not_the_batch(batch: int, gate: Value, shape: tuple[int, ...]) -> str:
+    reason, rows = f"its first dimension is not the batch of {batch}", gate.shape[0] if gate.shape else 0
+    if len(gate.shape) == len(shape) and rows == shape[0] > batch > 0 and rows % batch == 0:
+        reason += (
+            f" but {rows // batch} times it, as where frames, crops or windows are folded into the batch: a gate has"
+            " one row for a sample; look for gates in the part of the network whose batch they are"
+        )
+    return reason
+
+
+def _is_shrunk(search: _Search, gate: Value, scaled: Value) -> bool:
     """Whether strided layers, rather than a global pooling, left `scaled` as a single pixel."""
-    if any(value is scaled for op in gate.upstream(_PASSING | NORMALISERS) for value in op.inputs):
+    if any(value is scaled for op in gate.upstream(search.passing) for value in op.inputs):
         return False  # x * sigmoid(f(x)), nothing pooled: it would vary over a larger map
     for op in scaled.chain():
         if sum(size > 1 for size in op.main_input.shape[1:]) > 1:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe.gates.graph import FACTORS, Call, Op, Place, Port, Trace, Value
 from stripe.gates.hooks import Hooks, output_items, run_eagerly
+from stripe.gates.kinds import require_traceable
 
 Images = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example input: a tensor, or several as positional (tuple, list) or keyword (mapping) arguments."""
@@ -31,12 +32,13 @@ _SHAPE_ONLY = ("empty", "zeros", "ones", "full", "rand", "new_")  # they take a 
 def trace(model: nn.Module, images: Images) -> Trace:
     """Run `model` once on `images` and return its graph; training flags and buffers are put back.
 
-    Raises ValueError when `images` holds no tensor.
+    Raises ValueError when `images` holds no batch, or the network is sharded.
     """
+    require_traceable(model)
     example = list(_tensors(images))
-    if not example or not example[0].ndim:
+    if not (batches := _batches(images, example)):
         raise ValueError(f"images must be a batch, or a tuple or mapping with one; received {type(images).__name__}")
-    recorder = _Recorder(model, example)
+    recorder = _Recorder(model, example, batches)
     with _left_as_found(model), torch.no_grad(), run_eagerly(), Hooks() as hooks:
         recorder.follow(model, hooks)
         with recorder:
@@ -49,7 +51,25 @@ def called(model: nn.Module, images: Images) -> Any:
     """Call a network on its example input."""
     if isinstance(images, Mapping):
         return model(**images)
-    return model(*images) if isinstance(images, tuple | list) else model(images)
+    return model(*images) if isinstance(images, tuple | list) and not _is_image_list(images) else model(images)
+
+
+def _is_image_list(item: Any) -> bool:
+    """Whether `item` is a list of single images (channels, H, W), which may differ in size, as detectors take it."""
+    images = item if isinstance(item, list) else []
+    return bool(images) and all(isinstance(i, Tensor) and i.ndim == 3 and i.shape[0] in (1, 3, 4) for i in images)
+
+
+def _batches(images: Images, example: Iterable[Tensor]) -> tuple[int, ...]:
+    """Return the sizes that the batch may have: of lists of single images their lengths, else of first dimensions."""
+    parts = [
+        images,
+        *(images.values() if isinstance(images, Mapping) else images if isinstance(images, tuple | list) else ()),
+    ]
+    lists = [part for part in parts if _is_image_list(part)]
+    within = {id(image) for part in lists for image in part}
+    sizes = [len(part) for part in lists] + [t.shape[0] for t in example if t.ndim and id(t) not in within]
+    return tuple(dict.fromkeys(sizes))
 
 
 def tensors_in(item: Any) -> list[Tensor]:
@@ -95,9 +115,9 @@ def _is_composite(func: Any) -> bool:
 class _Recorder(TorchDispatchMode):
     """Builds the graph while the network runs; keeps every tensor alive, since allocators re-use memory."""
 
-    def __init__(self, model: nn.Module, example: list[Tensor]) -> None:
+    def __init__(self, model: nn.Module, example: list[Tensor], batches: tuple[int, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.graph = Trace(batch=example[0].shape[0])
+        self.graph = Trace(batches)
         self._modules = dict(model.named_modules())
         self._values: dict[int, Value] = {}
         self._aliases: defaultdict[int, list[Tensor]] = defaultdict(list)  # by storage
@@ -153,6 +173,8 @@ class _Recorder(TorchDispatchMode):
         inputs = [self.value(tensor) for tensor in tensors]
         if name in FACTORS:
             _compare(tensors, inputs)
+        if any(value.live for value in inputs):
+            _count(name, tensors, inputs)
         taken = _replaced((args, kwargs), self.value)
         result = func(*args, **kwargs)
         written = [alias for tensor in _written(func, args, kwargs) for alias in self._write(tensor)]
@@ -250,9 +272,25 @@ def _compare(tensors: list[Tensor], values: list[Value]) -> None:
                 value.even = frozenset(d for d in range(1, tensor.ndim) if _is_even(tensor, d))
 
 
+def _count(name: str, tensors: list[Tensor], values: list[Value]) -> None:
+    """Note the number that a constant is, which a live value is combined with; of lerp's, that it is zero all over."""
+    for tensor, value in zip(tensors, values, strict=True):
+        if not value.live and not value.parameters and value.number is None and tensor.device.type != "meta":
+            if tensor.numel() == 1 and not tensor.is_complex():
+                value.number = float(tensor)
+            elif name == "lerp" and not tensor.any():
+                value.number = 0.0
+
+
 def _is_even(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor is constant along a dimension, up to what interpolation rounds."""
     first, last = tensor.select(dim, 0), tensor.select(dim, -1)
-    return torch.equal(first, last) and torch.equal(tensor, first.unsqueeze(dim).expand_as(tensor))
+    return _is_close(first, last) and _is_close(tensor, first.unsqueeze(dim).expand_as(tensor))
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    rounding = 4 * torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+    return torch.allclose(a, b, rtol=rounding, atol=0.0)
 
 
 def _storage(tensor: Tensor) -> int:

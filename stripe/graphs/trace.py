@@ -56,7 +56,7 @@ class _Builder:
         self._values: dict[str, Value] = {}
         self._count = 0
         first = inputs[file.inputs[0].name]
-        self.graph = GraphTrace(batch=first.shape[0] if first.ndim else 1)
+        self.graph = GraphTrace(batches=(first.shape[0] if first.ndim else 1,))
 
     def build(self) -> GraphTrace:
         self.graph.inputs = tuple(self._named(each.name, live=True) for each in self._file.inputs)
