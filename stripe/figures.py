@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stripe import plots, stats
-from stripe.files import replaced
+from stripe.files import replaced, require_regular
 from stripe.gate import Gate, name_of
 from stripe.store import Run, open_run
 
@@ -237,6 +237,7 @@ def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         ValueError: the file lacks a column or holds something other than numbers.
     """
+    require_regular(path)
     log = pd.read_csv(path, sep="\t", skipinitialspace=True).rename(columns=str.strip).rename(columns=LOG_COLUMNS)
     if missing := [name for name, column in LOG_COLUMNS.items() if column not in log]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: expected a run's directory or the reference's log.txt")

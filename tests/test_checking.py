@@ -96,7 +96,7 @@ def test_a_cut_or_foreign_manifest(tmp_path, monkeypatch):
             open_run(tmp_path)
     (tmp_path / "run.json").write_bytes(whole)
     assert open_run(tmp_path).epochs == [1]
-    monkeypatch.setattr("stripe.store.directory.MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("stripe.store.directory.MAX_TEXT_BYTES", 100)
     with refused(ValueError, "bytes of run.json"):
         open_run(tmp_path)
 

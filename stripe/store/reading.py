@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stripe.files import MAX_TEXT_BYTES
 from stripe.gate import Gate, Gates, name_of
-from stripe.messages import listing, one_line, require
+from stripe.messages import listing, one_line, require, require_count
 from stripe.store.directory import Directory, out_of_reach
 from stripe.store.display import run_html
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest, Part
@@ -70,6 +71,7 @@ class Run:
         if not self._directory.holds(name):
             return None
         with self._directory.files.open_input_file(name) as stream:
+            require_count(stream.size(), 0, MAX_TEXT_BYTES, f"bytes of {name} of run '{self.path}'")
             return str(stream.read(), encoding="utf-8")
 
     def samples(self, epoch: int) -> NDArray[np.int64]:

@@ -83,7 +83,7 @@ class RunWriter:
         self._overwrite, self._rank, self._barrier = overwrite, rank, barrier
         with ExitStack() as held:
             if rank == 0:
-                held.enter_context(self._directory.sole_writer())
+                self._confirm = held.enter_context(self._directory.sole_writer())
                 self._begin(wanted)
             barrier()
             self._manifest = self._directory.read_manifest()
@@ -170,12 +170,15 @@ class RunWriter:
         staged = self._staged(number)
         require(staged, f"epoch {number} of run '{self._directory.path}' got no samples: append at least one batch")
         self._require_samples_once(staged)
-        epochs = {epoch.epoch: epoch for epoch in self._manifest.epochs}
+        self._confirm()
+        current = self._directory.read_manifest()  # whoever took over and gave back may have published meanwhile
+        self._require_same(current, self._manifest)
+        epochs = {epoch.epoch: epoch for epoch in current.epochs}
         used = [rank_and_sequence(part.name)[1] for part in epochs[number].parts] if number in epochs else [-1]
         with self._directory.writing():
             epochs[number] = Epoch(number, tuple(self._move_parts(staged, number, first=max(used) + 1)))
         ascending = tuple(epochs[key] for key in sorted(epochs))
-        self._directory.write_manifest(replace(self._manifest, epochs=ascending))
+        self._directory.write_manifest(replace(current, epochs=ascending))
         self._directory.clear(number)
 
     def _staged(self, number: int) -> list[str]:
