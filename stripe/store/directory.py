@@ -122,7 +122,9 @@ class Directory:
 
     def interrupted(self) -> set[int]:
         """Return the epochs that are being recorded, or whose recording was interrupted."""
-        infos = self.files.get_file_info(fs.FileSelector(STAGING, allow_not_found=True))
+        if self.files.get_file_info(STAGING).type != fs.FileType.Directory:
+            return set()
+        infos = self.files.get_file_info(fs.FileSelector(STAGING))
         return {number for info in infos if (number := epoch_number(info.path)) is not None}
 
     def unnamed(self, manifest: Manifest) -> list[str]:
@@ -161,7 +163,7 @@ class _StoredClaims:
     def renewed(self) -> Mapping[str, float]:
         with self._directory.reading():
             infos = self._files.get_file_info(fs.FileSelector(""))
-        return {info.base_name: info.mtime_ns / 1e9 for info in infos if info.base_name.startswith(locks.CLAIM)}
+        return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in infos if info.base_name.startswith(locks.CLAIM)}
 
     def read(self, name: str) -> str:
         with self._files.open_input_file(name) as stream:
