@@ -110,9 +110,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(
-    path: str | os.PathLike[str], table: pd.DataFrame, *, root: str | os.PathLike[str] | None = None
-) -> None:
+def write_csv(path: str | os.PathLike[str], table: pd.DataFrame, *, root: str | os.PathLike[str] | None = None) -> None:
     """Replace a file by a table as CSV, without its index; `root` as in `replaced`."""
     with replaced(path, root=root) as partial:
         table.to_csv(partial, index=False)

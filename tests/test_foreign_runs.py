@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from stripe import report
 from stripe.cli import main
 from stripe.files import UnsafePath, own_path, read_text, replaced
-from stripe import report
 from stripe.stats import summarize
 from stripe.store import check_run, open_run, repair_run
 from tests.runs import listing, parts, record, refused, writer
@@ -49,7 +49,13 @@ def socket_at(path: Path) -> None:
 
 def targets(outside: Path) -> list[Path]:
     run = outside / "run"
-    inside = [run, run / "attention", run / "attention/epoch=0002", run / ".moments/epoch=0002", *run.rglob("*.parquet")]
+    inside = [
+        run,
+        run / "attention",
+        run / "attention/epoch=0002",
+        run / ".moments/epoch=0002",
+        *run.rglob("*.parquet"),
+    ]
     return [outside / "thesis.txt", outside / "metrics.csv", outside, outside / "new", run / "run.json", *inside]
 
 
