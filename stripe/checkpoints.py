@@ -68,9 +68,12 @@ def read_tensors(path: Path) -> dict[Any, Any]:
     return content
 
 
-def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file by tensors and plain values, for `read_tensors`; OSError where it cannot be written."""
-    with replaced(path) as partial, partial.open("wb") as file:  # given a path, torch would put its name into the file
+def write_tensors(path: str | Path, content: dict[str, Any], *, root: Path | None = None) -> None:
+    """Replace a file by tensors and plain values, for `read_tensors`; `root` and errors as for `files.replaced`."""
+    with (
+        replaced(path, root=root) as partial,
+        partial.open("wb") as file,
+    ):  # given a path, torch would put its name into the file
         torch.save(content, file)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-ATOM, ENTRY, NOTED, CALL = 64, 100, 100, 600  # bytes, about: a value, an item of a container, a memo's entry, an object
+ATOM, ENTRY, NOTED, CALL = 80, 100, 100, 600  # bytes, about: a value, an item of a container, a memo's entry, an object
 MAX_NESTED = 2**20  # values in a tuple, each as often as it is referred to, which hashing it goes through
 _MADE_AT_RUN_TIME = "a name put together at run time"  # torch's reader knows no such thing
 
@@ -88,7 +88,7 @@ class Survey:
         if nested > MAX_NESTED:
             raise ValueError(f"a tuple of more than {MAX_NESTED} values")
         self._bytes += ENTRY * len(items)
-        self._push(_Value(len(items), items, nested))
+        self._push(_Value(len(items), tuple(items), nested))
 
     def _call(self) -> None:
         """Call something with a tuple of arguments, which may copy each."""

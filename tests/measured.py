@@ -151,7 +151,7 @@ def hidden(chance: random.Random) -> bytes:
 
 
 def two_directories(bomb: bytes, honest: bytes) -> bytes:
-    """Both archives after each other; the end of the file is that of the second, its 64-bit record that of the first."""
+    """Both archives, one after the other; the file ends as the second does, but for a 64-bit record of the first."""
     start, length, count = [struct.unpack("<H2L", bomb[-12:-2])[i] for i in (2, 1, 0)]
     record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(bomb), 1)
@@ -210,10 +210,10 @@ def main(folder: Path, first: int, count: int) -> dict[str, Any]:
         excess = peak - 4 * path.stat().st_size / 2**20
         if excess > worst.get(make.__name__, -1e9):
             worst[make.__name__] = excess
-            print(f"{make.__name__} {seed}: {excess:.0f} MB beyond 4 times the file", file=sys.stderr)
+            sys.stderr.write(f"{make.__name__} {seed}: {excess:.0f} MB beyond 4 times the file\n")
     return {"tried": count, "refused": refused, "worst": worst, "events": events}
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:4]))))
+    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:4]))))

@@ -188,7 +188,8 @@ def _weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     broken = [key for key, value in state.items() if value.is_floating_point() and bool(value.isnan().any())]
     if broken:
         raise ValueError(
-            f"{path}: weights are not numbers (NaN) in {len(broken)} of {len(state)} tensors, first '{printable(broken[0][:80])}': "
+            f"{path}: weights are not numbers (NaN) in {len(broken)} of {len(state)} tensors, "
+            f"first '{printable(broken[0][:80])}': "
             "the training diverged; take an earlier epoch, or train again at a lower learning rate"
         )
     for key in [key for key in state if ".fused_bn." in key]:
