@@ -298,7 +298,7 @@ def test_a_run_that_cannot_be_repaired_is_left_as_it_is(tmp_path, capsys):
 
 
 def test_a_run_that_is_being_recorded_is_not_repaired(tmp_path):
-    with writer(record(tmp_path, 1)) as run, run.epoch(2) as epoch:
+    with writer(record(tmp_path, 1, samples=4)) as run, run.epoch(2) as epoch:
         epoch.append(range(4), None, vectors(4))
         epoch._hand_over()
         epoch._wait()

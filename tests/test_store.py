@@ -313,7 +313,7 @@ def test_any_file_system_that_arrow_reaches(tmp_path):
 
 @pytest.mark.parametrize(("batch", "words"), REFUSED_BATCHES.values(), ids=REFUSED_BATCHES)
 def test_bad_batches_are_refused_and_leave_nothing(tmp_path, batch, words):
-    before = listing(record(tmp_path, 1))
+    before = listing(record(tmp_path, 1, samples=4))
     with refused(ValueError, *words), writer(tmp_path) as run, run.epoch(2) as epoch:
         epoch.append(IDS + 10, IDS, vectors(4))  # a good one first
         epoch.append(*batch)

@@ -244,6 +244,7 @@ def _recording(
         data=images.describe(),
         seeds={"manualSeed": arguments.manualSeed},
         overwrite=arguments.resume is not None,
+        allow_mixed=arguments.allow_changed,
         shared=True,
     )
 

@@ -200,6 +200,7 @@ def about(run: Run, command: str) -> list[dict[str, Any]]:
         "path": address(run.path),
         "recorded": f"{recorded}, {manifest.dtype}" if run.has_samples else "moments alone, no row per sample",
         "epochs": f"{len(run.epochs)}, {run.epochs[0]} to {run.epochs[-1]}",
+        **({"mixed": run.mixed} if run.mixed else {}),
         "gates": len(run.gates),
         "channels": sum(gate.channels for gate in run.gates),
         "begun": manifest.created,

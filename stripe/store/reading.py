@@ -56,6 +56,14 @@ class Run:
         parts = (part for epoch in self.manifest.epochs for part in epoch.parts)
         return not self.has_samples or all(part.moments is not None for part in parts)
 
+    @property
+    def mixed(self) -> str:
+        """A sentence that says what differs between the epochs of a run that was recorded so; else ""."""
+        kinds = " and ".join({"network": "networks"}.get(kind, kind) for kind in self.manifest.mixed)
+        return (
+            f"Epochs of this run are of different {kinds}: do not read change over epochs as training." if kinds else ""
+        )
+
     def __repr__(self) -> str:
         """Summarise the run in one line."""
         channels = sum(gate.channels for gate in self.gates)
