@@ -263,9 +263,9 @@ def _alone(directory: Path, resume: Path | None) -> Iterator[None]:
                 held.enter_context(sole_training(directory, resume))
             except (OSError, ValueError) as error:
                 failure = [error]
-        for error in broadcast_object_list(failure):
-            if error is not None:
-                raise error
+        [told] = broadcast_object_list(failure)
+        if told is not None:
+            raise told
         yield
 
 

@@ -1,4 +1,4 @@
-"""One writer a run: of two, one is refused or both epochs are there. A run is of one network and one list of samples."""
+"""One writer a run: of two, one is refused or both epochs are there; a run is of one network and list of samples."""
 
 from __future__ import annotations
 
