@@ -5,12 +5,11 @@ So what a file names and how large it says to be is looked at first, and what ca
 """
 
 import pickle
-import pickletools
 import re
+import struct
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from stripe.files import replaced
 from stripe.messages import one_line
+from stripe.pickles import Survey
 
 NUMPY_SCALARS: list[Any] = [
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -25,7 +25,10 @@ NUMPY_SCALARS: list[Any] = [
 ]
 """What a NumPy number in a checkpoint, such as an accuracy, is pickled as; it runs no code of the file's."""
 MAX_VALUES = 2**20  # values in a file, each as often as it is referred to: far above any real one
-SHARED = 8  # the tensors of a file, which may share their bytes, add up to at most this many times its size
+SHARED = 2  # the tensors of a file, which may share their bytes, add up to at most this many times its size
+ROOM = 32 * 2**20  # bytes of values beside the tensors that a file of any size may take, and twice its size more
+ENTRY_BYTES = 1200  # that Python's zipfile takes for an entry
+HEADER_GROWTH = 20  # times its length that the header of a safetensors file, read, takes at most
 
 _ZIP = b"PK\x03\x04"
 _LEGACY_PICKLES = 5  # at the head of a file of before torch 1.6: magic number, protocol, system, object, keys
@@ -65,57 +68,93 @@ def read_tensors(path: Path) -> dict[Any, Any]:
     return content
 
 
-def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file by tensors and plain values, for `read_tensors`; OSError where it cannot be written."""
-    with replaced(path) as partial, partial.open("wb") as file:  # given a path, torch would put its name into the file
+def write_tensors(path: str | Path, content: dict[str, Any], *, root: Path | None = None) -> None:
+    """Replace a file by tensors and plain values, for `read_tensors`; `root` and errors as for `files.replaced`."""
+    with (
+        replaced(path, root=root) as partial,
+        partial.open("wb") as file,
+    ):  # given a path, torch would put its name into the file
         torch.save(content, file)
 
 
 def _load(path: Path) -> Any:
+    size = path.stat().st_size
+    room = 2 * size + ROOM
+    with path.open("rb") as file:
+        head = file.read(8)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
+        header = int.from_bytes(head, "little")
+        if header <= size and HEADER_GROWTH * header > room:
+            raise ValueError(f"a header of {header} bytes in a file of {size}")
         return load_file(path)
-    with path.open("rb") as file:
-        zipped = file.read(len(_ZIP)) == _ZIP
-    names = {*(_names_in_archive(path) if zipped else _names_in_legacy_file(path))}
-    if foreign := sorted(name for name in names if not _PLAIN.fullmatch(name)):
+    zipped = head.startswith(_ZIP)
+    survey = Survey(room)
+    (_survey_archive if zipped else _survey_legacy_file)(path, survey, room)
+    if foreign := sorted(name for name in survey.names if not _PLAIN.fullmatch(name)):
         raise pickle.UnpicklingError(f"it names {foreign[0].replace(' ', '.')}")
     with torch.serialization.safe_globals(NUMPY_SCALARS):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
-def _names_in_archive(path: Path) -> Iterator[str]:
-    """Yield what the pickle of a zip archive names.
+def _survey_archive(path: Path, survey: Survey, room: int) -> None:
+    """Look at the pickle of a zip archive.
 
-    ValueError for an archive that grows when unpacked, or has lost a bit: torch's reader compares no checksums.
+    ValueError for an archive that grows when unpacked, has lost a bit (torch's reader compares no checksums), or that
+    torch's reader could understand in another way than Python's.
     """
+    count = _entries_of_one_directory(path)
+    if count * ENTRY_BYTES > room:
+        raise ValueError(f"an archive of {count} entries in {path.stat().st_size} bytes")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         size = sum(entry.file_size for entry in entries)
         if size > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError(f"an archive that unpacks to {size} bytes; expected one as torch.save writes it, unpacked")
+        names = [entry.orig_filename.lower() for entry in entries]  # torch's reader ignores case
+        if len(entries) != count or len(set(names)) < count or not all(map(_plain_name, names)):
+            raise ValueError("an archive of names that two readers may take for different ones")
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} does not have its checksum")
-        for entry in entries:
-            if entry.filename.endswith("data.pkl"):
+        for entry, name in zip(entries, names, strict=True):
+            if name.endswith("data.pkl"):
                 with archive.open(entry) as file:
-                    yield from _names(file)
+                    survey.look(file)
 
 
-def _names_in_legacy_file(path: Path) -> Iterator[str]:
+def _plain_name(name: str) -> bool:
+    return name.isascii() and name.isprintable() and "\\" not in name
+
+
+def _entries_of_one_directory(path: Path) -> int:
+    """Return how many entries an archive has, once it is known to end in one directory, where every reader looks.
+
+    The end of an archive (PKWARE's APPNOTE 4.3.14 to 4.3.16) says where its directory lies, twice in a large one. One
+    that is followed by something, or says different things, could show one content to Python and another to torch.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - 98))
+        tail = file.read().rjust(98, b"\0")
+    signature, *disks, here, count, length, start, comment = struct.unpack("<4s4H2LH", tail[76:])
+    end = size - 22
+    if tail[56:60] == b"PK\6\7":  # the numbers are in a record of 64 bits, which lies right before its locator
+        _, disk, end, total = struct.unpack("<4sLQL", tail[56:76])
+        start_of_record, record_length, _, _, *disks, here, count, length, start = struct.unpack(
+            "<4sQ2H2L4Q", tail[:56]
+        )
+        disks.append((start_of_record, record_length, disk, end, total) != (b"PK\6\6", 44, 0, size - 98, 1))
+    if signature != b"PK\5\6" or any(disks) or comment or here != count or start + length != end:
+        raise ValueError("an archive without one directory at its end: expected one as torch.save writes it")
+    return int(count)
+
+
+def _survey_legacy_file(path: Path, survey: Survey, room: int) -> None:
+    """Look at the pickles at the head of a file of before torch 1.6."""
     with path.open("rb") as file:
         for _ in range(_LEGACY_PICKLES):
-            yield from _names(file)
-
-
-def _names(file: IO[bytes]) -> Iterator[str]:
-    """Yield "module name" of every global that the pickle at the head of a file names."""
-    for operation, argument, _ in pickletools.genops(file):
-        if operation.name in ("GLOBAL", "INST"):
-            yield str(argument)
-        elif operation.name == "STACK_GLOBAL":  # torch's reader knows it not
-            yield "a name put together at run time"
+            survey.look(file)
 
 
 def _require_honest(content: Any, file_bytes: int) -> None:

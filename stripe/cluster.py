@@ -79,7 +79,7 @@ def summarize_on(client: Client, run: Run, *, rank: bool = False, **options: Any
     path, stamp = _place(run)
     tasks = [(epoch, gate) for epoch in run.epochs for gate in run.gates]
     futures = [client.submit(_measure, path, stamp, *task, options, pure=False) for task in tasks]
-    measured: list[list[Measured]] = client.gather(futures)
+    measured: list[list[Measured]] = _gathered(client, futures)
     return tabulate(each for some in measured for each in some)
 
 
@@ -91,7 +91,7 @@ def moments_on(client: Client, run: Run) -> dict[Key, Moments]:
     for epoch in sorted(run.manifest.epochs, key=lambda epoch: epoch.epoch):
         parts = [client.submit(_moments, path, stamp, epoch.epoch, part, pure=False) for part in epoch.parts]
         trees.append(_merged(client, parts))
-    for found in client.gather(trees):
+    for found in _gathered(client, trees):
         merged |= found
     return merged
 
@@ -112,6 +112,18 @@ def _merged(client: Client, futures: list[Future[Any]]) -> Future[Any]:
         groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
         futures = [client.submit(_merge, group, pure=False) for group in groups]
     return futures[0]
+
+
+def _gathered(client: Client, futures: list[Future[Any]]) -> Any:
+    """Wait for results; OSError where the cluster lost them, as when a worker is killed again and again."""
+    from distributed import CancelledError, KilledWorker
+
+    try:
+        return client.gather(futures)
+    except (CancelledError, KilledWorker) as error:
+        raise OSError(
+            f"the cluster lost its work ({one_line(error)}): look at the memory and logs of its workers, then try again"
+        ) from error
 
 
 # ---- on the workers ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -19,12 +20,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stripe import plots, stats
-from stripe.files import replaced
+from stripe.files import replaced, require_regular
 from stripe.gate import Gate, name_of
 from stripe.store import Run, open_run
 
 GATES, EPOCHS, IMAGES = 6, 6, 100  # at most as many are drawn unless gates are named; images are those of the grid
+MAX_NAME = 150  # bytes of a figure's name, of the 255 that most file systems take
 RANGE = 0.005, 0.995  # quantiles between which the grid's colours span; the colour bar points beyond
+OVER_EPOCHS = {"grid", "std", "strength-over-epochs", "drift"}  # the figures that compare epochs
 RESOLUTION = 200  # dots per inch of PNG
 METADATA: dict[str, dict[str, None]] = {
     "png": {"Software": None},
@@ -121,6 +124,8 @@ def each_figure(
     epoch = run.epochs[-1] if epoch is None else epoch
     for name, figure in _each(run, names, epoch):
         plt.close(figure)
+        if run.mixed and name in OVER_EPOCHS:
+            figure.text(0.01, 0.005, run.mixed, fontsize="x-small", color="firebrick")
         yield name, figure
 
 
@@ -166,11 +171,16 @@ def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tup
             yield file_name("stripe", gate), plots.before_after(squeeze, attention, std=std, title=title)
         else:
             yield file_name("stripe", gate), _figure_of(plots.stripe_heatmap(attention, title=title))
-    grid = {(gate, e): run.attention(gate, e)[:IMAGES] for gate in gates for e in spread(run.epochs, EPOCHS)}
+    grid = {(gate, e): _first_images(run, gate, e) for gate in gates for e in spread(run.epochs, EPOCHS)}
     low, high = np.nanquantile(np.concatenate([panel.ravel() for panel in grid.values()]), RANGE)
     yield "grid", plots.heatmap_grid(grid, vmin=float(low), vmax=float(high))
     moments = run.moments(sorted({run.epochs[0], epoch}), gates)
     yield "std", plots.std_grid({(gate, e): found.std for (e, gate), found in moments.items()})
+
+
+def _first_images(run: Run, gate: str, epoch: int) -> npt.NDArray[np.float32]:
+    """Return the attention (n, C) of the first images by sample id, the same ones at each epoch."""
+    return run.attention(gate, epoch)[np.argsort(run.samples(epoch), kind="stable")[:IMAGES]]
 
 
 def _each_beside(run: Run) -> Iterator[tuple[str, Figure]]:
@@ -237,6 +247,7 @@ def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         ValueError: the file lacks a column or holds something other than numbers.
     """
+    require_regular(path)
     log = pd.read_csv(path, sep="\t", skipinitialspace=True).rename(columns=str.strip).rename(columns=LOG_COLUMNS)
     if missing := [name for name, column in LOG_COLUMNS.items() if column not in log]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: expected a run's directory or the reference's log.txt")
@@ -248,8 +259,16 @@ def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def file_name(kind: str, gate: str) -> str:
-    """Name a gate's figure; what could leave the directory, or no file system takes, becomes an underscore."""
-    return re.sub(r"[^\w.#-]", "_", f"{kind}-{gate}")
+    """Name a gate's figure; what could leave the directory, or no file system takes, becomes an underscore.
+
+    A name that this changes, or that is too long, ends with a checksum of its own: no two gates share a figure's name.
+    """
+    name = f"{kind}-{gate}"
+    safe = re.sub(r"[^\w.#-]", "_", name)
+    if safe == name and len(name.encode()) <= MAX_NAME:
+        return name
+    cut = safe.encode()[:MAX_NAME].decode(errors="ignore")
+    return f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

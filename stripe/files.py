@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and paths that lead nowhere else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,58 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+MAX_TEXT_BYTES = 64 * 2**20  # of a table or JSON file that is read whole: far above any real one
+
+
+class UnsafePath(OSError):
+    """A path that would lead a write out of its folder, or a read into a pipe or device."""
+
+
+def own_path(root: str | os.PathLike[str], name: str | os.PathLike[str]) -> Path:
+    """Return `root`/`name` for writing, once it is known to lie in `root` itself, which may be a link.
+
+    Raises:
+        UnsafePath: there is a symbolic link on the way or at its end, or the end is a pipe, socket or device.
+
+    Example:
+        >>> own_path("runs/a", "checkpoints/last.pt")
+        PosixPath('runs/a/checkpoints/last.pt')
+    """
+    path = Path(root)
+    for step in Path(name).parts:
+        path /= step
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            break
+        if stat.S_ISLNK(mode):
+            raise UnsafePath(f"'{path}' is a symbolic link, and nothing is written through one: replace it by a copy")
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UnsafePath(f"'{path}' is a pipe, socket or device: expected a file, remove it")
+    return Path(root, name)
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse to open a pipe, socket or device, which may never end (UnsafePath); FileNotFoundError for no file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UnsafePath(f"'{os.fspath(path)}' is no regular file: expected one")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a regular file of at most MAX_TEXT_BYTES as UTF-8; OSError or ValueError otherwise."""
+    require_regular(path)
+    if (size := os.path.getsize(path)) > MAX_TEXT_BYTES:
+        raise ValueError(f"'{os.fspath(path)}' has {size} bytes; expected at most {MAX_TEXT_BYTES}")
+    return Path(path).read_text(encoding="utf-8")
+
+
 @contextmanager
-def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replaced(path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; at the end it is renamed to `path`, after an error removed.
 
     Folders that are missing are made. A link stays, and what it points to is replaced. What is no regular file, such
-    as /dev/stdout or a named pipe, is written to directly.
+    as /dev/stdout or a named pipe, is written to directly. With a `root`, `path` is a name inside that folder, and
+    links and pipes are refused, see `own_path`.
 
     Raises:
         OSError: the file cannot be written; the message names it. Whatever else the block raises is raised as it is.
@@ -29,7 +76,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> with replaced("strength.csv") as partial:  # doctest: +SKIP
         ...     table.to_csv(partial)
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path)) if root is None else own_path(root, path)
     if target.exists() and not target.is_file() and not target.is_dir():
         yield target
         return
@@ -63,9 +110,9 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_text(path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path: str | os.PathLike[str], table: pd.DataFrame) -> None:
-    """Replace a file by a table as CSV, without its index."""
-    with replaced(path) as partial:
+def write_csv(path: str | os.PathLike[str], table: pd.DataFrame, *, root: str | os.PathLike[str] | None = None) -> None:
+    """Replace a file by a table as CSV, without its index; `root` as in `replaced`."""
+    with replaced(path, root=root) as partial:
         table.to_csv(partial, index=False)
 
 

@@ -52,6 +52,7 @@ class Recorder:
         data: Mapping[str, Any] | None = None,
         seeds: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        allow_mixed: bool = False,
         shared: bool = False,
     ) -> None:
         """Prepare to record `gates` of `model` into the run at `path`, a new one or one with the same gates.
@@ -68,6 +69,7 @@ class Recorder:
             data: of the images, plain values, for the manifest.
             seeds: plain values, for the manifest.
             overwrite: replace epochs that the run holds.
+            allow_mixed: record also another network or other samples than those of the run, which then says so.
             shared: record together with the other processes of torch.distributed's group, where there is one;
                 False: alone.
 
@@ -89,6 +91,7 @@ class Recorder:
             contents=contents,
             seeds=seeds,
             overwrite=overwrite,
+            allow_mixed=allow_mixed,
             **_place_in_group() if shared else {},
         )
         self._squeeze = squeeze

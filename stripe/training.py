@@ -2,7 +2,7 @@
 
 Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint
 holds weights, optimizer state and metrics and nothing else has to be saved. Device and several processes are
-Accelerate's business. Of stripe it imports `checkpoints` and the ground floor alone.
+Accelerate's business. Of stripe it imports `checkpoints`, `resuming` and the ground floor alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -22,21 +23,19 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast, broadcast_object_list, reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from stripe.capture import CapturedStep
-from stripe.checkpoints import read_tensors, write_tensors
+from stripe.checkpoints import write_tensors
 from stripe.devices import device_of
 from stripe.files import write_csv
 from stripe.messages import one_line
 from stripe.recipe import PRECISIONS, Recipe
+from stripe.resuming import CHECKPOINTS, METRICS, changes, read_resumable, require_same, sole_training
 
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
-METRICS = "metrics.csv"
-CHECKPOINTS = "checkpoints"
-RESUMABLE = {"epoch", "state_dict", "optimizer", "scaler", "metrics"}  # what a checkpoint to resume must hold
 
 
 # ---- what the loop works with ------------------------------------------------------------------------------
@@ -213,6 +212,7 @@ def fit(
     description: Mapping[str, Any],
     callbacks: Sequence[Callback] = (),
     resume: str | Path | None = None,
+    allow_changed: bool = False,
     save_every: int = 1,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -227,46 +227,65 @@ def fit(
         train_loader: what to train on.
         validation_loader: held-out images that choose best.pt, or None.
         recipe: how to train.
-        directory: where to write; without `resume` it must not hold another training.
-        description: plain values from which the caller can rebuild the model, saved in every checkpoint.
+        directory: where to write; it must not hold another training.
+        description: plain values from which the caller can rebuild the model, and all that makes it this training,
+            such as the data and its split; saved in every checkpoint.
         callbacks: called after each epoch.
         resume: a last.pt to continue from, by the recipe given here.
+        allow_changed: resume also where the description or the seed is not what the training began with.
         save_every: see above.
         progress: show a bar per epoch.
 
     Raises:
+        BlockingIOError: another training writes into `directory`.
         FileExistsError: `directory` holds another training.
         FileNotFoundError: no checkpoint at `resume`.
         FloatingPointError: the training loss is no longer finite.
         TypeError: the description holds more than plain values.
-        ValueError: nothing to train, or a checkpoint that cannot be resumed.
+        ValueError: nothing to train, or a checkpoint that cannot be resumed, or is of another training.
     """
-    directory = Path(directory)
     plain = json.loads(json.dumps(description))
-    if resume is None and (directory / METRICS).exists():
-        raise FileExistsError(f"'{directory}' holds a training already: resume its last.pt, or use another folder")
-    (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    trainer = _Trainer(model, recipe)
-    history = [] if resume is None else trainer.restore(Path(resume))
-    if history and trainer.accelerator.is_main_process:
-        _write_metrics(directory, history)  # what a killed run noted after its last checkpoint is forgotten
-    for epoch in range(len(history) + 1, recipe.epochs + 1):
-        trained = trainer.train(train_loader, epoch, progress)
-        validated = trainer.validate(validation_loader)
-        metrics = {
-            "epoch": epoch,
-            "lr": recipe.learning_rate(epoch - 1),
-            "train_loss": trained.loss,
-            "train_accuracy": trained.accuracy,
-            "val_loss": validated.loss,
-            "val_accuracy": validated.accuracy,
-        }
-        for callback in callbacks:
-            callback.on_epoch_end(model, epoch, metrics)
-        history.append(metrics)
-        if trainer.accelerator.is_main_process:
-            _save(directory, history, plain, trainer.state(), save_every)
-    return pd.DataFrame(history)
+    with _alone(Path(directory), None if resume is None else Path(resume)):
+        trainer = _Trainer(model, recipe)
+        saved = None if resume is None else read_resumable(Path(resume))
+        if saved and not allow_changed:
+            require_same(Path(resume or ""), changes(saved, recipe, plain))
+        history = [] if saved is None else trainer.restore(saved, resume)
+        if history and trainer.accelerator.is_main_process:
+            _write_metrics(Path(directory), history)  # what a killed run noted after its last checkpoint is forgotten
+        for epoch in range(len(history) + 1, recipe.epochs + 1):
+            trained = trainer.train(train_loader, epoch, progress)
+            validated = trainer.validate(validation_loader)
+            metrics = {
+                "epoch": epoch,
+                "lr": recipe.learning_rate(epoch - 1),
+                "train_loss": trained.loss,
+                "train_accuracy": trained.accuracy,
+                "val_loss": validated.loss,
+                "val_accuracy": validated.accuracy,
+            }
+            for callback in callbacks:
+                callback.on_epoch_end(model, epoch, metrics)
+            history.append(metrics)
+            if trainer.accelerator.is_main_process:
+                _save(Path(directory), history, plain, trainer.state(), save_every)
+        return pd.DataFrame(history)
+
+
+@contextmanager
+def _alone(directory: Path, resume: Path | None) -> Iterator[None]:
+    """Let the first process take the directory for this training; where it may not, all processes are told."""
+    with ExitStack() as held:
+        failure: list[Exception | None] = [None]
+        if processes().is_main_process:
+            try:
+                held.enter_context(sole_training(directory, resume))
+            except (OSError, ValueError) as error:
+                failure = [error]
+        [told] = broadcast_object_list(failure)
+        if told is not None:
+            raise told
+        yield
 
 
 class _Trainer:
@@ -341,9 +360,8 @@ class _Trainer:
             "recipe": asdict(self.recipe),
         }
 
-    def restore(self, path: Path) -> list[dict[str, float]]:
-        """Load a last.pt and return the metrics of the epochs it has behind it."""
-        saved = _read_checkpoint(path)
+    def restore(self, saved: Mapping[str, Any], path: object) -> list[dict[str, float]]:
+        """Take the state in a last.pt, read from `path`, and return the metrics of the epochs it has behind it."""
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(saved["state_dict"])
@@ -409,22 +427,6 @@ def _finite_loss(scores: Tensor, epoch: int, rate: float) -> float:
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a resumable checkpoint without executing anything in it."""
-    try:
-        saved = read_tensors(path)
-    except ValueError as error:
-        raise ValueError(
-            f"'{path}' is no checkpoint, or was cut short: resume from the last.pt of a training ({error})"
-        ) from error
-    missing = RESUMABLE - saved.keys()
-    if missing:
-        raise ValueError(f"'{path}' lacks {', '.join(sorted(missing))}: only a training's last.pt can be resumed")
-    if not all(isinstance(row, dict) and "val_accuracy" in row for row in saved["metrics"]):
-        raise ValueError(f"'{path}' holds metrics that no training wrote: resume from another last.pt")
-    return saved
-
-
 def _save(
     directory: Path,
     history: list[dict[str, float]],
@@ -433,7 +435,6 @@ def _save(
     save_every: int,
 ) -> None:
     """Write the files of the epoch just finished, last.pt after all others."""
-    checkpoints = directory / CHECKPOINTS
     epoch = len(history)
     accuracies = [row["val_accuracy"] for row in history]
     best = float(np.fmax.reduce(accuracies))  # not a number where nothing was validated
@@ -445,12 +446,12 @@ def _save(
         "description": description,
     }
     if accuracies[-1] == best and best not in accuracies[:-1]:
-        write_tensors(checkpoints / "best.pt", network)
+        write_tensors(f"{CHECKPOINTS}/best.pt", network, root=directory)
     if save_every and epoch % save_every == 0:
-        write_tensors(checkpoints / f"epoch={epoch:04d}.pt", network)
+        write_tensors(f"{CHECKPOINTS}/epoch={epoch:04d}.pt", network, root=directory)
     _write_metrics(directory, history)
-    write_tensors(checkpoints / "last.pt", network | state | {"metrics": history})
+    write_tensors(f"{CHECKPOINTS}/last.pt", network | state | {"metrics": history}, root=directory)
 
 
 def _write_metrics(directory: Path, history: list[dict[str, float]]) -> None:
-    write_csv(directory / METRICS, pd.DataFrame(history))
+    write_csv(METRICS, pd.DataFrame(history), root=directory)

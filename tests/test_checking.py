@@ -96,7 +96,7 @@ def test_a_cut_or_foreign_manifest(tmp_path, monkeypatch):
             open_run(tmp_path)
     (tmp_path / "run.json").write_bytes(whole)
     assert open_run(tmp_path).epochs == [1]
-    monkeypatch.setattr("stripe.store.directory.MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("stripe.store.directory.MAX_TEXT_BYTES", 100)
     with refused(ValueError, "bytes of run.json"):
         open_run(tmp_path)
 
@@ -298,7 +298,7 @@ def test_a_run_that_cannot_be_repaired_is_left_as_it_is(tmp_path, capsys):
 
 
 def test_a_run_that_is_being_recorded_is_not_repaired(tmp_path):
-    with writer(record(tmp_path, 1)) as run, run.epoch(2) as epoch:
+    with writer(record(tmp_path, 1, samples=4)) as run, run.epoch(2) as epoch:
         epoch.append(range(4), None, vectors(4))
         epoch._hand_over()
         epoch._wait()

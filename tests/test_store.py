@@ -286,10 +286,11 @@ def test_versions_skip_what_is_not_installed(tmp_path, monkeypatch):
     assert open_run(record(tmp_path, 1)).manifest.versions.keys() == {"python", "numpy"}
 
 
-def test_importing_store_loads_only_what_a_gate_is_and_no_torch():
+def test_importing_store_loads_the_ground_floor_alone_and_no_torch():
     code = "import sys, stripe.store; print([m for m in sys.modules if m == 'torch' or m.startswith('stripe.')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {room.split(".")[1] for room in ast.literal_eval(found.stdout)} == {"gate", "store"}
+    rooms = {room.split(".")[1] for room in ast.literal_eval(found.stdout)}
+    assert rooms == {"files", "gate", "locks", "messages", "store"}
 
 
 def test_any_file_system_that_arrow_reaches(tmp_path):
@@ -312,7 +313,7 @@ def test_any_file_system_that_arrow_reaches(tmp_path):
 
 @pytest.mark.parametrize(("batch", "words"), REFUSED_BATCHES.values(), ids=REFUSED_BATCHES)
 def test_bad_batches_are_refused_and_leave_nothing(tmp_path, batch, words):
-    before = listing(record(tmp_path, 1))
+    before = listing(record(tmp_path, 1, samples=4))
     with refused(ValueError, *words), writer(tmp_path) as run, run.epoch(2) as epoch:
         epoch.append(IDS + 10, IDS, vectors(4))  # a good one first
         epoch.append(*batch)

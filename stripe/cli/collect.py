@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--moments-only", action="store_true", help="no row per sample: what all statistics but the rank need"
     )
     files.add_argument("--by-label", action="store_true", help="with --moments-only: the mean of every class as well")
+    files.add_argument(
+        "--allow-mixed", action="store_true", help="record other networks or images into one run, which then says so"
+    )
     held = files.add_mutually_exclusive_group()
     held.add_argument("--overwrite", action="store_true", help="replace epochs that the run holds already")
     held.add_argument("--resume", action="store_true", help="skip them: go on with an interrupted recording")
@@ -94,9 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
             squeeze=arguments.squeeze,
             dtype=arguments.dtype,
             contents=contents,
-            description=checkpoint.description.get("model", {"arch": arguments.arch or str(spec)}),
+            description=_described(checkpoint, arguments.arch),
             data=loader.images.describe(),
+            seeds={"manualSeed": seed} if type(seed := checkpoint.description.get("seed")) is int else {},
             overwrite=arguments.overwrite,
+            allow_mixed=arguments.allow_mixed,
             shared=True,
         ) as recorder:
             progress = options.progress(f"epoch {epoch}") if process.is_main_process else iter
@@ -104,6 +109,18 @@ def run(arguments: argparse.Namespace) -> int:
         if process.is_main_process:
             print(f"{arguments.out}: epoch {epoch}, {len(loader.images)} samples, {len(gates)} gates, from {spec}")
     return 0
+
+
+def _described(checkpoint: Checkpoint, arch: str | None) -> Mapping[str, Any]:
+    """Describe the network, the same for all checkpoints of a training."""
+    from stripe.models import ResNet
+
+    if "model" in checkpoint.description:
+        described: dict[str, Any] = checkpoint.description["model"]
+        return described
+    if isinstance(checkpoint.model, ResNet):
+        return {"arch": "resnet"} | checkpoint.model.config
+    return {"arch": arch or type(checkpoint.model).__qualname__}
 
 
 def _begun(arguments: argparse.Namespace) -> Run | None:

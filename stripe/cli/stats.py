@@ -37,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
         with connect(arguments.dask) as client:
             table = summarize_on(client, recorded, rank=arguments.rank)
     print(table.to_string(index=False, float_format="{:.4g}".format))
+    if recorded.mixed:
+        print(recorded.mixed)
     if arguments.csv is not None:
         write_csv(arguments.csv, table)
-    options.write_json(arguments.json, {"rows": options.plain(table)})
+    options.write_json(arguments.json, {"rows": options.plain(table), "mixed": recorded.mixed or None})
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stripe.cli import options
+from stripe.files import own_path
 from stripe.recipe import BATCH, PRECISIONS, PSI_INIT, SCHEDULES, TRAIN_BATCH, WORKERS, Recipe
 
 SUMMARY = "train a network, plain, with attention or with ASR, and record its attention after every epoch"
@@ -65,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-every", type=int, default=1, metavar="N", help="keep every N-th epoch's weights; 0: none"
     )
     files.add_argument("--resume", type=Path, metavar="PATH", help="go on from this .../checkpoints/last.pt")
+    files.add_argument(
+        "--allow-changed",
+        action="store_true",
+        help="resume also with another network, seed, data set or split; images held out now may have been trained on",
+    )
     files.add_argument("-e", "--evaluate", action="store_true", help="only test the checkpoint of --resume")
     files.add_argument("--record", type=options.positive, metavar="N", help="record N images' attention every epoch")
     files.add_argument("--record-split", default="test", help="the split those images come from")
@@ -116,11 +122,19 @@ def _train(arguments: argparse.Namespace) -> int:
     torch.manual_seed(arguments.manualSeed)
     network = _network(arguments, len(images.classes))
     model = create_model(**network)
-    description = {"model": network, "data": training.describe(), "seed": arguments.manualSeed}
+    description = {
+        "model": network,
+        "data": training.describe(),
+        "split": {"training": len(training), "validation": held_out},
+        "seed": arguments.manualSeed,
+        "batch": arguments.train_batch,
+    }
+    if arguments.resume and process.is_main_process:
+        _tell_changes(arguments, recipe, description)
     callbacks = [_recording(arguments, directory, model, description, share)] if arguments.record else []
     with ExitStack() as closing:
         if arguments.tensorboard and process.is_main_process:
-            callbacks.append(closing.enter_context(TensorBoard(directory / "tensorboard")))
+            callbacks.append(closing.enter_context(TensorBoard(own_path(directory, "tensorboard"))))
         fit(
             model,
             Loader(training, arguments.train_batch, train=True, seed=arguments.manualSeed, **share),
@@ -130,6 +144,7 @@ def _train(arguments: argparse.Namespace) -> int:
             description=description,
             callbacks=callbacks,
             resume=arguments.resume,
+            allow_changed=arguments.allow_changed,
             save_every=arguments.save_every,
         )
     evaluation = evaluate(model, Loader(test, arguments.test_batch, **share))
@@ -137,6 +152,16 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"{directory}: metrics.csv, checkpoints/")
         _report(arguments, evaluation)
     return 0
+
+
+def _tell_changes(arguments: argparse.Namespace, recipe: Recipe, description: dict[str, Any]) -> None:
+    """Say in one line how the training will go on in another way than it began."""
+    from stripe.resuming import changes, read_resumable
+
+    found = changes(read_resumable(arguments.resume), recipe, description)
+    told = [*found.how, *(found.what if arguments.allow_changed else ())]
+    if told:
+        print(f"{arguments.resume}: changed, as asked for: {'; '.join(told)}")
 
 
 def _test(arguments: argparse.Namespace) -> int:
@@ -219,6 +244,7 @@ def _recording(
         data=images.describe(),
         seeds={"manualSeed": arguments.manualSeed},
         overwrite=arguments.resume is not None,
+        allow_mixed=arguments.allow_changed,
         shared=True,
     )
 

@@ -5,6 +5,7 @@ weights before the network takes memory.
 """
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stripe.attention import ATTENTION, create_attention
 from stripe.checkpoints import read_tensors
-from stripe.messages import one_line
+from stripe.messages import listing, one_line, printable
 from stripe.models.resnet import BLOCKS, WIDTHS, ResNet, block_of, depth_of
 
 ARCHITECTURES: dict[str, type[ResNet]] = {"resnet": ResNet}
@@ -28,6 +30,9 @@ IMAGENET: dict[str, Any] = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [
 
 MAX_DEPTH = 2_000
 """Of a CIFAR ResNet in a file."""
+
+FACTORIES = {getattr(torch, name) for name in "empty zeros ones full rand randn arange linspace eye".split()}
+SMALL = 4096  # values of a tensor that is no matter for memory
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_NAME = re.compile(r"((timm|torchvision):[\w.]+)(:pretrained)?")
@@ -153,7 +158,9 @@ def _module_of(shapes: dict[str, torch.Size], channels: int, source: object) -> 
     for name in ATTENTION:
         if _below(create_attention(name, channels).state_dict(), "") == shapes:
             return name
-    raise ValueError(f"{source}: attention with keys {', '.join(sorted(shapes))} is none of {', '.join(ATTENTION)}")
+    raise ValueError(
+        f"{source}: attention with keys {printable(listing(sorted(shapes)))} is none of {', '.join(ATTENTION)}"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -171,7 +178,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return the state dict with the reference code's spellings undone: `module.` prefixes and `fused_bn` norms."""
-    state = {str(key).removeprefix("module."): value for key, value in content["state_dict"].items()}
+    state: dict[str, Tensor] = {}
+    for key, value in content["state_dict"].items():
+        _put_weight(state, str(key).removeprefix("module."), value, path)
     if not state or not all(isinstance(value, Tensor) and not value.is_complex() for value in state.values()):
         raise ValueError(
             f"{path}: no weights inside; expected a state dict of real tensors, alone or under 'state_dict'"
@@ -179,15 +188,26 @@ def _weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     broken = [key for key, value in state.items() if value.is_floating_point() and bool(value.isnan().any())]
     if broken:
         raise ValueError(
-            f"{path}: weights are not numbers (NaN) in {len(broken)} of {len(state)} tensors, first '{broken[0]:.80}': "
+            f"{path}: weights are not numbers (NaN) in {len(broken)} of {len(state)} tensors, "
+            f"first '{printable(broken[0][:80])}': "
             "the training diverged; take an earlier epoch, or train again at a lower learning rate"
         )
     for key in [key for key in state if ".fused_bn." in key]:
         layer, _, name = key.partition(".fused_bn.")
         value = state.pop(key)
         if f"{layer}.vector" not in state:
-            state[f"{layer}.{name}"] = value
+            _put_weight(state, f"{layer}.{name}", value, path)
     return state
+
+
+def _put_weight(state: dict[str, Tensor], key: str, value: Tensor, path: Path) -> None:
+    """Add a weight under the name that a network knows it by (ValueError where there is one of that name)."""
+    if key in state:
+        raise ValueError(
+            f"{path}: two weights are named '{printable(key[:80])}', with and without `module.` or `fused_bn.`: "
+            "expected one of each name"
+        )
+    state[key] = value
 
 
 def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -196,17 +216,19 @@ def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: P
     Raises ValueError for a network that cannot be built, RuntimeError for one that the weights do not fit.
     """
     config = dict(config) if "arch" in config else {"arch": "resnet", **infer_config(state, path)}
-    largest = max((value.shape[0] for value in state.values() if value.ndim), default=1)
-    limits = {"depth": MAX_DEPTH, "num_classes": largest, "repeats": len(state)}
+    largest = max((value.shape[0] for value in state.values() if value.ndim and value.numel()), default=1)
+    limits = {"depth": min(MAX_DEPTH, len(state)), "num_classes": largest, "repeats": len(state)}
     for name, limit in limits.items():
         if type(value := config.get(name, 1)) is not int or not 1 <= value <= limit:
             raise ValueError(f"{path}: it declares {name} {value!r:.80}; expected 1 to {limit} with these weights")
     try:
         if hub := _HUB_NAME.fullmatch(str(config["arch"])[:200]):
             config = {"arch": hub[1], "num_classes": config["num_classes"]}  # not :pretrained, it has weights
-            _require_shapes(config, state)
         elif config["arch"] not in ARCHITECTURES:
-            raise ValueError(f"unknown arch '{config['arch']!s:.80}': name the network with --arch")
+            raise ValueError(f"unknown arch {config['arch']!r:.80}: name the network with --arch")
+        elif config.get("depth", 1) * config.get("repeats", 1) > 3 * len(state):  # above what any network needs
+            raise ValueError(f"depth {config['depth']} with {config['repeats']} repeats and {len(state)} weights")
+        _require_shapes(config, state)
         return create_model(**config)
     except RuntimeError:
         raise
@@ -215,13 +237,21 @@ def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: P
 
 
 def _require_shapes(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise RuntimeError unless a network, built without memory, takes these weights; a few are never so built."""
-    with torch.device("meta"):
-        try:
-            network = create_model(**config)
-        except NotImplementedError:
-            return
+    """Raise RuntimeError unless a network, built without memory for its weights, takes these weights."""
+    with _Sketched():
+        network = create_model(**config)
     network.load_state_dict(state, assign=True)
+
+
+class _Sketched(TorchFunctionMode):
+    """Makes large tensors without memory; small ones are real, since networks compute their own settings with them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func not in FACTORIES or options.get("device") not in (None, torch.device("cpu"), "cpu"):
+            return func(*args, **options)
+        sketch = func(*args, **options | {"device": "meta"})
+        return sketch if sketch.numel() > SMALL else func(*args, **options)
 
 
 def _hub_model(spec: str, **options: Any) -> nn.Module:
@@ -239,7 +269,9 @@ def _hub_model(spec: str, **options: Any) -> nn.Module:
         else:
             import torchvision
 
-            model = torchvision.models.get_model(name, weights="DEFAULT" if rest else None, **options)
+            build = torchvision.models.get_model_builder(name)
+            backbone = {"weights_backbone"} & inspect.signature(build).parameters.keys()
+            model = build(weights="DEFAULT" if rest else None, **dict.fromkeys(backbone), **options)
         return model
     except ImportError as error:
         raise ValueError(f"'{spec}' needs {library}: pip install 'stripe-observation[hub]'") from error

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stripe import stats
+from stripe.files import read_text
 from stripe.store import Run
 
 MAX_EPOCHS = 400  # points of a curve
@@ -135,7 +135,7 @@ def read_beside(run: Run, name: str, path: str | os.PathLike[str] | None = None)
         OSError: `path` cannot be read.
     """
     try:
-        text = run.read_text(name) if path is None else Path(path).read_text(encoding="utf-8")
+        text = run.read_text(name) if path is None else read_text(path)
         content = None if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path or name} is not JSON ({error}): write it anew, or name another file") from error
@@ -200,6 +200,7 @@ def about(run: Run, command: str) -> list[dict[str, Any]]:
         "path": address(run.path),
         "recorded": f"{recorded}, {manifest.dtype}" if run.has_samples else "moments alone, no row per sample",
         "epochs": f"{len(run.epochs)}, {run.epochs[0]} to {run.epochs[-1]}",
+        **({"mixed": run.mixed} if run.mixed else {}),
         "gates": len(run.gates),
         "channels": sum(gate.channels for gate in run.gates),
         "begun": manifest.created,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from pyarrow import fs
 
-from stripe.messages import one_line, require_count
+from stripe import locks
+from stripe.files import MAX_TEXT_BYTES, UnsafePath, own_path
+from stripe.messages import one_line, require, require_count
+from stripe.store.local import LocalFiles
 from stripe.store.manifest import FOLDERS, MANIFEST, MOMENTS_FOLDER, PART_NAME, Manifest, epoch_number
 
 STAGING = ".unfinished"
 ROOTS = sorted({*FOLDERS.values()})
-LOCK = ".lock"
-MAX_MANIFEST_BYTES = 64 * 2**20
 
 
 class Directory:
@@ -24,12 +26,12 @@ class Directory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Point at ``path``, a directory or a URI, which need not exist."""
         self.path = os.fspath(path)
+        require("\0" not in self.path, f"path {self.path!r:.80} of a run: expected one without a null character")
+        base, root = None, os.path.abspath(self.path)
         if "://" in self.path:
             base, root = fs.FileSystem.from_uri(self.path)
-        else:
-            base, root = fs.LocalFileSystem(), os.path.abspath(self.path)
-        self.files = fs.SubTreeFileSystem(root, base)
-        self._local_root = root if isinstance(base, fs.LocalFileSystem) else None
+        self._local_root = root if base is None or isinstance(base, fs.LocalFileSystem) else None
+        self.files = fs.SubTreeFileSystem(root, base) if self._local_root is None else LocalFiles(root)
 
     def holds(self, name: str) -> bool:
         """Return whether there is such a file or folder."""
@@ -40,7 +42,7 @@ class Directory:
         if self._local_root is None:
             return
         for name in names:
-            handle = os.open(os.path.join(self._local_root, name), os.O_RDONLY)
+            handle = os.open(own_path(self._local_root, name), os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
@@ -51,6 +53,8 @@ class Directory:
         """Turn a failed write into an OSError of one line that names the run."""
         try:
             yield
+        except UnsafePath as error:
+            raise UnsafePath(f"run '{self.path}' is not written: {error}") from error
         except OSError as error:
             raise self._failure(error, "written", "make room or choose another directory") from error
 
@@ -69,25 +73,17 @@ class Directory:
         return OSError(error.errno or errno.EIO, f"run '{self.path}' could not be {done} ({why}): {remedy}")
 
     @contextmanager
-    def sole_writer(self) -> Iterator[None]:
-        """Make the directory and keep other writers off it; the kernel drops the lock of a dead process."""
+    def sole_writer(self) -> Iterator[locks.Confirm]:
+        """Make the directory and keep other writers off it; see ``stripe.locks.sole_writer``."""
+        what = f"run '{self.path}'"
         with self.writing():
             self.files.base_fs.create_dir(self.files.base_path, recursive=True)
         if self._local_root is None:
-            yield
-            return
-        import fcntl  # writing needs POSIX, reading does not
-
-        with open(os.path.join(self._local_root, LOCK), "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                message = f"run '{self.path}' is being written already: wait for it, or choose another directory"
-                raise BlockingIOError(message) from error
-            try:
-                yield
-            finally:
-                fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it with forked children
+            with locks.claimed(_StoredClaims(self), what) as confirm:
+                yield confirm
+        else:
+            with locks.sole_writer(Path(self._local_root), what) as confirm:
+                yield confirm
 
     def read_manifest(self) -> Manifest:
         """Read run.json; FileNotFoundError when there is none, ValueError when it is damaged."""
@@ -100,7 +96,7 @@ class Directory:
             why = f"it holds no {MANIFEST}" if self.holds("") else "no such directory"
             raise FileNotFoundError(f"'{self.path}' is not a run ({why}): pass the directory of a recording")
         try:
-            require_count(info.size, 0, MAX_MANIFEST_BYTES, f"bytes of {MANIFEST}")
+            require_count(info.size, 0, MAX_TEXT_BYTES, f"bytes of {MANIFEST}")
             with self.files.open_input_file(MANIFEST) as stream:
                 return Manifest.from_json(stream.read())
         except ValueError as error:
@@ -118,12 +114,17 @@ class Directory:
 
     def files_in(self, folder: str) -> list[fs.FileInfo]:
         """List the files under ``folder``, by path; none when there is no such folder."""
-        infos = self.files.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
+        if isinstance(self.files, LocalFiles):
+            infos = self.files.get_file_info(list(self.files.walk(folder)))
+        else:
+            infos = self.files.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
         return sorted((info for info in infos if info.type == fs.FileType.File), key=lambda info: info.path)
 
     def interrupted(self) -> set[int]:
         """Return the epochs that are being recorded, or whose recording was interrupted."""
-        infos = self.files.get_file_info(fs.FileSelector(STAGING, allow_not_found=True))
+        if self.files.get_file_info(STAGING).type != fs.FileType.Directory:
+            return set()
+        infos = self.files.get_file_info(fs.FileSelector(STAGING))
         return {number for info in infos if (number := epoch_number(info.path)) is not None}
 
     def unnamed(self, manifest: Manifest) -> list[str]:
@@ -147,6 +148,30 @@ class Directory:
                 self.files.delete_file(path)
         if self.holds(STAGING):
             self.files.delete_dir(STAGING)
+
+
+class _StoredClaims:
+    """Claims of writers in an object store."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory, self._files = directory, directory.files
+
+    def put(self, name: str, text: str) -> None:
+        with self._directory.writing(), self._files.open_output_stream(name) as stream:
+            stream.write(text.encode())
+
+    def renewed(self) -> Mapping[str, float]:
+        with self._directory.reading():
+            infos = self._files.get_file_info(fs.FileSelector(""))
+        return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in infos if info.base_name.startswith(locks.CLAIM)}
+
+    def read(self, name: str) -> str:
+        with self._files.open_input_file(name) as stream:
+            return str(stream.read(10_000), encoding="utf-8")
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._files.delete_file(name)
 
 
 def out_of_reach(error: BaseException) -> bool:

@@ -21,6 +21,9 @@ KINDS = ("attention", "squeeze")
 CONTENTS = ("samples", "moments", "label-moments")
 """What a run holds: a row per sample, or moments over samples alone, or these with the mean of every class."""
 
+MIXED = ("network", "samples")
+"""What the epochs of a run may have different ones of, on request; comparing these epochs then tells little."""
+
 MANIFEST = "run.json"
 ORIGIN = "stripe"  # the key, in a part's metadata, of Manifest.origin
 FOLDERS = {"samples": "attention", "moments": "moments", "label-moments": "moments"}  # by contents
@@ -82,6 +85,7 @@ class Manifest:
     gates: tuple[Gate, ...]
     contents: str = CONTENTS[0]
     epochs: tuple[Epoch, ...] = ()
+    mixed: tuple[str, ...] = ()  # what differs between epochs, of MIXED, where that was asked for
 
     def __post_init__(self) -> None:
         """Refuse fields of the wrong type, unknown or unfit choices and repeated names (ValueError)."""
@@ -96,6 +100,7 @@ class Manifest:
             self.has_samples or (self.dtype, self.squeeze) == ("float32", False),
             "moments are of float32 attention alone: leave out squeeze and dtype float16",
         )
+        require(set(self.mixed) <= set(MIXED), f"mixed {self.mixed!r:.80}; expected some of {listing(MIXED)}")
         require(self.gates, "no gates; expected at least one")
         require_unique((gate.name for gate in self.gates), "gate names must differ")
         require_unique((epoch.epoch for epoch in self.epochs), "epochs must differ")
@@ -115,7 +120,8 @@ class Manifest:
                 Epoch(**{**epoch, "parts": tuple(Part(**part) for part in epoch["parts"])})
                 for epoch in record["epochs"]
             )
-            return cls(**{**record, "schema": SCHEMA_VERSION, "gates": gates, "epochs": epochs})
+            mixed = tuple(record.get("mixed", ()))
+            return cls(**{**record, "schema": SCHEMA_VERSION, "gates": gates, "epochs": epochs, "mixed": mixed})
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
             remedy = "rebuild it with `stripe check --repair`, upgrade stripe, or record anew"
@@ -127,7 +133,9 @@ class Manifest:
 
     def origin(self) -> str:
         """Return what every part carries, so that run.json can be rebuilt: all but the epochs and the time."""
-        return json.dumps(asdict(replace(self, created="", epochs=())), separators=(",", ":"), allow_nan=False)
+        return json.dumps(
+            asdict(replace(self, created="", epochs=(), mixed=())), separators=(",", ":"), allow_nan=False
+        )
 
     @property
     def has_samples(self) -> bool:

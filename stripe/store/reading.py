@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stripe.files import MAX_TEXT_BYTES
 from stripe.gate import Gate, Gates, name_of
-from stripe.messages import listing, one_line, require
+from stripe.messages import listing, one_line, require, require_count
 from stripe.store.directory import Directory, out_of_reach
 from stripe.store.display import run_html
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest, Part
@@ -55,6 +56,14 @@ class Run:
         parts = (part for epoch in self.manifest.epochs for part in epoch.parts)
         return not self.has_samples or all(part.moments is not None for part in parts)
 
+    @property
+    def mixed(self) -> str:
+        """A sentence that says what differs between the epochs of a run that was recorded so; else ""."""
+        kinds = " and ".join({"network": "networks"}.get(kind, kind) for kind in self.manifest.mixed)
+        return (
+            f"Epochs of this run are of different {kinds}: do not read change over epochs as training." if kinds else ""
+        )
+
     def __repr__(self) -> str:
         """Summarise the run in one line."""
         channels = sum(gate.channels for gate in self.gates)
@@ -70,6 +79,7 @@ class Run:
         if not self._directory.holds(name):
             return None
         with self._directory.files.open_input_file(name) as stream:
+            require_count(stream.size(), 0, MAX_TEXT_BYTES, f"bytes of {name} of run '{self.path}'")
             return str(stream.read(), encoding="utf-8")
 
     def samples(self, epoch: int) -> NDArray[np.int64]:

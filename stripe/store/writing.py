@@ -15,7 +15,9 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from stripe.gate import Gate
 from stripe.messages import listing, only, require, require_count
@@ -33,6 +35,7 @@ from stripe.store.manifest import (
     rank_and_sequence,
 )
 from stripe.store.parts import PartWriter, parse_footer, read_footer
+from stripe.store.reading import read_part
 from stripe.store.rows import EpochWriter
 
 DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
@@ -57,14 +60,16 @@ class RunWriter:
         contents: str = CONTENTS[0],
         seeds: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        allow_mixed: bool = False,
         rank: int = 0,
         barrier: Callable[[], object] = lambda: None,
     ) -> None:
         """Create the run at ``path``, or continue one that has the same gates, dtype, squeeze, contents and data.
 
         ``contents`` is one of CONTENTS; ``model``, ``data`` and ``seeds`` are plain JSON values; ``overwrite``
-        lets an epoch replace its earlier recording. Raises ValueError where the run on disk differs,
-        FileExistsError for a foreign directory, BlockingIOError while another writer has the run.
+        lets an epoch replace its earlier recording; ``allow_mixed`` lets epochs be of different networks (by ``model``
+        and ``seeds``) and samples, which the run says of itself ever after. Raises ValueError where the run on disk
+        differs, FileExistsError for a foreign directory, BlockingIOError while another writer has the run.
         """
         wanted = Manifest(
             schema=SCHEMA_VERSION,
@@ -80,10 +85,10 @@ class RunWriter:
         )
         wanted = Manifest.from_json(wanted.to_json())  # as a reader will see it
         self._directory = Directory(path)
-        self._overwrite, self._rank, self._barrier = overwrite, rank, barrier
+        self._overwrite, self._allow_mixed, self._rank, self._barrier = overwrite, allow_mixed, rank, barrier
         with ExitStack() as held:
             if rank == 0:
-                held.enter_context(self._directory.sole_writer())
+                self._confirm = held.enter_context(self._directory.sole_writer())
                 self._begin(wanted)
             barrier()
             self._manifest = self._directory.read_manifest()
@@ -144,6 +149,7 @@ class RunWriter:
         found = self._directory.read_manifest() if self._directory.holds(MANIFEST) else None
         if found and found.epochs:
             self._require_same(found, wanted)
+            self._require_network(found, wanted)
             self._directory.clear()
         elif found or not (foreign := [name for name in ROOTS if self._directory.holds(name)]):
             self._directory.write_manifest(wanted)
@@ -165,17 +171,63 @@ class RunWriter:
             "choose another run",
         )
 
+    def _require_network(self, found: Manifest, wanted: Manifest) -> None:
+        """Refuse another network than the run's, or note on request that it holds several."""
+        for field in ("model", "seeds"):
+            old, new = getattr(found, field), getattr(wanted, field)
+            if old and new and old != new:
+                mixed = self._mixed(found, "network", f"{field} {old!s:.150}, this recording {new!s:.150}")
+                self._directory.write_manifest(replace(found, mixed=mixed))
+                return
+
+    def _mixed(self, found: Manifest, kind: str, difference: str) -> tuple[str, ...]:
+        """Return what is mixed in the run once it holds different ones of this kind; ValueError where not asked for."""
+        require(
+            self._allow_mixed or kind in found.mixed,
+            f"run '{self._directory.path}' is of one {'network' if kind == 'network' else 'list of samples'}, with "
+            f"{difference}: choose another run, or record it all the same with --allow-mixed (allow_mixed=True)",
+        )
+        return tuple(sorted({*found.mixed, kind}))
+
+    def _require_samples(self, current: Manifest, number: int, staged: Sequence[str]) -> Manifest:
+        """Refuse other samples than those of the run's first other epoch, or note on request that it holds several."""
+        others = [epoch for epoch in current.epochs if epoch.epoch != number]
+        if not others or not current.has_samples:
+            return current
+        first = others[0]
+        tables = [t for part in first.parts for t in read_part(self._directory, current, first.epoch, part, ["sample"])]
+        old, new = np.sort(pa.concat_tables(tables)["sample"].to_numpy()), np.sort(self._samples(staged))
+        if np.array_equal(old, new):
+            return current
+        missing, added = len(np.setdiff1d(old, new)), len(np.setdiff1d(new, old))
+        told = (
+            f"{len(old)} samples in epoch {first.epoch}; epoch {number} lacks {missing} of them and brings {added} more"
+        )
+        return replace(current, mixed=self._mixed(current, "samples", told))
+
+    def _samples(self, staged: Sequence[str]) -> NDArray[np.int64]:
+        """Return the sample ids in staged parts."""
+        ids = []
+        for path in staged:
+            with self._directory.files.open_input_file(path) as stream:
+                ids.append(pq.read_table(stream, columns=["sample"])["sample"].to_numpy())
+        return np.concatenate(ids)
+
     def _publish(self, number: int) -> None:
         """Move the staged parts of all ranks into place, then name them in the manifest: the commit."""
         staged = self._staged(number)
         require(staged, f"epoch {number} of run '{self._directory.path}' got no samples: append at least one batch")
         self._require_samples_once(staged)
-        epochs = {epoch.epoch: epoch for epoch in self._manifest.epochs}
+        self._confirm()
+        current = self._directory.read_manifest()  # whoever took over and gave back may have published meanwhile
+        self._require_same(current, self._manifest)
+        current = self._require_samples(current, number, staged)
+        epochs = {epoch.epoch: epoch for epoch in current.epochs}
         used = [rank_and_sequence(part.name)[1] for part in epochs[number].parts] if number in epochs else [-1]
         with self._directory.writing():
             epochs[number] = Epoch(number, tuple(self._move_parts(staged, number, first=max(used) + 1)))
         ascending = tuple(epochs[key] for key in sorted(epochs))
-        self._directory.write_manifest(replace(self._manifest, epochs=ascending))
+        self._directory.write_manifest(replace(current, epochs=ascending))
         self._directory.clear(number)
 
     def _staged(self, number: int) -> list[str]:
@@ -211,11 +263,7 @@ class RunWriter:
         """Refuse samples that two ranks recorded; within a rank, ``append`` did. Moments cannot tell."""
         if not self._manifest.has_samples or len({rank_and_sequence(path)[0] for path in staged}) == 1:
             return
-        ids = []
-        for path in staged:
-            with self._directory.files.open_input_file(path) as stream:
-                ids.append(pq.read_table(stream, columns=["sample"])["sample"].to_numpy())
-        values, times = np.unique(np.concatenate(ids), return_counts=True)
+        values, times = np.unique(self._samples(staged), return_counts=True)
         repeated = values[times > 1].tolist()
         require(not repeated, f"two ranks recorded samples {listing(repeated)}: give each sample to one rank")
 
