@@ -115,20 +115,22 @@ class RecorderCallback(_OtherHooks):
         self._recorded: dict[tuple[str, int], int] = {}  # by run and number, the step
         self._last: dict[str, int] = {}  # number and step of the last recording; checkpoints keep it
         self._resumed: Mapping[str, Any] | None = None  # the checkpoint that Lightning goes on from
-        self._training = False  # transformers'
+        self._training = self._begun = False  # transformers'; whether it began anew
         self._told: set[str] = set()
         self._open = ExitStack()
         self._recorder: Recorder | None = None  # that reads a validation of Lightning's
         self._reading: int | None = None  # the place of its loader among the validation loaders
 
     # ---- stripe.training.fit ----
-    def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Any, **of_transformers: Any) -> None:
-        """Record the probe set as `epoch`; ValueError when there is none.
+    def on_epoch_end(self, *event: Any, **of_transformers: Any) -> None:
+        """Record the probe set when `fit` ends an epoch: `event` is the network, the epoch's number, and metrics.
 
-        transformers has an event of this name, which brings more with it, and is passed over.
+        transformers has an event of this name, told by what comes with it, and it is passed over. Raises ValueError
+        when there is no probe set.
         """
         if of_transformers:
             return
+        model, epoch, _ = event
         if self._loader is None:
             raise ValueError("no probe set to record: give RecorderCallback a loader of images, labels, sample ids")
         with Recorder(model, self._gates, self._path, **self._options) as recorder:
@@ -154,7 +156,7 @@ class RecorderCallback(_OtherHooks):
     def on_fit_start(self, trainer: Any, module: nn.Module) -> None:
         """Refuse to begin a training where another one was recorded (FileExistsError)."""
         if self._resumed is None:
-            self._require_new()
+            self._require_new(self._path, self._run_named("validation-0"))
 
     def on_validation_epoch_start(self, trainer: Any, module: nn.Module) -> None:
         """Prepare for the first batch of the first loader."""
@@ -224,13 +226,13 @@ class RecorderCallback(_OtherHooks):
     # ---- transformers ----
     def on_train_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse to begin a training where another one was recorded (FileExistsError)."""
-        self._training = True
-        if state.global_step == 0:
-            self._require_new()
+        self._training, self._begun = True, state.global_step == 0
+        if self._begun:
+            self._require_new(self._path)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Note that a training is over."""
-        self._training = False
+        self._training = self._begun = False
 
     def on_evaluate(
         self,
@@ -251,6 +253,8 @@ class RecorderCallback(_OtherHooks):
         number = state.global_step if by_step else round(state.epoch or 0)
         self._moment = _Moment(number, state.global_step, self._training)
         self._run = self._run_named("" if self._loader is not None else _data_set_of(metrics or {}))
+        if self._begun:
+            self._require_new(self._run)
         if self._recorded.get((self._run, number)) == state.global_step or not self._is_wanted():
             return
         self._number_by(loader)
@@ -264,10 +268,10 @@ class RecorderCallback(_OtherHooks):
     def _run_named(self, name: str) -> str:
         return os.path.join(self._path, name) if name else self._path
 
-    def _require_new(self) -> None:
-        """Refuse to record a training that begins into a run that somebody else's epochs lie in (FileExistsError)."""
+    def _require_new(self, *runs: str) -> None:
+        """Refuse to record a training that begins into runs that hold another one's epochs (FileExistsError)."""
         mine = {run for run, _ in self._recorded}
-        for run in (self._path, self._run_named("validation-0")):
+        for run in runs:
             if run not in mine and not self._options.get("overwrite") and (epochs := _epochs_of(run)):
                 raise FileExistsError(
                     f"run '{run}' holds epochs up to {epochs[-1]}, and this training begins anew: resume from a "
