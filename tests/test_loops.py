@@ -484,7 +484,7 @@ options = {"devices": int(devices), "strategy": "ddp" if devices != "1" else "au
 images = IMAGES[:11]
 trainer = trainer_of(folder, task, run, epochs=int(epochs), **options)
 checkpoint = None if checkpoint == "-" else checkpoint
-trainer.fit(task, data(size=2 if devices == "2" else 4), data(images, size=3), ckpt_path=checkpoint)
+trainer.fit(task, data(size=16 // int(devices)), data(images, size=3), ckpt_path=checkpoint)  # Lightning shuffles
 """
 
 
@@ -502,7 +502,7 @@ def job(tmp_path, folder, run, epochs, die_at="-", checkpoint="-", devices=2):
 def test_two_devices_killed_and_resumed_record_what_one_process_does(tmp_path):
     code, error = job(tmp_path, tmp_path / "one", "whole", 3, devices=1)
     assert code == 0, error
-    code, error = job(tmp_path, tmp_path / "two", "parts", 3, die_at=9)  # in the third epoch of four steps
+    code, error = job(tmp_path, tmp_path / "two", "parts", 3, die_at=2)  # in the third epoch
     assert code != 0
     assert open_run(tmp_path / "parts").epochs == [0, 1]
     for checkpoint in ("epoch=1.ckpt", "epoch=0.ckpt"):
