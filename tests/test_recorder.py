@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as lightning
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -113,10 +114,10 @@ def test_commit_without_a_forward_pass_or_with_other_samples_is_refused(tmp_path
     assert open_run(tmp_path / "b").epochs == []
 
 
-def test_what_was_not_committed_is_replaced_whatever_its_mode_and_size(tmp_path, network, loader):
+def test_the_last_forward_is_taken_on_request_whatever_the_modes_and_sizes(tmp_path, network, loader):
     batch, labels, ids = next(iter(loader))
     gates = find_gates(network, batch[:2])
-    with Recorder(network, gates, tmp_path / "run") as recorder:
+    with Recorder(network, gates, tmp_path / "run", forwards="last") as recorder:
         with torch.inference_mode():
             network(batch / 2)
         network(batch / 2)
@@ -431,9 +432,11 @@ def test_fit_needs_a_probe_set(tmp_path, network, loader):
         callback.record()
 
 
-def test_the_callback_has_the_hooks_of_a_lightning_trainer_and_no_misspelt_one():
-    hooks = {name for name in dir(lightning.Callback) if not name.startswith("_")}
+def test_the_callback_has_the_hooks_of_both_trainers_and_no_misspelt_one():
+    hooks = {
+        name for base in (lightning.Callback, transformers.TrainerCallback) for name in dir(base) if name[0] != "_"
+    }
     ours = {name for name in dir(RecorderCallback) if not name.startswith("_")}
-    assert ours == hooks | {"on_epoch_end"}
+    assert ours == hooks
     assert RecorderCallback(None, [], "run").on_train_start(None, None) is None
     assert not hasattr(RecorderCallback(None, [], "run"), "on_validation_epoch_strat")

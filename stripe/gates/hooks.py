@@ -31,21 +31,34 @@ class Hooks:
 
     def before(self, module: nn.Module, act: Callable[[tuple[Any, ...]], Any]) -> None:
         """Call `act(positional arguments)` before each forward of `module`."""
-        if isinstance(module, torch.jit.ScriptModule):
-            handle = register_module_forward_pre_hook(lambda m, args: act(args) if m is module else None)
-        else:
-            handle = module.register_forward_pre_hook(lambda _, args: act(args))
-        self._handles.append(handle)
+        hook = _Hook(module, act)
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        register = register_module_forward_pre_hook if scripted else module.register_forward_pre_hook
+        self._handles.append(register(hook))
 
     def after(self, module: nn.Module, act: Callable[[Any], Any], *, always: bool = False) -> None:
         """Call `act(output)` after each forward of `module`, with `always` after an exception too."""
-        if isinstance(module, torch.jit.ScriptModule):
-            handle = register_module_forward_hook(
-                lambda m, args, output: act(output) if m is module else None, always_call=always
-            )
-        else:
-            handle = module.register_forward_hook(lambda _, args, output: act(output), always_call=always)
-        self._handles.append(handle)
+        hook = _Hook(module, act)
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        register = register_module_forward_hook if scripted else module.register_forward_hook
+        self._handles.append(register(hook, always_call=always))
+
+
+class _Hook:
+    """Calls `act` with the last thing that a hook of `module` is given: the arguments, or the output.
+
+    It acts for that one module. A copy of a network, made by `copy.deepcopy`, pickle or `torch.save` while hooks are
+    on it, carries hooks that do nothing: what the copy computes is not the network's.
+    """
+
+    def __init__(self, module: nn.Module | None = None, act: Callable[[Any], Any] | None = None) -> None:
+        self._module, self._act = module, act
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        return self._act(given[-1]) if self._act and module is self._module else None
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 def output_items(output: Any) -> tuple[Any, ...]:

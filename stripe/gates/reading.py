@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -156,7 +157,7 @@ class _Watch:
         self._jobs = jobs
         self._due: set[_Job] = set()
         self._calls: Counter[tuple[str, str]] = Counter()
-        self._modes: list[tuple[str, ExitStack]] = []
+        self._modes: list[tuple[tuple[str, int], ExitStack]] = []  # by site and thread
 
     def attach(self, model: nn.Module, hooks: Hooks) -> None:
         """Hook the root, and the modules where jobs are met."""
@@ -224,11 +225,11 @@ class _Watch:
     def _at_site(self, path: str, jobs: list[_Job], args: tuple[Any, ...]) -> None:
         call = self._call(path, "product")
         if wanted := [job for job in jobs if product_of(job.gate).call == call]:
-            self._modes.append((path, ExitStack()))
+            self._modes.append(((path, get_ident()), ExitStack()))
             self._modes[-1][1].enter_context(_Products(wanted, self._due))
 
     def _after_site(self, path: str, output: Any) -> None:
-        if self._modes and self._modes[-1][0] == path:
+        if self._modes and self._modes[-1][0] == (path, get_ident()):
             self._modes.pop()[1].close()
 
 

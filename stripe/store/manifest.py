@@ -58,14 +58,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch: its number, and its parts in the order they are read."""
+    """A finished epoch: its number, its parts in the order they are read, and the step of the training, where known.
+
+    A step is an update of the weights; an epoch recorded after the first 500 of them has step 500.
+    """
 
     epoch: int
     parts: tuple[Part, ...]
+    step: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a number that is no epoch, an epoch without parts, and a part named twice (ValueError)."""
         require_count(self.epoch, 0, MAX_COUNT, "epoch")
+        require_count(0 if self.step is None else self.step, 0, MAX_COUNT, f"step of epoch {self.epoch}")
         require(self.parts, f"epoch {self.epoch} has no parts")
         require_unique((part.name for part in self.parts), "part names must differ")
 

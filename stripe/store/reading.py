@@ -51,6 +51,11 @@ class Run:
         self.epochs = sorted(epoch.epoch for epoch in self.manifest.epochs)
 
     @property
+    def steps(self) -> dict[int, int]:
+        """By epoch, how many updates of the weights the network had had, where the recording knew."""
+        return {epoch.epoch: epoch.step for epoch in self.manifest.epochs if epoch.step is not None}
+
+    @property
     def keeps_moments(self) -> bool:
         """Whether moments of all samples are at hand without reading a row."""
         parts = (part for epoch in self.manifest.epochs for part in epoch.parts)

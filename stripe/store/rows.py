@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -34,6 +35,7 @@ class EpochWriter:
         self._capacity, self._filled = max(1, ROW_GROUP_BYTES // row_bytes), 0
         self._block, self._spare = ({field.name: _empty(field, self._capacity) for field in schema} for _ in range(2))
         self._seen: set[int] = set()
+        self._rounding_told = False
         self._pending: Future[None] | None = None
 
     def append(
@@ -47,14 +49,16 @@ class EpochWriter:
 
         The values are copied, so the arrays may be used again. Raises ValueError for missing or unknown gates, wrong
         shapes, and, by label, a sample without one; OSError when rows appended before could not be written. Sample
-        ids that come again are a ValueError too, but in a run of moments, which does not remember them.
+        ids that come again are a ValueError too, but in a run of moments, which does not remember them. Nothing of a
+        batch that is refused is kept. Warns once where float16 rounds values to 0.
         """
         shapes = {name: column.shape[1:] for name, column in self._block.items()}
         batch = _as_columns(shapes, sample_ids, labels, attention, squeeze)
-        if self._manifest.has_samples:
-            self._remember(batch["sample"].tolist())
         known = self._manifest.contents != "label-moments" or batch["label"].min(initial=0) >= 0
         require(known, "moments by label need a label for every sample: give labels from 0")
+        batch = {name: self._cast(values, self._block[name].dtype, name) for name, values in batch.items()}
+        if self._manifest.has_samples:  # the last thing that refuses a batch, since it remembers
+            self._remember(batch["sample"].tolist())
         self._copy(batch, rows=len(batch["sample"]))
 
     def finish(self) -> None:
@@ -69,12 +73,23 @@ class EpochWriter:
         require_unique([*ids, *repeated], rule)
         self._seen.update(ids)
 
+    def _cast(self, values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+        try:
+            with np.errstate(over="raise"):
+                stored = values.astype(dtype, copy=False)
+        except FloatingPointError as error:
+            raise ValueError(f"'{name}' holds values beyond {dtype}: record with dtype float32") from error
+        if dtype == np.float16 and not self._rounding_told and ((stored == 0) & (values != 0)).any():
+            self._rounding_told = True
+            warnings.warn(f"'{name}' holds values that float16 rounds to 0: record with dtype float32", stacklevel=4)
+        return stored
+
     def _copy(self, batch: Block, rows: int) -> None:
         start = 0
         while start < rows:
             stop = min(rows, start + self._capacity - self._filled)
             for name, column in self._block.items():
-                column[self._filled : self._filled + stop - start] = _cast(batch[name][start:stop], column.dtype, name)
+                column[self._filled : self._filled + stop - start] = batch[name][start:stop]
             start, self._filled = stop, self._filled + stop - start
             if self._filled == self._capacity:
                 self._hand_over()
@@ -127,14 +142,6 @@ def _empty(field: pa.Field, rows: int) -> NDArray[Any]:
     if pa.types.is_fixed_size_list(field.type):
         return np.empty((rows, field.type.list_size), field.type.value_type.to_pandas_dtype())
     return np.empty(rows, field.type.to_pandas_dtype())
-
-
-def _cast(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    try:
-        with np.errstate(over="raise"):
-            return values.astype(dtype, copy=False)
-    except FloatingPointError as error:
-        raise ValueError(f"'{name}' holds values beyond {dtype}: record with dtype float32") from error
 
 
 def _integers(values: ArrayLike, dtype: type[np.signedinteger[Any]], what: str) -> NDArray[Any]:

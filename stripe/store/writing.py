@@ -112,13 +112,15 @@ class RunWriter:
         return sorted(epoch.epoch for epoch in self._manifest.epochs)
 
     @contextmanager
-    def epoch(self, number: int) -> Iterator[EpochWriter]:
+    def epoch(self, number: int, *, step: int | None = None) -> Iterator[EpochWriter]:
         """Record epoch ``number``: published when the block ends, gone without a trace when it raises.
 
-        The parts of an overwritten epoch get new names and one rename of the manifest switches from old to
-        new, so a crash leaves either. Raises FileExistsError for a recorded epoch, OSError for a full disk.
+        ``step`` is how many updates of the weights the network has had, where that is known. The parts of an
+        overwritten epoch get new names and one rename of the manifest switches from old to new, so a crash leaves
+        either. Raises FileExistsError for a recorded epoch, OSError for a full disk.
         """
         require_count(number, 0, MAX_COUNT, "epoch")
+        require_count(0 if step is None else step, 0, MAX_COUNT, f"step of epoch {number}")
         if number in self.epochs and not self._overwrite:
             raise FileExistsError(
                 f"run '{self._directory.path}' holds epoch {number} already: pass --overwrite (overwrite=True) "
@@ -135,7 +137,7 @@ class RunWriter:
                 rows.finish()
             self._barrier()
             if self._rank == 0:
-                self._publish(number)
+                self._publish(number, step)
             self._barrier()
             self._manifest = self._directory.read_manifest()
         except BaseException:
@@ -213,7 +215,7 @@ class RunWriter:
                 ids.append(pq.read_table(stream, columns=["sample"])["sample"].to_numpy())
         return np.concatenate(ids)
 
-    def _publish(self, number: int) -> None:
+    def _publish(self, number: int, step: int | None) -> None:
         """Move the staged parts of all ranks into place, then name them in the manifest: the commit."""
         staged = self._staged(number)
         require(staged, f"epoch {number} of run '{self._directory.path}' got no samples: append at least one batch")
@@ -225,7 +227,7 @@ class RunWriter:
         epochs = {epoch.epoch: epoch for epoch in current.epochs}
         used = [rank_and_sequence(part.name)[1] for part in epochs[number].parts] if number in epochs else [-1]
         with self._directory.writing():
-            epochs[number] = Epoch(number, tuple(self._move_parts(staged, number, first=max(used) + 1)))
+            epochs[number] = Epoch(number, tuple(self._move_parts(staged, number, first=max(used) + 1)), step)
         ascending = tuple(epochs[key] for key in sorted(epochs))
         self._directory.write_manifest(replace(current, epochs=ascending))
         self._directory.clear(number)
