@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
+from stripe.recipe import CONSTANTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,11 +120,15 @@ def fold(arguments: argparse.Namespace) -> int:
 
 
 def _choices(arguments: argparse.Namespace, uses: Mapping[str, GateUse]) -> dict[str, dict[str, Any]]:
-    """Return the constants to compare, by weighting; means are a run's where one was given."""
-    from stripe.folding import mean_constants
+    """Return the constants to compare, by weighting: unless some were asked for, all that need no gradients.
+
+    Means are a run's where one was given.
+    """
+    from stripe.folding import AVERAGES, mean_constants
     from stripe.store import open_run
 
-    choices = {weighting: {n: use.constant(weighting) for n, use in uses.items()} for weighting in arguments.weightings}
+    kinds = AVERAGES if set(arguments.weightings) == set(CONSTANTS) else arguments.weightings
+    choices = {kind: {name: use.constant(kind) for name, use in uses.items()} for kind in kinds}
     if arguments.run_path:
         choices["mean"] = dict(mean_constants(open_run(arguments.run_path)))
     return choices
@@ -163,6 +168,7 @@ def _require_known(arguments: argparse.Namespace) -> None:
         "--counts": arguments.counts,
         "--recover-each": arguments.recover_each,
         "--order": arguments.order != "single",
+        "--outputs": arguments.outputs,
     }
     if given := [name for name, value in asked.items() if value]:
         raise ValueError(f"{', '.join(given)}: not for ONNX files; fold the network as a module, or leave it out")
