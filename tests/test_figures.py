@@ -141,8 +141,8 @@ def test_a_foreign_file_beside_a_run_is_named(example, name, text):
     ("gate", "name"),
     [
         ("layer1.0.se#1", "stripe-layer1.0.se#1"),
-        ("../../etc/x", "stripe-.._.._etc_x"),
-        ("a b:c", "stripe-a_b_c"),
+        ("../../etc/x", "stripe-.._.._etc_x-85ee4fc2"),
+        ("a b:c", "stripe-a_b_c-ed937dc4"),
         ("", "stripe-"),
     ],
 )
