@@ -224,7 +224,7 @@ def learn_constants(
             found = scaled.run(piece, values, shifts)
             loss = divergence(kind, found, wanted) * len(piece) / len(batch)
             if not loss.isfinite():
-                raise FloatingPointError(f"the divergence is {float(loss)} in step {step} of learning: lower its rate")
+                raise FloatingPointError(f"the divergence is {loss.item()} in step {step} of learning: lower its rate")
             loss.backward()
         optimizer.step()
     return {each.gate.name: _array(torch.stack(each.now())) for each in freed}
