@@ -31,7 +31,20 @@ SCRIPTS = {
     "report": "report",
     "demo": "demo",
 }
-SMALL = ["--depth", "11", "--train-samples", "60", "--train-batch", "20", "--epochs", "2", "--val-samples", "10"]
+SMALL = [
+    "--dataset",
+    "digits",
+    "--depth",
+    "11",
+    "--train-samples",
+    "60",
+    "--train-batch",
+    "20",
+    "--epochs",
+    "2",
+    "--val-samples",
+    "10",
+]
 
 
 @pytest.fixture(scope="module")
