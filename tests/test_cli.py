@@ -276,7 +276,16 @@ def test_checkpoints_that_are_none(trained, tmp_path, capsys):
 def test_a_network_without_a_gate(tmp_path, capsys):
     torch.save(create_model("resnet", depth=11).state_dict(), tmp_path / "plain.pt")
     assert "no gate" in fails(
-        capsys, "collect", "--ckpt", tmp_path / "plain.pt", "--samples", 4, "--out", tmp_path / "run"
+        capsys,
+        "collect",
+        "--ckpt",
+        tmp_path / "plain.pt",
+        "--dataset",
+        "digits",
+        "--samples",
+        4,
+        "--out",
+        tmp_path / "run",
     )
     assert not (tmp_path / "run").exists()
     words = ["train", *SMALL, "--record", "5", "-c", tmp_path / "a"]

@@ -139,7 +139,7 @@ def device(arguments: argparse.Namespace) -> torch.device:
         asked = torch.device(arguments.device)
     except RuntimeError as error:
         raise ValueError(f"--device {arguments.device}: expected cpu, cuda, cuda:1 or mps") from error
-    known = torch.accelerator.current_accelerator()
+    known = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if asked.type != "cpu" and (known is None or asked.type != known.type):
         raise ValueError(f"--device {arguments.device}: this machine has {known.type if known else 'the cpu alone'}")
     if asked.index is not None and asked.type != "cpu":
