@@ -24,6 +24,9 @@ TARGET = re.compile(r"[a-z]+:|//")  # what begins like this leads elsewhere
 REDIRECT = (
     '<!doctype html><meta charset="utf-8"><title>stripe</title><meta http-equiv="refresh" content="0; url=guide.html">'
 )
+TEMPLATE = "{% extends 'default/module.html.jinja2' %}{% macro inherited(cls) %}{% endmacro %}"
+"""pdoc's page of a module without lists of inherited members: those of private classes would lead nowhere."""
+
 HIDDEN = ("!stripe.cli",)  # commands: their --help is their reference
 
 
@@ -51,7 +54,7 @@ def main() -> int:
 
 
 def write_site(out: Path) -> None:
-    """Write the site into a folder, which is replaced; ValueError for a page with a link to a file that is not there."""
+    """Write the site into a folder, which is replaced; ValueError for a page that links to a file that is not there."""
     pages = list(read_pages())
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
@@ -93,7 +96,7 @@ def read_notebook(path: Path) -> Page:
 
 
 def relinked(page: Page, pages: Iterable[Page], site: Path) -> str:
-    """Return a page's text with its links led to pages of the site, or to copies of files; ValueError for a dead one."""
+    """Return a page's text with its links led to pages of the site or copies of files; ValueError for a dead link."""
     addresses = {other.source: other.address for other in pages}
     for name, content in page.files.items():
         write(site / "files" / name, content)
@@ -115,11 +118,14 @@ def relinked(page: Page, pages: Iterable[Page], site: Path) -> str:
 
 def render(modules: Path, site: Path) -> None:
     """Let pdoc render the guide and the package in a process of its own, which may import and change what it likes."""
+    templates = modules / "templates"
+    write(templates / "module.html.jinja2", TEMPLATE.encode())
+    settings = f"docformat='google', template_directory=pathlib.Path({str(templates)!r}), search=True"
     code = (
         "import pathlib, pdoc, stripe\n"
         "for room in (stripe, stripe.asr):\n"  # which import their names on first use, and pdoc does not ask for them
         "    vars(room).update({name: getattr(room, name) for name in room.__all__})\n"
-        "pdoc.render.configure(docformat='google', footer_text=f'stripe {stripe.__version__}', search=True)\n"
+        f"pdoc.render.configure({settings}, footer_text='stripe ' + stripe.__version__)\n"
         f"pdoc.pdoc('guide', 'stripe', *{HIDDEN!r}, output_directory=pathlib.Path({str(site)!r}))\n"
     )
     path = os.pathsep.join([str(modules), str(ROOT), os.environ.get("PYTHONPATH", "")])
