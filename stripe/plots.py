@@ -43,6 +43,7 @@ OBSERVED, LEARNED = "#0173B2", "#D55E00"  # blue and vermilion of seaborn's colo
 LEGEND_ROOM = 8  # more gates than this are named by a colour bar
 
 Array = npt.NDArray[np.floating]
+Whole = npt.NDArray[np.integer]
 
 
 # ---- image x channel -------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def heatmap_grid(
         images, note = [], ""
         for ax, epoch in zip(row, epochs, strict=True):
             if (gate, epoch) in matrices:
-                image, means = _draw_heatmap(ax, matrices[gate, epoch], *scales[gate])
+                image, means = _draw_heatmap(ax, matrices[gate, epoch], *scales[gate], room=0.9)
                 images.append(image)
                 counts = [f"{n} {what}" for n, what in zip(means, ("images", "channels"), strict=True) if n > 1]
                 note = f"\nmeans of {' x '.join(counts)}" if counts else ""
@@ -316,7 +317,7 @@ def strength_by_gate(
     sns.scatterplot(x=table["strength"].to_numpy(), y=rows, color=OBSERVED, s=12, linewidth=0, ax=ax)
     ax.set(xlim=(0, 1), ylim=(len(table) - 0.5, -0.5))
     ax.set_yticks(rows, names)
-    _dress(ax, f"stripe strength, {_interval(table, confidence)}", "gate", title)
+    _dress(ax, f"stripe strength\n{_interval(table, confidence)}", "gate", title)
     return ax
 
 
@@ -484,9 +485,14 @@ def _dress(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
     ax.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
 
 
-def _draw_heatmap(ax: Axes, values: Array, vmin: float | None, vmax: float | None) -> tuple[AxesImage, tuple[int, int]]:
-    """Draw values (N, C), averaged to the pixels of `ax`; return the image and the (rows, columns) of a mean."""
-    inches = np.array(_figure_size(ax)) * ax.get_position().size
+def _draw_heatmap(
+    ax: Axes, values: Array, vmin: float | None, vmax: float | None, *, room: float = 0.75
+) -> tuple[AxesImage, tuple[int, int]]:
+    """Draw values (N, C), averaged to the pixels of `ax`; return the image and the (rows, columns) of a mean.
+
+    `room` is the share of `ax` that labels and colour bar will leave to the image.
+    """
+    inches = room * np.array(_figure_size(ax)) * ax.get_position().size
     columns, rows = (max(1, int(pixels)) for pixels in inches * RESOLUTION)
     means = -(-values.shape[0] // rows), -(-values.shape[1] // columns)
     shown = _block_means(values, means)
@@ -520,7 +526,7 @@ def _means_of(count: int) -> str:
     return "" if count == 1 else f", means of {count}"
 
 
-def _by_class(labels: npt.ArrayLike | None, images: int, count: int) -> tuple[Array, Array | None]:
+def _by_class(labels: npt.ArrayLike | None, images: int, count: int) -> tuple[Whole, Whole | None]:
     """Return which of the first images to draw from top to bottom, and their classes where any is known."""
     order = np.arange(min(images, count))
     if labels is None:
@@ -532,7 +538,7 @@ def _by_class(labels: npt.ArrayLike | None, images: int, count: int) -> tuple[Ar
     return order, known[order] if (known[order] >= 0).all() else None
 
 
-def _mark_classes(ax: Axes, classes: Array) -> None:
+def _mark_classes(ax: Axes, classes: Whole) -> None:
     """Name each class beside its rows, and draw a line between classes."""
     starts = np.flatnonzero(np.diff(classes, prepend=classes[0] - 1))
     ends = np.append(starts[1:], len(classes))
@@ -558,7 +564,7 @@ def _scales(
 
 def _interval(table: pd.DataFrame, confidence: float) -> str:
     """Name the interval that is drawn, or say that there is none."""
-    return f"{100 * confidence:g} % interval over images" if table["strength_low"].notna().any() else "no interval"
+    return f"({100 * confidence:g} % interval)" if table["strength_low"].notna().any() else "(no interval)"
 
 
 def _draw_steps(ax: Axes, what: str, values: npt.ArrayLike, *, color: Array, name: str) -> None:
