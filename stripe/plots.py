@@ -129,7 +129,8 @@ def before_after(
     for column, (moment, label, values) in enumerate(panels):
         top, bottom = axes[0, column], axes[-1, column]
         image, means = _draw_heatmap(top, values[order, :channels], None, None)
-        measured = [f"{name} {both[column]:.2g}" for name, both in (("strength", strength), ("CV", cv)) if both]
+        measured = [f"strength {strength[column]:.2f}"] if strength else []
+        measured += [f"CV {cv[column]:.3f}"] if cv else []
         heading = "\n".join(filter(None, (f"{moment} attention module", ", ".join(measured))))
         _dress(top, "", f"{'image index' if classes is None else 'class of the image'}{_means_of(means[0])}", heading)
         if classes is not None:
@@ -311,7 +312,7 @@ def strength_by_gate(
         raise ValueError(f"table holds epochs {epochs}; expected one row a gate: select one epoch")
     import seaborn as sns
 
-    ax = _axes(ax, height=0.8 + 0.14 * len(table))
+    ax = _axes(ax, height=0.95 + 0.14 * len(table))
     rows, names = np.arange(len(table)), _short_names(list(table["gate"]))
     ax.hlines(rows, table["strength_low"], table["strength_high"], color=OBSERVED, linewidth=1)
     sns.scatterplot(x=table["strength"].to_numpy(), y=rows, color=OBSERVED, s=12, linewidth=0, ax=ax)

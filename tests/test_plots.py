@@ -330,7 +330,7 @@ def test_before_after_sorts_rows_by_class_and_names_the_classes() -> None:
 def test_before_after_carries_what_was_measured_in_its_titles() -> None:
     fig = plots.before_after(squeeze(5, 8), attention(5, 8), strength=(0.181, 0.925), cv=(0.61, 0.012))
     assert [ax.get_title().split("\n") for ax in fig.axes[:2]] == [
-        ["Before attention module", "strength 0.18, CV 0.61"],
+        ["Before attention module", "strength 0.18, CV 0.610"],
         ["After attention module", "strength 0.93, CV 0.012"],
     ]
 
