@@ -24,8 +24,8 @@ TARGET = re.compile(r"[a-z]+:|//")  # what begins like this leads elsewhere
 REDIRECT = (
     '<!doctype html><meta charset="utf-8"><title>stripe</title><meta http-equiv="refresh" content="0; url=guide.html">'
 )
-TEMPLATE = "{% extends 'default/module.html.jinja2' %}{% macro inherited(cls) %}{% endmacro %}"
-"""pdoc's page of a module without lists of inherited members: those of private classes would lead nowhere."""
+PRIVATE = re.compile(r'<a href="[^"]*#_[^"]*">(.*?)</a>', re.DOTALL)
+"""A link of pdoc's to a private class, which has no place on the site."""
 
 HIDDEN = ("!stripe.cli",)  # commands: their --help is their reference
 
@@ -118,19 +118,18 @@ def relinked(page: Page, pages: Iterable[Page], site: Path) -> str:
 
 def render(modules: Path, site: Path) -> None:
     """Let pdoc render the guide and the package in a process of its own, which may import and change what it likes."""
-    templates = modules / "templates"
-    write(templates / "module.html.jinja2", TEMPLATE.encode())
-    settings = f"docformat='google', template_directory=pathlib.Path({str(templates)!r}), search=True"
     code = (
         "import pathlib, pdoc, stripe\n"
         "for room in (stripe, stripe.asr):\n"  # which import their names on first use, and pdoc does not ask for them
         "    vars(room).update({name: getattr(room, name) for name in room.__all__})\n"
-        f"pdoc.render.configure({settings}, footer_text='stripe ' + stripe.__version__)\n"
+        "pdoc.render.configure(docformat='google', footer_text='stripe ' + stripe.__version__, search=True)\n"
         f"pdoc.pdoc('guide', 'stripe', *{HIDDEN!r}, output_directory=pathlib.Path({str(site)!r}))\n"
     )
     path = os.pathsep.join([str(modules), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=modules, check=True)
+    for page in site.rglob("*.html"):
+        page.write_text(PRIVATE.sub(r"\1", page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def slug(name: str) -> str:
