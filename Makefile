@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-oldest lint study study-check clean
+.PHONY: demo docs test test-all test-oldest lint study study-check clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -15,6 +15,9 @@ test-all: test
 
 test-oldest: .venv-oldest/installed  # everything that stripe needs at its lower bound, the developer's tools as they are today
 	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -m "not slow" -W default  # old packages warn of new ones
+
+docs: .venv/installed
+	$(BIN)/python scripts/make_docs.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from stripe.store import Run, open_run
     from stripe.timing import interleave
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Gate": "stripe.gate",

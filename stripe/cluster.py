@@ -20,6 +20,7 @@ import pandas as pd
 from stripe.gate import Gate
 from stripe.messages import one_line
 from stripe.stats import Measured, Moments, measure, summarize, tabulate
+from stripe.stats.runs import gates_of
 from stripe.store import Epoch, Part, Run, open_run
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def summarize_on(client: Client, run: Run, *, rank: bool = False, **options: Any
     if not rank:
         return summarize(_Measured(run, moments_on(client, run)), **options)
     path, stamp = _place(run)
-    tasks = [(epoch, gate) for epoch in run.epochs for gate in run.gates]
+    epochs, gates = options.pop("epochs", None), options.pop("gates", None)
+    tasks = [(epoch, gate) for epoch in (run.epochs if epochs is None else epochs) for gate in gates_of(run, gates)]
     futures = [client.submit(_measure, path, stamp, *task, options, pure=False) for task in tasks]
     measured: list[list[Measured]] = _gathered(client, futures)
     return tabulate(each for some in measured for each in some)

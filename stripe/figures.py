@@ -26,9 +26,8 @@ from stripe.store import Run, open_run
 
 GATES, EPOCHS, IMAGES = 6, 6, 100  # at most as many are drawn unless gates are named; images are those of the grid
 MAX_NAME = 150  # bytes of a figure's name, of the 255 that most file systems take
-RANGE = 0.005, 0.995  # quantiles between which the grid's colours span; the colour bar points beyond
+RANGE = 0.005, 0.995  # quantiles of a gate between which its colours in the grid span; the colour bar points beyond
 OVER_EPOCHS = {"grid", "std", "strength-over-epochs", "drift"}  # the figures that compare epochs
-RESOLUTION = 200  # dots per inch of PNG
 METADATA: dict[str, dict[str, None]] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None},
@@ -143,7 +142,7 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], formats: Sequence[
     files = [path.with_name(f"{path.name}.{kind}") for kind in formats]
     for kind, file in zip(formats, files, strict=True):
         with replaced(file) as unfinished, plt.rc_context({"svg.hashsalt": "stripe", "pdf.fonttype": 42}):
-            figure.savefig(unfinished, format=kind, dpi=RESOLUTION, metadata=METADATA[kind])
+            figure.savefig(unfinished, format=kind, dpi=plots.RESOLUTION, metadata=METADATA[kind])
     plt.close(figure)
     return files
 
@@ -167,13 +166,11 @@ def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tup
         attention, title = run.attention(gate, epoch), f"{gate}, epoch {epoch}"
         if run.manifest.squeeze:
             squeeze = run.squeeze(gate, epoch)
-            std = stats.Moments.of(squeeze).std, stats.Moments.of(attention).std
-            yield file_name("stripe", gate), plots.before_after(squeeze, attention, std=std, title=title)
+            yield file_name("stripe", gate), _before_after(squeeze, attention, run.labels(epoch), title)
         else:
             yield file_name("stripe", gate), _figure_of(plots.stripe_heatmap(attention, title=title))
     grid = {(gate, e): _first_images(run, gate, e) for gate in gates for e in spread(run.epochs, EPOCHS)}
-    low, high = np.nanquantile(np.concatenate([panel.ravel() for panel in grid.values()]), RANGE)
-    yield "grid", plots.heatmap_grid(grid, vmin=float(low), vmax=float(high))
+    yield "grid", plots.heatmap_grid(grid, limits={gate: _range(grid, gate) for gate in gates})
     moments = run.moments(sorted({run.epochs[0], epoch}), gates)
     yield "std", plots.std_grid({(gate, e): found.std for (e, gate), found in moments.items()})
 
@@ -181,6 +178,28 @@ def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tup
 def _first_images(run: Run, gate: str, epoch: int) -> npt.NDArray[np.float32]:
     """Return the attention (n, C) of the first images by sample id, the same ones at each epoch."""
     return run.attention(gate, epoch)[np.argsort(run.samples(epoch), kind="stable")[:IMAGES]]
+
+
+def _before_after(squeeze: Any, attention: Any, labels: Any, title: str) -> Figure:
+    """Draw both sides of a gate with what is measured of them over all images."""
+    before, after = stats.Moments.of(squeeze), stats.Moments.of(attention)
+    return plots.before_after(
+        squeeze,
+        attention,
+        std=(before.std, after.std),
+        strength=(stats.stripe_strength(before).strength, stats.stripe_strength(after).strength),
+        cv=(stats.coefficient_of_variation(before), stats.coefficient_of_variation(after)),
+        labels=labels,
+        title=title,
+    )
+
+
+def _range(grid: Mapping[tuple[str, int], npt.NDArray[Any]], gate: str) -> tuple[float, float]:
+    """Return between which values a gate's colours span, over its epochs."""
+    values = np.concatenate([panel.ravel() for (name, _), panel in grid.items() if name == gate])
+    values = values[np.isfinite(values)]
+    low, high = np.quantile(values, RANGE) if values.size else (0.0, 1.0)
+    return float(low), float(high)
 
 
 def _each_beside(run: Run) -> Iterator[tuple[str, Figure]]:

@@ -4,6 +4,8 @@ seaborn draws what maps columns of a table to colours, marks and dashes: curves 
 figure that needs it, and is never left to estimate or resample anything.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -25,14 +27,23 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.typing import ColorType
 
 from stripe.gate import name_of
+from stripe.stats import CONFIDENCE
+
+__all__ = [
+    "before_after", "drift_over_epochs", "fold_pareto", "heatmap_grid", "learned_over_stripe", "learned_scatter",
+    "std_grid", "std_per_channel", "strength_by_gate", "strength_over_epochs", "stripe_heatmap", "training_curves",
+]  # fmt: skip
 
 COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.9  # inches: one column and both columns of a printed page
+RESOLUTION = 200  # dots per inch that a heatmap counts on: larger matrices are averaged to the pixels there are
+FEW_EPOCHS = 8  # as many or fewer are named one by one on their axis
 LABEL_SIZE, TICK_SIZE = 8, 7  # points
 HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey: not finite
 OBSERVED, LEARNED = "#0173B2", "#D55E00"  # blue and vermilion of seaborn's colour-blind palette
 LEGEND_ROOM = 8  # more gates than this are named by a colour bar
 
 Array = npt.NDArray[np.floating]
+Whole = npt.NDArray[np.integer]
 
 
 # ---- image x channel -------------------------------------------------------------------------------------
@@ -49,8 +60,9 @@ def stripe_heatmap(
 ) -> Axes:
     """Draw values (N, C) as image index x channel index; equal rows show as vertical stripes.
 
-    A pixel shows one measured value, never a mean of neighbours, which would make stripes look cleaner than
-    they are. Colours span the values, as the colour bar says; give `vmin` and `vmax` so that figures compare.
+    Where there are more values than pixels, neighbours are averaged, and the axis says how many: to leave some out
+    would draw patterns that are not there, but means over images make stripes look cleaner than they are. Colours
+    span what is shown, as the colour bar says; give `vmin` and `vmax` so that figures compare.
 
     Example:
         >>> import stripe
@@ -59,8 +71,8 @@ def stripe_heatmap(
         >>> ax.figure.savefig("/dev/null", format="png")
     """
     ax = _axes(ax, height=2.4)
-    image = _draw_heatmap(ax, _matrix("values", values), vmin, vmax)
-    _dress(ax, "channel index", "image index", title)
+    image, means = _draw_heatmap(ax, _matrix("values", values), vmin, vmax)
+    _dress(ax, f"channel index{_means_of(means[1])}", f"image index{_means_of(means[0])}", title)
     _add_colorbar([image], [ax], label)
     return ax
 
@@ -70,6 +82,9 @@ def before_after(
     attention: npt.ArrayLike,
     *,
     std: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
+    strength: tuple[float, float] | None = None,
+    cv: tuple[float, float] | None = None,
+    labels: npt.ArrayLike | None = None,
     images: int = 20,
     channels: int = 60,
     title: str = "",
@@ -77,8 +92,22 @@ def before_after(
     """Draw the first images and channels of one gate's squeeze (N, C) beside those of its attention (N, C).
 
     A squeeze has no fixed range, so by one rule for both each panel's colours span the values it shows, as
-    its colour bar says: neither side looks calmer for a wider scale. `std`, the standard deviations over
-    images of both, (C,) each, is drawn below as a share of that colour range, on one axis for both.
+    its colour bar says: neither side looks calmer for a wider scale.
+
+    Args:
+        squeeze: what the gate scales, averaged over space.
+        attention: what it scales it by.
+        std: standard deviations over images of both, (C,) each, drawn below as a share of the colour range, on one
+            axis for both.
+        strength: stripe strengths of both, over all images, for the titles.
+        cv: coefficients of variation of both, likewise.
+        labels: class of every image, (N,), negative where unknown; rows are sorted by it, and classes are marked.
+        images: how many rows to draw.
+        channels: how many columns.
+        title: above both panels.
+
+    Raises:
+        ValueError: shapes that do not belong together.
 
     Example:
         >>> import stripe
@@ -88,6 +117,7 @@ def before_after(
     before, after = _matrix("squeeze", squeeze), _matrix("attention", attention)
     if before.shape != after.shape:
         raise ValueError(f"squeeze {before.shape} and attention {after.shape} differ: pass one gate and epoch")
+    order, classes = _by_class(labels, images, len(before))
     heights = (2,) if std is None else (2, 1)
     size = PAGE_WIDTH, 1.0 + 1.2 * len(heights)
     fig, axes = plt.subplots(
@@ -98,15 +128,20 @@ def before_after(
     panels = (("Before", "squeeze", before), ("After", "attention", after))
     for column, (moment, label, values) in enumerate(panels):
         top, bottom = axes[0, column], axes[-1, column]
-        image = _draw_heatmap(top, values[:images, :channels], None, None)
-        _dress(top, "", "image index", f"{moment} attention module")
+        image, means = _draw_heatmap(top, values[order, :channels], None, None)
+        measured = [f"strength {strength[column]:.2f}"] if strength else []
+        measured += [f"CV {cv[column]:.3f}"] if cv else []
+        heading = "\n".join(filter(None, (f"{moment} attention module", ", ".join(measured))))
+        _dress(top, "", f"{'image index' if classes is None else 'class of the image'}{_means_of(means[0])}", heading)
+        if classes is not None:
+            _mark_classes(top, classes)
         _add_colorbar([image], [top], label)
         if std is not None:
             deviation, _ = _vectors(**{f"std of {label}": std[column], label: values[0]})
             low, high = image.get_clim()
             std_per_channel({label: deviation[:channels] / (high - low or 1.0)}, ax=bottom)
             bottom.set_ylabel("std over images\n/ colour range")
-        bottom.set_xlabel("channel index", fontsize=LABEL_SIZE)
+        bottom.set_xlabel(f"channel index{_means_of(means[1])}", fontsize=LABEL_SIZE)
     for ax in axes.flat:
         ax.label_outer()
     return fig
@@ -117,12 +152,23 @@ def heatmap_grid(
     *,
     title: str = "",
     label: str = "attention",
-    vmin: float = 0.0,
-    vmax: float = 1.0,
+    limits: tuple[float, float] | Mapping[Any, tuple[float, float]] | None = None,
 ) -> Figure:
-    """Draw {(gate, epoch): values (N, C)} as gates (down) x epochs (across) on one colour scale.
+    """Draw {(gate, epoch): values (N, C)} as gates (down) x epochs (across), on one colour scale a gate.
 
-    Gates keep their order in `panels`; a combination that is missing there stays empty.
+    Gates differ so much in their values that on one scale for all most would look blank; epochs of one gate compare.
+    Where a panel has more values than pixels, neighbours are averaged, and the gate's label says how many. Gates keep
+    their order in `panels`; a combination that is missing there stays empty.
+
+    Args:
+        panels: the values of every panel.
+        title: above all.
+        label: what the values are.
+        limits: least and greatest value of the colours, of every gate or the same for all, such as (0, 1); by default
+            those of the gate's values.
+
+    Raises:
+        ValueError: there is no panel, or one that is no matrix.
     """
     if not panels:
         raise ValueError("panels is empty; expected {(gate, epoch): values (images, channels)}")
@@ -133,22 +179,26 @@ def heatmap_grid(
     size = max(PAGE_WIDTH, 2 + 0.25 * len(epochs)), 0.9 + 0.8 * len(channels)
     fig, axes = plt.subplots(len(channels), len(epochs), figsize=size, squeeze=False)
     fig.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    images = []
+    scales = _scales(matrices, limits)
     for row, gate, name in zip(axes, channels, _short_names(list(channels)), strict=True):
+        images, note = [], ""
         for ax, epoch in zip(row, epochs, strict=True):
             if (gate, epoch) in matrices:
-                images.append(_draw_heatmap(ax, matrices[gate, epoch], vmin, vmax))
+                image, means = _draw_heatmap(ax, matrices[gate, epoch], *scales[gate], room=0.9)
+                images.append(image)
+                counts = [f"{n} {what}" for n, what in zip(means, ("images", "channels"), strict=True) if n > 1]
+                note = f"\nmeans of {' x '.join(counts)}" if counts else ""
             else:
                 ax.set_frame_on(False)
             ax.set(xticks=[], yticks=[])
-        row_label = f"{name}\n{channels[gate]} channels"
+        row_label = f"{name}\n{channels[gate]} channels{note}"
         row[0].set_ylabel(row_label, rotation=0, ha="right", va="center", fontsize=TICK_SIZE)
+        _add_colorbar(images, row.tolist(), label, aspect=8)
     for ax, epoch in zip(axes[0], epochs, strict=True):
         ax.set_title(epoch, fontsize=TICK_SIZE)
     fig.suptitle(f"{title}\nepoch" if title else "epoch", fontsize=LABEL_SIZE, wrap=True)
     fig.supxlabel("channel index", fontsize=LABEL_SIZE)
     fig.supylabel("image index", fontsize=LABEL_SIZE)
-    _add_colorbar(images, axes.ravel().tolist(), label, aspect=8 * len(channels))
     return fig
 
 
@@ -245,8 +295,12 @@ def learned_scatter(
 # ---- one value a gate and epoch --------------------------------------------------------------------------
 
 
-def strength_by_gate(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
+def strength_by_gate(
+    table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", confidence: float = CONFIDENCE
+) -> Axes:
     """Draw stripe strength with its interval, one row a gate, from one epoch's rows of `stripe.stats.summarize`.
+
+    `confidence` is the one that the table was made with; the axis names it.
 
     Example:
         >>> import stripe
@@ -258,18 +312,22 @@ def strength_by_gate(table: pd.DataFrame, *, ax: Axes | None = None, title: str 
         raise ValueError(f"table holds epochs {epochs}; expected one row a gate: select one epoch")
     import seaborn as sns
 
-    ax = _axes(ax, height=0.8 + 0.14 * len(table))
+    ax = _axes(ax, height=0.95 + 0.14 * len(table))
     rows, names = np.arange(len(table)), _short_names(list(table["gate"]))
     ax.hlines(rows, table["strength_low"], table["strength_high"], color=OBSERVED, linewidth=1)
     sns.scatterplot(x=table["strength"].to_numpy(), y=rows, color=OBSERVED, s=12, linewidth=0, ax=ax)
     ax.set(xlim=(0, 1), ylim=(len(table) - 0.5, -0.5))
     ax.set_yticks(rows, names)
-    _dress(ax, "stripe strength", "gate", title)
+    _dress(ax, f"stripe strength\n{_interval(table, confidence)}", "gate", title)
     return ax
 
 
-def strength_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
+def strength_over_epochs(
+    table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", confidence: float = CONFIDENCE
+) -> Axes:
     """Draw stripe strength with its interval, one line a gate, from the rows of `stripe.stats.summarize`.
+
+    `confidence` is the one that the table was made with; the axis names it.
 
     Example:
         >>> import stripe
@@ -277,7 +335,7 @@ def strength_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: 
     """
     ax = _axes(ax, height=2.6)
     _draw_by_gate(ax, table, "strength", interval=("strength_low", "strength_high"))
-    _dress(ax, "epoch", "stripe strength", title)
+    _dress(ax, "epoch", f"stripe strength\n{_interval(table, confidence)}", title)
     ax.set_ylim(0, 1)
     return ax
 
@@ -285,16 +343,26 @@ def strength_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: 
 def drift_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
     """Draw drift on a logarithmic axis, one line a gate, from the rows of `stripe.stats.summarize`.
 
-    A drift of exactly 0 leaves a gap. Raises ValueError when no row has a drift: it takes two recorded epochs.
+    Where not every epoch was recorded, each drift is divided by the epochs it took, so that steps of different
+    lengths compare, and the axis says so. A drift of exactly 0 leaves a gap.
+
+    Raises:
+        ValueError: no row has a drift, for which it takes two recorded epochs.
     """
     if not table["drift"].notna().any():
         raise ValueError("table holds no drift; expected at least two recorded epochs of a gate: record one more")
     ax = _axes(ax, height=2.6)
+    table = table.sort_values("epoch", kind="stable")
+    took = table.groupby("gate", sort=False)["epoch"].diff()
+    uneven = bool((took.dropna() != 1).any())
+    if uneven:
+        table = table.assign(drift=table["drift"] / took)
     _draw_by_gate(ax, table, "drift")
     if (table["drift"] > 0).any():
         ax.set_yscale("log", nonpositive="mask")
         ax.yaxis.set(major_formatter=_Decimals(), minor_formatter=_Decimals())
-    _dress(ax, "epoch", "drift between recorded epochs", title)
+    label = "drift per epoch\n(mean between recorded epochs)" if uneven else "drift since the epoch before"
+    _dress(ax, "epoch", label, title)
     return ax
 
 
@@ -418,11 +486,86 @@ def _dress(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
     ax.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
 
 
-def _draw_heatmap(ax: Axes, values: Array, vmin: float | None, vmax: float | None) -> AxesImage:
-    image = ax.imshow(values, cmap=HEATMAP, vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
+def _draw_heatmap(
+    ax: Axes, values: Array, vmin: float | None, vmax: float | None, *, room: float = 0.75
+) -> tuple[AxesImage, tuple[int, int]]:
+    """Draw values (N, C), averaged to the pixels of `ax`; return the image and the (rows, columns) of a mean.
+
+    `room` is the share of `ax` that labels and colour bar will leave to the image.
+    """
+    inches = room * np.array(_figure_size(ax)) * ax.get_position().size
+    columns, rows = (max(1, int(pixels)) for pixels in inches * RESOLUTION)
+    means = -(-values.shape[0] // rows), -(-values.shape[1] // columns)
+    shown = _block_means(values, means)
+    edge = shown.shape[1] * means[1] - 0.5, shown.shape[0] * means[0] - 0.5
+    image = ax.imshow(
+        shown, cmap=HEATMAP, vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest",
+        extent=(-0.5, edge[0], edge[1], -0.5),
+    )  # fmt: skip
+    ax.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(values.shape[0] - 0.5, -0.5))
     for axis in (ax.xaxis, ax.yaxis):
         _tick_integers(axis)
-    return image
+    return image, means
+
+
+def _figure_size(ax: Axes) -> tuple[float, float]:
+    width, height = ax.get_figure(root=True).get_size_inches()  # type: ignore[union-attr]
+    return float(width), float(height)
+
+
+def _block_means(values: Array, sizes: tuple[int, int]) -> Array:
+    """Average blocks of so many rows and columns; the last ones may be smaller."""
+    for axis, size in enumerate(sizes):
+        if size > 1:
+            starts = np.arange(0, values.shape[axis], size)
+            counts = np.diff(starts, append=values.shape[axis])
+            values = np.add.reduceat(values, starts, axis=axis) / np.expand_dims(counts, 1 - axis)
+    return values
+
+
+def _means_of(count: int) -> str:
+    return "" if count == 1 else f", means of {count}"
+
+
+def _by_class(labels: npt.ArrayLike | None, images: int, count: int) -> tuple[Whole, Whole | None]:
+    """Return which of the first images to draw from top to bottom, and their classes where any is known."""
+    order = np.arange(min(images, count))
+    if labels is None:
+        return order, None
+    known = np.asarray(labels)
+    if known.shape != (count,):
+        raise ValueError(f"labels have shape {known.shape}; expected ({count},), one for each image")
+    order = np.argsort(known[order], kind="stable")
+    return order, known[order] if (known[order] >= 0).all() else None
+
+
+def _mark_classes(ax: Axes, classes: Whole) -> None:
+    """Name each class beside its rows, and draw a line between classes."""
+    starts = np.flatnonzero(np.diff(classes, prepend=classes[0] - 1))
+    ends = np.append(starts[1:], len(classes))
+    ax.set_yticks((starts + ends - 1) / 2, [str(classes[start]) for start in starts])
+    ax.tick_params(axis="y", length=0)
+    ax.hlines(starts[1:] - 0.5, *ax.get_xlim(), color="1", linewidth=0.6)
+
+
+def _scales(
+    matrices: Mapping[tuple[str, int], Array],
+    limits: tuple[float, float] | Mapping[Any, tuple[float, float]] | None,
+) -> dict[str, tuple[float, float]]:
+    """Return the ends of each gate's colours."""
+    scales: dict[str, tuple[float, float]] = {}
+    given = {name_of(gate): ends for gate, ends in limits.items()} if isinstance(limits, Mapping) else {}
+    for gate in dict.fromkeys(gate for gate, _ in matrices):
+        own = np.concatenate([values.ravel() for (its, _), values in matrices.items() if its == gate])
+        own = own[np.isfinite(own)]
+        spanned = (float(own.min()), float(own.max())) if own.size else (0.0, 1.0)
+        scales[gate] = given.get(gate, spanned) if not isinstance(limits, tuple) else limits
+    return scales
+
+
+def _interval(table: pd.DataFrame, confidence: float) -> str:
+    """Name the interval that is drawn, or say that there is none."""
+    return f"({100 * confidence:g} % interval)" if table["strength_low"].notna().any() else "(no interval)"
 
 
 def _draw_steps(ax: Axes, what: str, values: npt.ArrayLike, *, color: Array, name: str) -> None:
@@ -433,7 +576,7 @@ def _draw_steps(ax: Axes, what: str, values: npt.ArrayLike, *, color: Array, nam
     ax.margins(x=0)
 
 
-def _translate(ax: Axes, positions: "pd.Series[float]", label: str) -> None:
+def _translate(ax: Axes, positions: pd.Series[float], label: str) -> None:
     """Label the upper edge with the index of `positions` on the x axis: its ends, then others that have room."""
     left, right = ax.get_xlim()
     shown: dict[str, float] = {}
@@ -497,7 +640,7 @@ def _draw_by_gate(ax: Axes, table: pd.DataFrame, column: str, interval: tuple[st
         for gate, own in rows.groupby("gate", sort=False):
             low, high = (own[bound] for bound in interval)
             ax.fill_between(own["epoch"], low, high, color=colors[gate], alpha=paler_when_many, linewidth=0.5)
-    _tick_integers(ax.xaxis)
+    _tick_epochs(ax, rows["epoch"])
     _name_gates(ax, gates)
 
 
@@ -536,12 +679,12 @@ def _timed(variants: pd.DataFrame, latencies: pd.DataFrame) -> tuple[pd.DataFram
     return rows, f"latency (ms, {backend}, batch of {batch})"
 
 
-def _as_folded(variants: pd.DataFrame) -> "pd.Series[bool]":
+def _as_folded(variants: pd.DataFrame) -> pd.Series[bool]:
     """Tell which variants were not recovered after folding: all of them where the table has no such column."""
     return variants.get("recovery", pd.Series("none", index=variants.index)).eq("none")
 
 
-def _variant_names(variants: pd.DataFrame) -> "pd.Series[str]":
+def _variant_names(variants: pd.DataFrame) -> pd.Series[str]:
     """Name each way of folding: the weighting of its constants, and how it was recovered, if it was."""
     weighting = variants.get("weighting", pd.Series("folded", index=variants.index))
     recovery = variants.get("recovery", pd.Series("none", index=variants.index))
@@ -570,6 +713,15 @@ def _tick_integers(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
+def _tick_epochs(ax: Axes, epochs: pd.Series[int]) -> None:
+    """Label the recorded epochs where they are few, else some of them."""
+    recorded = sorted(set(epochs))
+    if len(recorded) <= FEW_EPOCHS:
+        ax.set_xticks(recorded)
+    else:
+        _tick_integers(ax.xaxis)
+
+
 def _mark(color: ColorType, label: str) -> Line2D:
     return Line2D([], [], color=color, linewidth=0.8, marker="o", markersize=3, label=label)
 
@@ -589,3 +741,7 @@ def _legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
         fontsize=TICK_SIZE,
         frameon=False,
     )
+
+
+def __dir__() -> list[str]:
+    return __all__

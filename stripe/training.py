@@ -122,12 +122,13 @@ class Evaluation:
     samples: int
 
 
-def processes() -> PartialState:
+def processes(cpu: bool = False) -> PartialState:
     """Return which of how many processes this is (`process_index`, `num_processes`) and its device.
 
-    Joins the others on first use. Without an accelerator Accelerate must be told so, or it overlooks them.
+    Joins the others on first use, which settles the device: with `cpu` an accelerator is left alone. Without one
+    Accelerate must be told so, or it overlooks the other processes.
     """
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=cpu or not torch.accelerator.is_available())
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------
@@ -151,7 +152,8 @@ def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Ev
     scores = []
     try:
         with torch.no_grad():
-            for images, labels, *_ in tqdm(loader, "evaluating", unit="batch", leave=False, disable=not progress):
+            hidden = None if progress else True  # None: unless on a terminal
+            for images, labels, *_ in tqdm(loader, "evaluating", unit="batch", leave=False, disable=hidden):
                 scores.append(_score(logits_of(model(images.to(device))), labels.to(device)))
     finally:
         for module in training:
@@ -234,7 +236,7 @@ def fit(
         resume: a last.pt to continue from, by the recipe given here.
         allow_changed: resume also where the description or the seed is not what the training began with.
         save_every: see above.
-        progress: show a bar per epoch.
+        progress: show a bar per epoch, where stderr is a terminal.
 
     Raises:
         BlockingIOError: another training writes into `directory`.
@@ -319,7 +321,7 @@ class _Trainer:
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         self.model.train()
         scores: list[Tensor] = []
-        hidden = not (progress and self.accelerator.is_main_process)
+        hidden = None if progress and self.accelerator.is_main_process else True  # None: unless on a terminal
         title = f"epoch {epoch}/{self.recipe.epochs}"
         with tqdm(total=loader.samples, desc=title, unit=" images", disable=hidden) as bar:
             for step, (images, labels, *_) in enumerate(loader):

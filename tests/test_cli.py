@@ -31,7 +31,20 @@ SCRIPTS = {
     "report": "report",
     "demo": "demo",
 }
-SMALL = ["--depth", "11", "--train-samples", "60", "--train-batch", "20", "--epochs", "2", "--val-samples", "10"]
+SMALL = [
+    "--dataset",
+    "digits",
+    "--depth",
+    "11",
+    "--train-samples",
+    "60",
+    "--train-batch",
+    "20",
+    "--epochs",
+    "2",
+    "--val-samples",
+    "10",
+]
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +276,16 @@ def test_checkpoints_that_are_none(trained, tmp_path, capsys):
 def test_a_network_without_a_gate(tmp_path, capsys):
     torch.save(create_model("resnet", depth=11).state_dict(), tmp_path / "plain.pt")
     assert "no gate" in fails(
-        capsys, "collect", "--ckpt", tmp_path / "plain.pt", "--samples", 4, "--out", tmp_path / "run"
+        capsys,
+        "collect",
+        "--ckpt",
+        tmp_path / "plain.pt",
+        "--dataset",
+        "digits",
+        "--samples",
+        4,
+        "--out",
+        tmp_path / "run",
     )
     assert not (tmp_path / "run").exists()
     words = ["train", *SMALL, "--record", "5", "-c", tmp_path / "a"]

@@ -253,6 +253,8 @@ def test_killed_commands_continue_to_the_same_bytes(tmp_path, record_property):
     small = (
         "--depth",
         11,
+        "--dataset",
+        "digits",
         "--module",
         "senet",
         "--epochs",

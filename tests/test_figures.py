@@ -180,7 +180,8 @@ def test_a_figure_that_cannot_be_finished_leaves_the_earlier_file(tmp_path, monk
 
 
 def test_the_examples_in_the_docstrings_run():
-    for function in (stripe.figures.draw, stripe.plots.stripe_heatmap, stripe.folding.study):
+    functions = [stripe.figures.draw, stripe.plots.stripe_heatmap, stripe.folding.study]
+    for function in [*functions, stripe.open_run, stripe.stats.summarize]:
         names, runner = {}, doctest.DocTestRunner()
         [example] = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs=names)
         assert example.examples

@@ -17,6 +17,8 @@ from stripe.training import evaluate
 from tests.test_cli import fails
 
 TRAIN = [
+    "--dataset",
+    "digits",
     "--depth",
     "11",
     "--module",

@@ -339,7 +339,9 @@ def test_a_pipe_among_images_is_not_waited_for(tmp_path, folder):
 def test_what_a_checkpoint_says_of_images_is_not_believed(tmp_path, capsys, data):
     plain = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
     (tmp_path / "a.pt").write_bytes(saved(checkpoint(description={"model": NETWORK, "data": plain | data})))
-    refusal(capsys, "collect", "--ckpt", tmp_path / "a.pt", "--samples", 4, "--out", tmp_path / "run")
+    refusal(
+        capsys, "collect", "--ckpt", tmp_path / "a.pt", "--dataset", "digits", "--samples", 4, "--out", tmp_path / "run"
+    )
     assert not (tmp_path / "run").exists()
 
 

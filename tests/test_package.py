@@ -2,8 +2,10 @@
 
 import ast
 import platform
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -82,7 +84,7 @@ def files_of(room):
 
 def rooms():
     found = {room_of(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in (ROOT / "stripe").rglob("*.py")}
-    return found - {"__init__", "cli", "asr.__init__"}
+    return found - {"__init__", "__main__", "cli", "asr.__init__"}
 
 
 @pytest.mark.parametrize("room", sorted(rooms()))
@@ -172,7 +174,7 @@ def test_environment_and_pyproject_agree():
     wanted |= {each for extra in project["optional-dependencies"].values() for each in extra}
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     [pip] = [each["pip"] for each in environment if isinstance(each, dict)]
-    listed = {each for each in [*environment, *pip[:-1]] if isinstance(each, str)} - {"pip"}
+    listed = {each for each in [*environment, *pip] if isinstance(each, str)} - {"pip", "--editable ."}
     listed = {f"{CONDA_NAMES.get(each.split('>=')[0], each.split('>=')[0])}>={each.split('>=')[1]}" for each in listed}
     assert listed == {each for each in wanted if not each.startswith("stripe-observation")}
     assert not any("torch" in each and "<" in each for each in wanted)
@@ -241,3 +243,59 @@ def test_commands_keep_memory_only_in_a_process_of_their_own(monkeypatch):
     assert not kept
     assert cli.main() == 2
     assert kept
+
+
+def pip(*words):
+    return subprocess.run([sys.executable, "-m", "pip", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_pip_section_of_the_environment_is_a_requirements_file(tmp_path):
+    """Conda hands the section to pip as a file; what it asks for beside this package is what conda does not have."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    [lines] = [each["pip"] for each in environment if isinstance(each, dict)]
+    file = tmp_path / "section.txt"
+    words = ["install", "--dry-run", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "-r", str(file)]
+    others = [line for line in lines if line != "--editable ."]  # installed already, or else an index would be needed
+    for content, works in ((["--editable ."], True), (others, True), (["--no-deps --editable ."], False)):
+        file.write_text("\n".join(content))
+        assert (pip(*words).returncode == 0) is works, content
+    assert len(others) == len(lines) - 1
+
+
+def tracked():
+    """What git tracks, as paths; skipped in a source distribution, which has no git."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git: this is a source distribution already")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
+
+
+def test_the_source_distribution_holds_every_file_of_the_repository(tmp_path):
+    for name in tracked():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    build = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+    command = [sys.executable, "-W", "ignore", "-c", build]
+    done = subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True, check=True)
+    archive = tmp_path / "tree/dist" / done.stdout.splitlines()[-1]
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert tracked() - names == set()
+    assert archive.name == f"stripe_observation-{stripe.__version__}.tar.gz"
+
+
+def test_versions_are_told_alike():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == stripe.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert newest == f"## {stripe.__version__}"
+
+
+def test_the_workflow_runs_the_gate_with_the_oldest_python():
+    [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    oldest, newest = job["strategy"]["matrix"]["python"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={oldest}"
+    assert tuple(map(int, newest.split("."))) > tuple(map(int, oldest.split(".")))

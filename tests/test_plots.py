@@ -1,7 +1,9 @@
 """Figures: what is drawn is what came in, and every text of every figure can be read."""
 
+import inspect
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -305,6 +307,64 @@ def test_before_after_colours_both_sides_by_one_rule_and_compares_their_std_on_o
     assert left.get_ylim()[1] >= max(ax.patches[0].get_data().values.max() for ax in (left, right))
 
 
+def test_before_after_sorts_rows_by_class_and_names_the_classes() -> None:
+    before, after = squeeze(30, 8), attention(30, 8)
+    labels = np.random.default_rng(1).integers(0, 3, 30)
+    fig = plots.before_after(before, after, labels=labels, images=12)
+    order = sorted(range(12), key=lambda row: (labels[row], row))
+    for ax, values in zip(fig.axes[:2], (before, after), strict=True):
+        np.testing.assert_array_equal(ax.get_images()[0].get_array(), values[order])
+        [lines] = ax.collections
+        edges = [segment[0, 1] for segment in lines.get_segments()]
+        assert edges == [row - 0.5 for row in range(1, 12) if labels[order[row]] != labels[order[row - 1]]]
+    left = fig.axes[0]
+    assert [text.get_text() for text in left.get_yticklabels()] == sorted({str(label) for label in labels[:12]})
+    assert left.get_ylabel() == "class of the image"
+    unknown = plots.before_after(before, after, labels=np.full(30, -1)).axes[0]
+    assert unknown.get_ylabel() == "image index"
+    np.testing.assert_array_equal(unknown.get_images()[0].get_array(), before[:20])
+    with pytest.raises(ValueError, match=r"labels have shape \(3,\); expected \(30,\)"):
+        plots.before_after(before, after, labels=labels[:3])
+
+
+def test_before_after_carries_what_was_measured_in_its_titles() -> None:
+    fig = plots.before_after(squeeze(5, 8), attention(5, 8), strength=(0.181, 0.925), cv=(0.61, 0.012))
+    assert [ax.get_title().split("\n") for ax in fig.axes[:2]] == [
+        ["Before attention module", "strength 0.18, CV 0.610"],
+        ["After attention module", "strength 0.93, CV 0.012"],
+    ]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(10, 10), (4000, 10), (10, 5003), (3001, 5003)])
+def test_what_has_no_pixels_is_averaged_and_the_axis_says_so(rows: int, columns: int) -> None:
+    values = np.random.default_rng(0).random((rows, columns))
+    ax = plots.stripe_heatmap(values)
+    [image] = ax.get_images()
+    shown = np.asarray(image.get_array())
+    ax.figure.canvas.draw()
+    room = ax.get_window_extent().size / ax.figure.dpi * plots.RESOLUTION
+    assert shown.shape[0] <= 1.05 * room[1]
+    assert shown.shape[1] <= 1.05 * room[0]
+    counts = []
+    for label, held, kept in ((ax.get_ylabel(), rows, shown.shape[0]), (ax.get_xlabel(), columns, shown.shape[1])):
+        found = re.search(r"means of (\d+)", label)
+        counts.append(int(found[1]) if found else 1)
+        assert kept == -(-held // counts[-1])
+        assert bool(found) is (held > kept)
+    np.testing.assert_allclose(shown[0, 0], values[: counts[0], : counts[1]].mean())
+    last = values[(shown.shape[0] - 1) * counts[0] :, (shown.shape[1] - 1) * counts[1] :]
+    np.testing.assert_allclose(shown[-1, -1], last.mean())
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, columns - 0.5), (rows - 0.5, -0.5))
+
+
+def test_a_value_that_is_not_finite_survives_the_averaging() -> None:
+    values = np.ones((3000, 10))
+    values[1234, 5] = np.nan
+    ax = plots.stripe_heatmap(values)
+    assert np.isnan(np.asarray(ax.get_images()[0].get_array().filled(np.nan))).sum() == 1
+    assert "grey: not finite" in colorbar_of(ax).ax.get_ylabel()
+
+
 def test_before_after_without_std_has_no_lower_panels() -> None:
     fig = plots.before_after(squeeze(30, 64), attention(30, 64))
     assert [len(ax.get_images()) for ax in fig.axes[:2]] == [1, 1]
@@ -324,7 +384,7 @@ def test_before_after_refuses_two_gates() -> None:
         plots.before_after(squeeze(5, 8), attention(5, 8), std=(np.ones(8), np.ones(3)))
 
 
-def test_grid_is_gates_by_epochs_on_one_scale() -> None:
+def test_grid_is_gates_by_epochs_on_one_scale_a_gate() -> None:
     panels = {
         (gate, epoch): attention(4, channels, seed=epoch)
         for gate, channels in (("layer2.se", 16), ("layer10.se", 8))
@@ -332,15 +392,20 @@ def test_grid_is_gates_by_epochs_on_one_scale() -> None:
     }
     del panels["layer10.se", 2]
     fig = plots.heatmap_grid(panels)
-    *cells, bar = fig.axes
+    cells, bars = fig.axes[:4], fig.axes[4:]
     shown = [ax.get_images()[0].get_array() if ax.get_images() else None for ax in cells]
     expected = [panels["layer2.se", 2], panels["layer2.se", 10], None, panels["layer10.se", 10]]
     for drawn, values in zip(shown, expected, strict=True):
         np.testing.assert_array_equal(drawn, values)
-    assert {image.get_clim() for ax in cells for image in ax.get_images()} == {(0, 1)}
+    for gate, row in (("layer2.se", cells[:2]), ("layer10.se", cells[2:])):
+        own = np.concatenate([values.ravel() for (name, _), values in panels.items() if name == gate])
+        assert {image.get_clim() for ax in row for image in ax.get_images()} == {(own.min(), own.max())}
     assert [cells[0].get_ylabel(), cells[2].get_ylabel()] == ["layer2\n16 channels", "layer10\n8 channels"]
     assert [cells[0].get_title(), cells[1].get_title()] == ["2", "10"]
-    assert bar.get_ylabel() == "attention"
+    assert [bar.get_ylabel() for bar in bars] == ["attention", "attention"]
+    for limits, expected in (((0, 1), (0, 1)), ({"layer2.se": (0.2, 0.3)}, (0.2, 0.3))):
+        first = plots.heatmap_grid(panels, limits=limits).axes[0]
+        assert first.get_images()[0].get_clim() == expected
     assert not cells[2].get_frame_on()
 
 
@@ -511,6 +576,35 @@ def test_drift_is_the_table_on_a_logarithmic_axis() -> None:
     labels = {text.get_text() for text in ax.get_yticklabels(which="both")}
     assert {"0.03", "0.04", "0.06"} <= labels
     assert not any("e" in label for label in labels)
+
+
+def test_drift_over_uneven_epochs_is_taken_per_epoch() -> None:
+    """A stripe that moves by 0.02 an epoch drifts evenly, however the epochs were chosen that were recorded."""
+    epochs = np.array([1, 2, 4, 8, 14])
+    moved = np.diff(epochs, prepend=np.nan) * 0.02
+    table = pd.DataFrame({"gate": "a", "epoch": epochs, "drift": moved})
+    for rows in (table, table.iloc[::-1]):
+        ax = plots.drift_over_epochs(rows)
+        [line] = ax.get_lines()
+        np.testing.assert_allclose(line.get_xydata(), [[epoch, 0.02] for epoch in epochs[1:]])
+        assert ax.get_ylabel().startswith("drift per epoch")
+        assert [int(tick) for tick in ax.get_xticks()] == list(epochs)
+    assert plots.drift_over_epochs(summary(2, 4)).get_ylabel() == "drift since the epoch before"
+
+
+def test_the_level_of_an_interval_is_named() -> None:
+    table = summary(3, 1)
+    assert plots.strength_over_epochs(table).get_ylabel() == "stripe strength\n(95 % interval)"
+    assert plots.strength_by_gate(table, confidence=0.8).get_xlabel() == "stripe strength\n(80 % interval)"
+    alone = table.assign(strength_low=np.nan, strength_high=np.nan)
+    assert plots.strength_by_gate(alone).get_xlabel() == "stripe strength\n(no interval)"
+
+
+def test_the_names_that_tab_shows_are_the_plots() -> None:
+    assert dir(plots) == sorted(plots.__all__)
+    assert all(callable(getattr(plots, name)) for name in plots.__all__)
+    assert "ArrayLike" in str(inspect.signature(plots.stripe_heatmap)), "not what it stands for, ten lines of it"
+    assert len(str(inspect.signature(plots.stripe_heatmap))) < 300
 
 
 def test_drift_of_nothing_but_zero_is_drawn_on_a_linear_axis() -> None:

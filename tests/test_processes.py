@@ -20,7 +20,7 @@ from tests.conftest import randomize
 ROOT = Path(__file__).parents[1]
 KILLED = "a rank of `torchrun` killed while training or recording"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TRAIN = "--depth 11 --module senet --train-batch 16 --test-batch 20 --lr 0.05 --squeeze".split()
+TRAIN = "--dataset digits --depth 11 --module senet --train-batch 16 --test-batch 20 --lr 0.05 --squeeze".split()
 
 
 def launch(*words):
@@ -40,7 +40,8 @@ def finish(process):
 def checkpoint(tmp_path):
     model = {"arch": "resnet", "depth": 11, "module": "senet"}
     state = randomize(create_model(**model)).state_dict()
-    torch.save({"state_dict": state, "epoch": 4, "description": {"model": model}}, tmp_path / "a.pt")
+    description = {"model": model, "data": {"uri": "digits"}}
+    torch.save({"state_dict": state, "epoch": 4, "description": description}, tmp_path / "a.pt")
     return tmp_path / "a.pt"
 
 
@@ -49,7 +50,9 @@ def test_two_processes_record_what_one_records(tmp_path, checkpoint, contents):
     words = ["--ckpt", str(checkpoint), "--samples", "110", "--batch", "20", *contents]
     code, out, error = finish(launch("collect_attention", *words, "--out", tmp_path / "two"))
     assert code == 0, error
-    assert out.splitlines() == [f"{tmp_path}/two: epoch 4, 110 samples, 3 gates, from {checkpoint}"]
+    assert out.splitlines() == [
+        f"{tmp_path}/two: epoch 4, 3 gates; network {checkpoint}; data digits, split test, 110 images"
+    ]
     assert main(["collect", *words, "--out", str(tmp_path / "one")]) == 0
     one, two = (open_run(tmp_path / name) for name in ("one", "two"))
     parts = [part.name for part in two.manifest.epochs[0].parts]

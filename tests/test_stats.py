@@ -5,6 +5,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stripe
 from stripe import stats
 from stripe.stats import GateMoments, Moments, arithmetic, verdicts
 from stripe.stats.epochs import row_of
@@ -1011,3 +1013,33 @@ def test_a_rank_counts_equals_and_never_is_zero():
 def test_verdicts(distance, p, random, best, word):
     assert verdicts.verdict(distance, limit=0.01, p=p, random=random, best=best) == word
     assert word in verdicts.VERDICTS
+
+
+# ---- a run by its path, and what help tells ---------------------------------------------------------------
+
+
+def test_a_run_may_be_given_by_its_path() -> None:
+    run = stripe.load_example()
+    expected = stats.summarize(run, epochs=[20])
+    for path in (run.path, Path(run.path)):
+        pd.testing.assert_frame_equal(stats.summarize(path, epochs=[20]), expected)
+    with pytest.raises(FileNotFoundError, match="no/such/run"):
+        stats.summarize("no/such/run")
+    with pytest.raises(ValueError, match=r"has no gate 'layer9'; it has layer1.0, layer2.0, layer3.1"):
+        stats.summarize(run, gates=["layer9"])
+
+
+def test_help_tells_every_column_and_every_attribute() -> None:
+    told = stats.summarize.__doc__
+    assert told.count("{columns}") == 0
+    assert all(f"``{name}``: " in told for name in stats.summarize(stripe.load_example()).columns)
+    run = stripe.load_example()
+    attributes = stripe.Run.__doc__.partition("Attributes:")[2]
+    assert all(f" {name}: " in attributes for name in vars(run) if not name.startswith("_"))
+
+
+def test_strength_takes_arrays_and_moments_alike() -> None:
+    values = stripe.load_example().attention("layer3.1", 20)
+    by_rows, by_moments = stats.stripe_strength(values), stats.stripe_strength(stats.Moments.of(values))
+    assert by_rows.strength == pytest.approx(by_moments.strength, rel=1e-12)
+    assert by_rows.strength == pytest.approx(0.4014, abs=5e-5), "what the example's table says"

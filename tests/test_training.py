@@ -595,7 +595,19 @@ def test_tensorboard_says_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_for_tensorboard_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
-    words = ["train", "--depth", "11", "--train-samples", "40", "--epochs", "1", "--tensorboard", "-c"]
+    words = [
+        "train",
+        "--dataset",
+        "digits",
+        "--depth",
+        "11",
+        "--train-samples",
+        "40",
+        "--epochs",
+        "1",
+        "--tensorboard",
+        "-c",
+    ]
     assert main([*words, str(tmp_path / "a")]) == 0
     [(step, loss)] = scalars(tmp_path / "a" / "tensorboard")["train_loss"]
     assert (step, loss) == (1, pytest.approx(pd.read_csv(tmp_path / "a" / "metrics.csv")["train_loss"][0], rel=1e-6))

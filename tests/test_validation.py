@@ -359,6 +359,7 @@ def test_the_command_takes_the_second_network_and_says_what_it_found(case, asr_c
     for model, path in zip((case[0], asr_case[0]), paths, strict=True):
         torch.save(model.state_dict(), path)
     words = ["validate", "--ckpt", paths[0], "--run", str(case[1].path), "--protocol", "separate", "--steps", "1"]
+    words += ["--dataset", "digits"]
     words += ["--train-samples", "40", "--test-samples", "20", "--batch", "20", "--out", str(tmp_path)]
     assert main([*words, "--asr-ckpt", paths[1], "--require-match"]) == 1
     printed = capsys.readouterr().out

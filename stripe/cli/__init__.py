@@ -4,10 +4,15 @@ What errors become is written in `process`.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
-from typing import Protocol
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn, Protocol
 
+from stripe import __version__
 from stripe.cli import check, collect, demo, figures, fold, report, stats, train, validate
 from stripe.cli.process import add_traceback, dispatch, dispatch_process
 
@@ -25,6 +30,12 @@ class Command(Protocol):
         """Do it; return the exit code."""
 
 
+SHELLS = ("bash", "zsh", "tcsh")
+"""What shtab writes completion for."""
+
+PLACES = ("DIR", "FILE", "PATH", "RUN")
+"""Metavars of arguments that name a file or a folder."""
+
 COMMANDS: dict[str, Command] = {
     "train": train,
     "collect": collect,
@@ -38,23 +49,48 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "stripe") -> int:
-    """Run `argv` (default: the process's), a command's name first; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Record, measure and use the stripes of channel attention.",
-        epilog="example: stripe collect --ckpt runs/a/checkpoints/last.pt --samples 500 --out runs/probe",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        _configure(commands.add_parser(name, help=command.SUMMARY), command)
+_SubParsers = argparse._SubParsersAction
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses wrong words like any other bad input, in one line; `process` prints it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError."""
+        raise ValueError(f"{message} ({self.prog} --help tells more)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `argv` (default: the process's), a command's name first; return the exit code. Without words, show help."""
+    parser = build_parser()
     start = dispatch_process if argv is None else dispatch
     return start(partial(parser.parse_args, argv), _run)
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command; it loads no library."""
+    parser = Parser(
+        prog="stripe",
+        description="Record, measure and use the stripes of channel attention.",
+        epilog="example: stripe collect --ckpt runs/a/checkpoints/last.pt --samples 500 --out runs/probe",
+    )
+    parser.set_defaults(run=partial(_show_help, parser))
+    _add_version(parser)
+    parser.add_argument(
+        "--completion",
+        action=_Completion,
+        choices=SHELLS,
+        help="print the lines that let this shell complete commands on Tab",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        _configure(commands.add_parser(name, help=command.SUMMARY), command)
+    return parser
+
+
 def script(command: str) -> int:
     """Run one command as a script of its own: `python scripts/train.py ...`."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     _configure(parser, COMMANDS[command])
     return dispatch_process(parser.parse_args, _run)
 
@@ -63,7 +99,22 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        told = "default:" in (action.help or "")
+        return action.help if told or action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Completion(argparse.Action):
+    """Prints a shell's completion script and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        import shtab
+
+        commands = [action.choices or {} for action in parser._actions if isinstance(action, _SubParsers)]
+        for action in (each for command in commands[0].values() for each in command._actions):
+            if action.metavar in PLACES:
+                action.complete = shtab.FILE
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -72,9 +123,26 @@ def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.formatter_class = _Help
     parser.set_defaults(run=command.run)
     command.add_arguments(parser)
+    _add_version(parser)
     add_traceback(parser)
 
 
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"stripe {__version__}")
+
+
+def _show_help(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    parser.print_help()
+    return 0
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    code: int = arguments.run(arguments)
+    """Run the command; with `--json -` its figures alone go to stdout, and all that it prints otherwise to stderr."""
+    if getattr(arguments, "json", None) != Path("-"):
+        return int(arguments.run(arguments))
+    with TemporaryDirectory() as folder:
+        arguments.json = Path(folder, "figures.json")
+        with redirect_stdout(sys.stderr):
+            code = int(arguments.run(arguments))
+        print(arguments.json.read_text(encoding="utf-8"), end="")
     return code

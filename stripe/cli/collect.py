@@ -6,12 +6,13 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from stripe.cli import graphs, options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stripe.data import ImageSet
     from stripe.gates import Candidate, Gate
     from stripe.models import Checkpoint
@@ -21,6 +22,8 @@ SUMMARY = "record per-sample channel attention of trained networks into Parquet;
 EXAMPLE = "--ckpt runs/se/checkpoints/epoch=*.pt --dataset hf:../shared/data/cifar10 --samples 1000 --out runs/probe"
 
 SEARCHED = 3  # images on which gates are searched
+SIZE = 224  # pixels, of a network that does not tell its input's, where gates are listed without a data set
+DTYPES = ("float32", "float16")
 REASONS = 5  # most frequent reasons told where a network has no gate
 COLUMNS = ("name", "channels", "form", "layout", "source", "before", "after")  # of --list-gates
 REJECTED = ("site", "op", "shape", "scaled", "reason")  # of --explain
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME, ...:FACTORY"
     )
-    network.add_argument("--gates", nargs="+", default=["*"], metavar="PATTERN", help="only gates of these names")
+    options.add_gates(network, "all")
     network.add_argument("--list-gates", action="store_true", help="print the gates and record nothing")
     network.add_argument("--explain", action="store_true", help="print as well what was rejected, with the reason")
     options.add_normalisers(network)
@@ -48,11 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--size", type=options.positive, metavar="N", help="side of the images (default: the network's)")
     data.add_argument("--samples", type=options.positive, metavar="N", help="images to record (default: all)")
     options.add_loading(data)
+    options.add_device(data)
     graphs.add_arguments(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--out", metavar="RUN", help="directory of the run, or s3://BUCKET/RUN")
     files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
-    files.add_argument("--dtype", default="float32", help="float32, or float16 at half the size")
+    files.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="float16 takes half the size")
     files.add_argument(
         "--moments-only", action="store_true", help="no row per sample: what all statistics but the rank need"
     )
@@ -78,20 +82,24 @@ def run(arguments: argparse.Namespace) -> int:
     from stripe.recorder import Recorder
     from stripe.training import processes
 
+    device = options.device(arguments)
     process, contents = processes(), _contents(arguments)
-    share = {"rank": process.process_index, "world_size": process.num_processes, "workers": arguments.workers}
+    share: dict[str, Any] = {"rank": process.process_index, "world_size": process.num_processes, "device": device}
+    share["workers"] = arguments.workers
     begun, loader, loaded = _begun(arguments), None, None
     for epoch, spec in _unrecorded(arguments, begun, tell=process.is_main_process):
         checkpoint = read_checkpoint(spec, arguments.arch)
         preprocessing = _preprocessing(arguments, checkpoint)
-        if loader is None or preprocessing != loaded:
-            images = _images(arguments, arguments.samples, preprocessing)
+        uri = options.dataset(arguments, spec, checkpoint.description)
+        if loader is None or (uri, preprocessing) != loaded:
+            images = _images(arguments, uri, arguments.samples, preprocessing)
             if begun:
                 _require_samples(arguments, begun, len(images))
-            loader, loaded = Loader(images, arguments.batch, **share), preprocessing
-        gates = _gates(arguments, spec, _candidates(arguments, checkpoint, loader.images))
+            loader, loaded = Loader(images, arguments.batch, **share), (uri, preprocessing)
+        searched = next(iter(Loader(loader.images, SEARCHED)))[0]
+        gates = _gates(arguments, spec, _candidates(arguments, checkpoint, searched))
         with Recorder(
-            checkpoint.model,
+            checkpoint.model.to(device),
             gates,
             arguments.out,
             squeeze=arguments.squeeze,
@@ -107,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress = options.progress(f"epoch {epoch}") if process.is_main_process else iter
             recorder.record(loader, epoch=epoch, progress=progress)
         if process.is_main_process:
-            print(f"{arguments.out}: epoch {epoch}, {len(loader.images)} samples, {len(gates)} gates, from {spec}")
+            print(f"{arguments.out}: epoch {epoch}, {len(gates)} gates; {options.told(spec, loader.images)}")
     return 0
 
 
@@ -179,21 +187,34 @@ def _preprocessing(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dic
     return options.preprocessing(checkpoint.description) | ({"size": arguments.size} if arguments.size else {})
 
 
-def _images(arguments: argparse.Namespace, samples: int | None, preprocessing: Mapping[str, Any]) -> ImageSet:
+def _images(arguments: argparse.Namespace, uri: str, samples: int | None, preprocessing: Mapping[str, Any]) -> ImageSet:
     from stripe.data import load_images
 
-    return load_images(
-        arguments.dataset, arguments.split, samples=samples, data_dir=arguments.data_dir, **preprocessing
-    )
+    return load_images(uri, arguments.split, samples=samples, data_dir=arguments.data_dir, **preprocessing)
+
+
+def _searched(arguments: argparse.Namespace, spec: str, checkpoint: Checkpoint) -> Tensor:
+    """Return the images on which gates are listed: of the data set, or noise of the network's size where none is named.
+
+    Which gates there are does not depend on what the images show.
+    """
+    import torch
+
+    from stripe.data import Loader
+
+    preprocessing = _preprocessing(arguments, checkpoint)
+    if arguments.dataset or options.named_dataset(checkpoint.description):
+        uri = options.dataset(arguments, spec, checkpoint.description)
+        return next(iter(Loader(_images(arguments, uri, SEARCHED, preprocessing), SEARCHED)))[0]
+    size = preprocessing.get("size", SIZE)
+    return torch.randn(SEARCHED, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 # ---- gates ----
-def _candidates(arguments: argparse.Namespace, checkpoint: Checkpoint, images: ImageSet) -> list[Candidate]:
-    """Look for gates on the first images; a warning names those that these are too small for, ValueError if all are."""
-    from stripe.data import Loader
+def _candidates(arguments: argparse.Namespace, checkpoint: Checkpoint, batch: Tensor) -> list[Candidate]:
+    """Look for gates on a few images; a warning names those that these are too small for, ValueError if all are."""
     from stripe.gates import explain_gates, find_gates
 
-    batch = next(iter(Loader(images, SEARCHED)))[0]
     candidates = explain_gates(checkpoint.model, batch, normalisers=arguments.normaliser)
     if any(candidate.hidden for candidate in candidates):
         find_gates(checkpoint.model, batch, normalisers=arguments.normaliser)  # which says what to do
@@ -210,11 +231,7 @@ def _gates(arguments: argparse.Namespace, spec: str, candidates: Sequence[Candid
             f"{spec} has no gate: expected a network with channel attention; of {len(candidates)} products"
             f" and sums looked at, rejected were {told}"
         )
-    for pattern in arguments.gates:
-        if not any(fnmatchcase(gate.name, pattern) for gate in gates):
-            names = ", ".join(gate.name for gate in gates)
-            raise ValueError(f"no gate of {spec} is named '{pattern}'; expected a pattern of {names}")
-    return [gate for gate in gates if any(fnmatchcase(gate.name, pattern) for pattern in arguments.gates)]
+    return options.chosen_gates(gates, arguments.gates or ["*"], spec)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -235,7 +252,7 @@ def _read_candidates(arguments: argparse.Namespace, spec: str) -> list[Candidate
     from stripe.models import read_checkpoint
 
     checkpoint = read_checkpoint(spec, arguments.arch)
-    return _candidates(arguments, checkpoint, _images(arguments, SEARCHED, _preprocessing(arguments, checkpoint)))
+    return _candidates(arguments, checkpoint, _searched(arguments, spec, checkpoint))
 
 
 def _print(items: Sequence[object], columns: Sequence[str]) -> None:

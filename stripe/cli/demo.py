@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=options.positive, default=100, metavar="N", help="steps of validation")
     parser.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="directory of the run; replaced"
+        "--out", type=options.path, default=Path("runs/demo"), metavar="RUN", help="directory of the run; replaced"
     )
-    parser.add_argument("--figures", type=Path, default=Path("figures/demo"), metavar="DIR", help="where figures go")
+    parser.add_argument(
+        "--figures", type=options.path, default=Path("figures/demo"), metavar="DIR", help="where figures go"
+    )
     options.add_json(parser)
 
 

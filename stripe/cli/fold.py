@@ -26,6 +26,49 @@ EXAMPLE = (
     "--ckpt runs/se/checkpoints/last.pt --dataset hf:../shared/data/cifar10 --max-drop 0.5 --onnx --out runs/folded"
 )
 
+LEGENDS: dict[str, dict[str, str]] = {
+    "gates": {
+        "place": "when the gate is folded: 1 is folded first, being the least sensitive",
+        "1 - strength": "what of the gate's variance is not stripes",
+        "within": "variance over images, the mean over channels",
+        "energy error": "share of the scaled map's energy that the constant gets wrong",
+        "damage": "what folding this gate alone costs by --val-samples",
+        "direction": "back: merged into the layer before the gate; forward: into the layers after it",
+        "into": "the parameters that took the constant",
+        "through": "the layers that it passed on its way there",
+        "reason": "why one multiplication by the constant is left, where no layer could take it",
+        "weight_growth": "largest weight after merging over largest before",
+    },
+    "variants": {
+        "folded": "how many gates are folded",
+        "last": "the gate folded last",
+        "weighting": "which constants stand for the gates",
+        "recovery": "what was done to the network after folding",
+        "validation": "percent on the images held out to choose by",
+        "test": "percent on the test images",
+        "error": "largest difference to the network with constant gates, relative to its output; 0 is exact",
+    },
+    "predictors": {
+        "predictor": "a column of the table of gates",
+        "rho": "Spearman's rank correlation with the damage",
+        "p": "how often chance alone gives as much",
+        "gates": "of how many gates",
+    },
+    "latency": {
+        "milliseconds": "median time of a batch",
+        "low": "fastest round",
+        "high": "slowest round",
+        "speedup": "time of the unfolded network over this one's",
+    },
+    "onnx": {
+        "nodes": "operators in the file",
+        "max_abs_error": "largest difference between onnxruntime's output and torch's",
+        "relative_error": "the same, relative to the largest output",
+        "operators": "which, and how many of each",
+    },
+}
+"""What the columns of the printed tables mean."""
+
 TRACED = 3  # images on which the network is traced and exported
 
 
@@ -56,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     choice.add_argument(
         "--order",
+        choices=("single", "greedy", "foretold"),
         default="single",
         help="single: by each gate's own damage; greedy: beside those before; foretold: by one backward pass",
     )
@@ -90,9 +134,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="images per step"
     )
     recovery.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="of the distillation")
-    recovery.add_argument("--amp", default=Recipe.amp, help="precision of the distillation: no or bf16")
+    recovery.add_argument("--amp", choices=("no", "bf16"), default=Recipe.amp, help="precision of the distillation")
     files = parser.add_argument_group("files")
-    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, figure and networks go")
+    files.add_argument(
+        "--out", type=options.path, required=True, metavar="DIR", help="where tables, figure and networks go"
+    )
     files.add_argument("--onnx", action="store_true", help="write ONNX too, checked against onnxruntime")
     files.add_argument(
         "--opset", type=options.positive, metavar="N", help="of the ONNX files (default: the exporter's)"
@@ -112,6 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     checkpoint = read_checkpoint(arguments.ckpt, arguments.arch)
     data = _load(arguments, checkpoint)
+    print(options.told(arguments.ckpt, data.training, data.validation, data.test), flush=True)
     measured = data.training.take(min(arguments.samples, len(data.training)))
     study = folding.study(
         checkpoint.model,
@@ -194,10 +241,11 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Data:
     from stripe.data import Loader, load_images
 
     where = {"data_dir": arguments.data_dir, **options.preprocessing(checkpoint.description)}
-    images = load_images(arguments.dataset, "train", samples=arguments.train_samples, **where)
+    uri = options.dataset(arguments, arguments.ckpt, checkpoint.description)
+    images = load_images(uri, "train", samples=arguments.train_samples, **where)
     seed = checkpoint.description.get("seed", 0) if arguments.manualSeed is None else arguments.manualSeed
     training, validation = images.hold_out(arguments.val_samples or max(2, len(images) // 10), seed)
-    test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **where)
+    test = load_images(uri, "test", samples=arguments.test_samples, **where)
     traced = next(iter(Loader(training, min(TRACED, len(training)))))[0]
     return Data(arguments, training, validation, test, traced, _measure(arguments, checkpoint.model, traced, images))
 
@@ -296,6 +344,7 @@ def _report(arguments: argparse.Namespace, measure: str, tables: dict[str, pd.Da
     out = arguments.out
     for name, table in tables.items():
         print(f"\n{name}\n{table.to_string(index=False, float_format='{:.4g}'.format)}")
+        print(options.legend({column: text for column, text in LEGENDS.get(name, {}).items() if column in table}))
         write_csv(out / f"{name}.csv", table)
     content = {"measure": measure, **{name: options.plain(table) for name, table in tables.items()}}
     for path in (out / "fold.json", arguments.json):

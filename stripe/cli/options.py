@@ -1,27 +1,49 @@
 """Arguments that several commands take, each described once."""
 
+from __future__ import annotations
+
 import argparse
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stripe import files
 from stripe.messages import Progress
 from stripe.recipe import BATCH, WORKERS
 
+if TYPE_CHECKING:
+    import torch
+
+    from stripe.data import ImageSet
+    from stripe.store import Run
+
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
+LINE = 110  # letters of a line of a legend
+DATASETS = "digits, cifar10, cifar100, stl10, imagefolder:DIR, hf:NAME_OR_DIR"
 
-def add_data(parser: Parser, split: str | None = None) -> None:
+
+class Named(Protocol):
+    """A gate, as far as choosing it by name goes."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+
+Gate = TypeVar("Gate", bound=Named)
+
+
+# ---- data ------------------------------------------------------------------------------------------------
+def add_data(parser: Parser, split: str | None = None, default: str = "the one that the checkpoint names") -> None:
     """Add --dataset and --data-dir, and --split when `split` gives its default."""
+    parser.add_argument("--dataset", metavar="URI", help=f"{DATASETS} (default: {default})")
     parser.add_argument(
-        "--dataset",
-        default="digits",
-        metavar="URI",
-        help="digits, cifar10, cifar100, stl10, imagefolder:DIR, hf:NAME_OR_DIR",
-    )
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where torchvision's sets lie"
+        "--data-dir", type=path, default=Path("data"), metavar="DIR", help="where torchvision's sets lie"
     )
     if split is not None:
         parser.add_argument("--split", default=split, help="which split of the data set")
@@ -46,9 +68,129 @@ def add_normalisers(parser: Parser) -> None:
     )
 
 
+def dataset(arguments: argparse.Namespace, network: object, description: Mapping[str, Any]) -> str:
+    """Return the data set to use: the one that was asked for, else the one that a checkpoint's description names.
+
+    Raises:
+        ValueError: neither names one, or the checkpoint's is not on this machine. None is taken unasked, since a
+            network fed with the wrong images gives figures that look right; and no file may start a download.
+    """
+    if arguments.dataset is not None:
+        return str(arguments.dataset)
+    named = named_dataset(description)
+    if named is None:
+        raise ValueError(f"'{network}' does not say which data set it belongs to: name one with --dataset ({DATASETS})")
+    scheme, _, folder = named.partition(":")
+    if folder and not path(folder).is_dir():
+        raise ValueError(
+            f"'{network}' belongs to the data set '{named:.200}', but there is no folder '{folder:.200}' here: "
+            f"say where it is with --dataset {scheme:.20}:..."
+        )
+    return named
+
+
+def named_dataset(description: Mapping[str, Any]) -> str | None:
+    """Return the data set that a checkpoint's description names, if it names one."""
+    uri = description.get("data", {}).get("uri")
+    return uri if isinstance(uri, str) and uri else None
+
+
+def told(network: object, *sets: ImageSet) -> str:
+    """Return the line in which a command says which network and which images it uses."""
+    images = "; ".join(f"{images.uri}, split {images.split}, {len(images)} images" for images in sets)
+    return f"network {network}; data {images}"
+
+
+def told_run(run: Run) -> str:
+    """Return the line in which a command says which run it reads, and what that recorded."""
+    data = run.data.get("uri", "of unknown source")
+    split = f", split {run.data['split']}" if "split" in run.data else ""
+    return f"run {run.path}; network {network_name(run.model)}; data {data}{split}"
+
+
+def network_name(description: Mapping[str, Any]) -> str:
+    """Write create_model's arguments, or what else describes a network, in one line."""
+    chosen = {key: value for key, value in description.items() if value is not None and value is not False}
+    return ", ".join(str(value) if key == "arch" else f"{key} {value}" for key, value in chosen.items()) or "unknown"
+
+
+# ---- what several commands share -------------------------------------------------------------------------
+def add_device(parser: Parser) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: an accelerator where there is one)"
+    )
+
+
+def device(arguments: argparse.Namespace) -> torch.device:
+    """Return the device that --device names, else the one that belongs to this process.
+
+    Raises:
+        ValueError: no such device, or this machine has none.
+    """
+    import torch
+
+    from stripe.training import processes
+
+    own: torch.device = processes(cpu=arguments.device == "cpu").device
+    if arguments.device is None:
+        return own
+    try:
+        asked = torch.device(arguments.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {arguments.device}: expected cpu, cuda, cuda:1 or mps") from error
+    known = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if asked.type != "cpu" and (known is None or asked.type != known.type):
+        raise ValueError(f"--device {arguments.device}: this machine has {known.type if known else 'the cpu alone'}")
+    if asked.index is not None and asked.type != "cpu":
+        if asked.index >= torch.accelerator.device_count():
+            raise ValueError(f"--device {asked}: this machine has {torch.accelerator.device_count()} of them")
+        torch.accelerator.set_device_index(asked.index)
+    return asked
+
+
+def add_gates(parser: Parser, default: str) -> None:
+    """Add --gates."""
+    parser.add_argument(
+        "--gates",
+        nargs="+",
+        metavar="PATTERN",
+        help=f"gates of these names, * stands for any text (default: {default})",
+    )
+
+
+def chosen_gates(gates: Sequence[Gate], patterns: Iterable[str], where: object) -> list[Gate]:
+    """Return the gates that match any of the patterns, in their own order; ValueError for a pattern that none does."""
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(gate.name, pattern) for gate in gates):
+            names = ", ".join(gate.name for gate in gates)
+            raise ValueError(f"no gate of {where} is named '{pattern}'; expected a pattern of {names}")
+    return [gate for gate in gates if any(fnmatchcase(gate.name, pattern) for pattern in patterns)]
+
+
 def add_json(parser: Parser) -> None:
     """Add --json FILE."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the printed figures there too")
+    parser.add_argument(
+        "--json",
+        type=path,
+        metavar="FILE",
+        help="write the printed figures there too; -: print them, the rest to stderr",
+    )
+
+
+def path(text: str) -> Path:
+    """Read a path; ~ is the user's home, also where the shell leaves it, as in --out=~/x."""
+    return Path(text).expanduser()
+
+
+def legend(meanings: Mapping[str, str]) -> str:
+    """Return what the columns of a table mean, a line each, broken where a terminal would break words."""
+    width = max(map(len, meanings))
+    return "\n".join(
+        textwrap.fill(f"{name:{width}}  {meaning}", LINE, subsequent_indent=" " * (width + 2))
+        for name, meaning in meanings.items()
+    )
 
 
 def positive(text: str) -> int:

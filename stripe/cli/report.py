@@ -1,7 +1,6 @@
 """`report`: write a run as one self-contained HTML page."""
 
 import argparse
-from pathlib import Path
 
 from stripe.cli import options
 from stripe.recipe import SETTLED_DRIFT
@@ -13,10 +12,13 @@ EXAMPLE = "runs/se --out report.html"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run_path", metavar="RUN", help="directory of a run, or s3://BUCKET/RUN")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, such as report.html")
+    parser.add_argument("--out", type=options.path, required=True, metavar="FILE", help="the page, such as report.html")
     for name, made_by in (("validation", "validate_asr.py"), ("fold", "fold.py")):
         parser.add_argument(
-            f"--{name}", type=Path, metavar="FILE", help=f"{name}.json of {made_by} (default: the run's own, if any)"
+            f"--{name}",
+            type=options.path,
+            metavar="FILE",
+            help=f"{name}.json of {made_by} (default: the run's own, if any)",
         )
     parser.add_argument(
         "--tolerance",
@@ -42,5 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
         command=f"stripe report {report.address(arguments.run_path)} --out {arguments.out}",
         progress=options.progress("epochs"),
     )
+    print(options.told_run(run))
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
     return 0

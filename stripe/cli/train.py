@@ -1,8 +1,10 @@
 """`train`: train a CIFAR ResNet, plain, with attention or with ASR, and record its attention after every epoch."""
 
 import argparse
+import math
 import os
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +15,8 @@ from stripe.files import own_path
 from stripe.recipe import BATCH, PRECISIONS, PSI_INIT, SCHEDULES, TRAIN_BATCH, WORKERS, Recipe
 
 SUMMARY = "train a network, plain, with attention or with ASR, and record its attention after every epoch"
+QUICK = "stripe train --dataset digits --depth 20 --module senet --epochs 10 --record 100 -c runs/digits"
+BLOCKS = ("bottleneck", "basicblock")
 EXAMPLE = "--depth 20 --module senet --dataset hf:../shared/data/cifar10 --epochs 30 --record 1000 -c runs/se"
 
 
@@ -21,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     network = parser.add_argument_group("network")
     network.add_argument("--arch", default="resnet", help="resnet, timm:NAME or torchvision:NAME")
     network.add_argument("--depth", type=int, default=164, help="of the resnet: 9n+2 (bottleneck), 6n+2 (basicblock)")
-    network.add_argument("--block-name", default="bottleneck", help="bottleneck or basicblock")
+    network.add_argument("--block-name", choices=BLOCKS, default=BLOCKS[0], help="of the resnet")
     network.add_argument("--module", default="none", help="attention module: senet, eca, ..., timm:NAME, or none")
     network.add_argument("--use-asr", action="store_true", help="attention of a learned vector, merged into the norm")
     network.add_argument(
@@ -29,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     network.add_argument("--use-both", action="store_true", help="with --use-asr: attention of the image as well")
     data = parser.add_argument_group("data")
-    options.add_data(data)
+    options.add_data(data, default="none; with --resume, the one that the checkpoint names")
+    options.add_device(data)
     data.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
     data.add_argument("--val-samples", type=int, metavar="N", help="of them held out for validation (default: 1/10)")
     data.add_argument("--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="training batch")
@@ -39,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=options.positive, default=Recipe.epochs, metavar="N", help="epochs in all")
-    recipe.add_argument("--scheduler", default=Recipe.scheduler, help=", ".join(SCHEDULES))
+    recipe.add_argument("--scheduler", choices=SCHEDULES, default=Recipe.scheduler, help="of the learning rate")
     recipe.add_argument(
         "--schedule", type=int, nargs="*", default=list(Recipe.milestones), metavar="E", help="epochs of the steps"
     )
@@ -53,19 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--psi-init", type=_psi, default=PSI_INIT, metavar="X", help="psi starts at this number, or normal"
     )
-    recipe.add_argument("--amp", default=Recipe.amp, help=f"mixed precision: {', '.join(PRECISIONS)}")
+    recipe.add_argument("--amp", choices=PRECISIONS, default=Recipe.amp, help="mixed precision")
     recipe.add_argument("--compile", action="store_true", help="torch.compile the training: slow start, faster epochs")
     recipe.add_argument(
         "--manualSeed", type=int, default=Recipe.seed, metavar="SEED", help="of weights, order, crops, split"
     )
     recipe.add_argument("--gpu-id", metavar="ID", help="CUDA device to use, as CUDA_VISIBLE_DEVICES takes it")
     files = parser.add_argument_group("files")
-    files.add_argument("-c", "--checkpoint", type=Path, metavar="DIR", help="the run (default: checkpoints/NAME)")
+    files.add_argument(
+        "-c", "--checkpoint", type=options.path, metavar="DIR", help="the run (default: checkpoints/NAME)"
+    )
     files.add_argument("--use-timestamp", action="store_true", help="append the time to the directory's name")
     files.add_argument(
         "--save-every", type=int, default=1, metavar="N", help="keep every N-th epoch's weights; 0: none"
     )
-    files.add_argument("--resume", type=Path, metavar="PATH", help="go on from this .../checkpoints/last.pt")
+    files.add_argument("--resume", type=options.path, metavar="PATH", help="go on from this .../checkpoints/last.pt")
     files.add_argument(
         "--allow-changed",
         action="store_true",
@@ -83,7 +90,24 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, or with -e only test."""
     if arguments.gpu_id is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpu_id
+    if arguments.evaluate and arguments.resume is None:
+        raise ValueError("-e tests a trained network: name its checkpoint with --resume PATH")
+    arguments.dataset = _dataset(arguments)
     return _test(arguments) if arguments.evaluate else _train(arguments)
+
+
+def _dataset(arguments: argparse.Namespace) -> str:
+    """Return the data set to train or test on; ValueError, with what a training needs, where none is named."""
+    if arguments.dataset is None and arguments.resume is None:
+        raise ValueError(
+            f"nothing to train on: name a data set with --dataset ({options.DATASETS}), and best the network and the "
+            f"epochs too; for example, in minutes: {QUICK}"
+        )
+    if arguments.dataset is not None:
+        return str(arguments.dataset)
+    from stripe.models import read_checkpoint
+
+    return options.dataset(arguments, arguments.resume, read_checkpoint(arguments.resume).description)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -93,13 +117,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from stripe.models import create_model
     from stripe.training import TensorBoard, evaluate, fit, processes
 
-    process = processes()
+    device, process = options.device(arguments), processes()
     share: dict[str, Any] = {
         "rank": process.process_index,
         "world_size": process.num_processes,
         "workers": arguments.workers,
     }
-    share["device"] = process.device
+    share["device"] = device
     recipe = Recipe(
         epochs=arguments.epochs,
         lr=arguments.lr,
@@ -132,6 +156,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.resume and process.is_main_process:
         _tell_changes(arguments, recipe, description)
     callbacks = [_recording(arguments, directory, model, description, share)] if arguments.record else []
+    if process.is_main_process:
+        sets = [training, test] if validation is None else [training, validation, test]
+        print(options.told(options.network_name(network), *sets), flush=True)
+        callbacks.append(_EpochLine(recipe.epochs))
     with ExitStack() as closing:
         if arguments.tensorboard and process.is_main_process:
             callbacks.append(closing.enter_context(TensorBoard(own_path(directory, "tensorboard"))))
@@ -167,17 +195,32 @@ def _tell_changes(arguments: argparse.Namespace, recipe: Recipe, description: di
 def _test(arguments: argparse.Namespace) -> int:
     from stripe.data import Loader, load_images
     from stripe.models import read_checkpoint
-    from stripe.training import evaluate, processes
+    from stripe.training import evaluate
 
-    if arguments.resume is None:
-        raise ValueError("-e tests a trained network: name its checkpoint with --resume PATH")
     checkpoint = read_checkpoint(arguments.resume)
     preprocessing = options.preprocessing(checkpoint.description)
     images = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **preprocessing)
-    device = processes().device
+    device = options.device(arguments)
     loader = Loader(images, arguments.test_batch, workers=arguments.workers, device=device)
     checkpoint.model.to(device)
+    print(options.told(arguments.resume, images))
     return _report(arguments, evaluate(checkpoint.model, loader, progress=True))
+
+
+class _EpochLine:
+    """A callback that prints how well the network does after every epoch."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+
+    def on_epoch_end(self, model: Any, epoch: int, metrics: Mapping[str, float]) -> None:
+        validated = metrics["val_accuracy"]
+        held_out = "" if math.isnan(validated) else f", validation accuracy {validated:.2f} %"
+        print(
+            f"epoch {epoch}/{self._epochs}: training loss {metrics['train_loss']:.4f}, "
+            f"accuracy {metrics['train_accuracy']:.2f} %{held_out}",
+            flush=True,
+        )
 
 
 def _report(arguments: argparse.Namespace, evaluation: Any) -> int:

@@ -1,7 +1,6 @@
 """`validate`: compare learned vectors with the observed stripes of a run."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stripe.cli import options
@@ -11,6 +10,7 @@ from stripe.recipe import PSI_STEPS
 if TYPE_CHECKING:
     from stripe.asr.validation import Validation
 
+PROTOCOLS = ("same", "both", "separate")
 SUMMARY = "compare constant vectors, learned for a network or with ASR, with the stripes that its run observed"
 EXAMPLE = "--ckpt runs/se/checkpoints/last.pt --run runs/probe --dataset hf:../shared/data/cifar10 --out figures/match"
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", dest="run_path", required=True, metavar="RUN", help="directory of its run")
     options.add_data(parser)
     options.add_loading(parser)
+    options.add_device(parser)
     parser.add_argument("--train-samples", type=options.positive, metavar="N", help="learn from N training images")
     parser.add_argument("--test-samples", type=options.positive, metavar="N", help="test on N images")
     parser.add_argument(
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--protocol",
-        default="same",
+        choices=PROTOCOLS,
+        default=PROTOCOLS[0],
         help="same: psi in each gate's place in the frozen network; both: the vectors of a network with gates and ASR; "
         "separate: those of --asr-ckpt, channel matched to channel",
     )
@@ -41,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-attention", action="store_true", help="for same: train the attention with psi")
     parser.add_argument("--epoch", type=int, metavar="E", help="of the run (default: the checkpoint's, else the last)")
     parser.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="seed of the images' order")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where table, JSON and figures go")
+    parser.add_argument(
+        "--out", type=options.path, required=True, metavar="DIR", help="where table, JSON and figures go"
+    )
     parser.add_argument("--require-match", action="store_true", help="exit with 1 unless every gate matches")
     options.add_json(parser)
 
@@ -58,19 +62,22 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = read_checkpoint(arguments.ckpt, arguments.arch)
     epoch = checkpoint.epoch if arguments.epoch is None and checkpoint.epoch in run.epochs else arguments.epoch
     preprocessing = options.preprocessing(checkpoint.description)
+    uri, device = options.dataset(arguments, arguments.ckpt, checkpoint.description), options.device(arguments)
     train, test = (
-        load_images(arguments.dataset, split, samples=samples, data_dir=arguments.data_dir, **preprocessing)
+        load_images(uri, split, samples=samples, data_dir=arguments.data_dir, **preprocessing)
         for split, samples in (("train", arguments.train_samples), ("test", arguments.test_samples))
     )
+    print(options.told(arguments.ckpt, train, test))
+    print(options.told_run(run))
     validation = validate(
-        checkpoint.model,
+        checkpoint.model.to(device),
         run,
-        Loader(train, arguments.batch, train=True, seed=arguments.manualSeed, workers=arguments.workers),
+        Loader(train, arguments.batch, train=True, seed=arguments.manualSeed, workers=arguments.workers, device=device),
         steps=arguments.steps,
         protocol=arguments.protocol,
-        asr_model=arguments.asr_ckpt and load_checkpoint(arguments.asr_ckpt),
+        asr_model=arguments.asr_ckpt and load_checkpoint(arguments.asr_ckpt).to(device),
         train_attention=arguments.train_attention,
-        test_loader=Loader(test, arguments.batch, workers=arguments.workers),
+        test_loader=Loader(test, arguments.batch, workers=arguments.workers, device=device),
         epoch=epoch,
         progress=options.progress("steps"),
     )

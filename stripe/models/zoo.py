@@ -91,7 +91,7 @@ def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkp
         ValueError: the file is truncated, holds code, or its weights do not fit; the name is unknown or its
             factory fails.
     """
-    path, spec = Path(path_or_spec), str(path_or_spec)
+    path, spec = Path(path_or_spec).expanduser(), str(path_or_spec)
     if _is_name(spec) and not path.exists():
         model = _named_model(spec)
         return Checkpoint(model.eval(), description=_describe(model, spec))
@@ -113,7 +113,7 @@ def read_epoch(path_or_spec: str | Path) -> int | None:
 
     Raises what `read_checkpoint` raises for a file that cannot be read.
     """
-    path = Path(path_or_spec)
+    path = Path(path_or_spec).expanduser()
     if _is_name(str(path_or_spec)) and not path.exists():
         return None
     epoch: int | None = _read(path)["epoch"]

@@ -8,7 +8,7 @@ any finite value is left out instead of its samples.
 
 from stripe.stats.arithmetic import SEED, Array, Counts, Labels
 from stripe.stats.changes import MEASURES, Change, change_between, changes
-from stripe.stats.epochs import SUMMARY, Measured, drift, measure, settled_epoch, summarize, tabulate
+from stripe.stats.epochs import COLUMNS, SUMMARY, Measured, drift, measure, settled_epoch, summarize, tabulate
 from stripe.stats.flags import DEAD_RANGE, SATURATED_SHARE, flags
 from stripe.stats.groups import BLOCKS, Groups
 from stripe.stats.intervals import CONFIDENCE, Interval, strength_interval
@@ -39,11 +39,11 @@ from stripe.stats.strength import (
 )
 
 __all__ = [
-    "BLOCKS", "CLASSES", "CONFIDENCE", "DEAD_RANGE", "MEASURES", "NEAR_BOUND", "OBSERVED_RANGE", "PERMUTATIONS",
-    "SATURATED_SHARE", "SEED", "SUMMARY", "Array", "Change", "Counts", "GateMoments", "Groups", "Interval",
-    "IntraclassCorrelations", "LabelShare", "Labels", "Match", "Measured", "Moments", "NamedGate", "RecordedRun",
-    "Shares", "Strength", "benjamini_hochberg", "change_between", "changes", "coefficient_of_variation", "drift",
-    "effective_rank", "flags", "intraclass_correlations", "label_share", "match", "measure", "pearson",
+    "BLOCKS", "CLASSES", "COLUMNS", "CONFIDENCE", "DEAD_RANGE", "MEASURES", "NEAR_BOUND", "OBSERVED_RANGE",
+    "PERMUTATIONS", "SATURATED_SHARE", "SEED", "SUMMARY", "Array", "Change", "Counts", "GateMoments", "Groups",
+    "Interval", "IntraclassCorrelations", "LabelShare", "Labels", "Match", "Measured", "Moments", "NamedGate",
+    "RecordedRun", "Shares", "Strength", "benjamini_hochberg", "change_between", "changes", "coefficient_of_variation",
+    "drift", "effective_rank", "flags", "intraclass_correlations", "label_share", "match", "measure", "pearson",
     "permutation_test", "settled_epoch", "strength_interval", "stripe_strength", "summarize", "swap_test", "tabulate",
     "two_way_shares", "wasserstein",
 ]  # fmt: skip

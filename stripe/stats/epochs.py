@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +12,40 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from stripe.gate import Gate, name_of
+from stripe.gate import Gate
 from stripe.stats.arithmetic import mean_of
 from stripe.stats.flags import flags
 from stripe.stats.intervals import CONFIDENCE, strength_interval
 from stripe.stats.labels import label_share
 from stripe.stats.moments import Moments
-from stripe.stats.runs import NamedGate, RecordedRun
+from stripe.stats.runs import NamedGate, RecordedRun, gates_of, opened
 from stripe.stats.strength import effective_rank, stripe_strength, two_way_shares
 
-SUMMARY = (
-    "epoch gate channels samples left_out strength strength_low strength_high cv std between within sample_share"
-    " rest_share drift label_share label_omega rank flags"
-).split()
-"""Columns of `summarize`."""
+COLUMNS = {
+    "epoch": "the recorded epoch",
+    "gate": "the name of the gate",
+    "channels": "how many channels it has",
+    "samples": "how many samples were measured",
+    "left_out": "how many were not, because a value of theirs is not finite",
+    "strength": "stripe strength, the share of variance that the channel alone explains; 1: perfect stripes",
+    "strength_low": "lower end of its confidence interval, 95 % unless another level was asked for",
+    "strength_high": "upper end of that interval",
+    "cv": "how far the gate is from constant, relative to its mean vector; 0: every sample gets the same vector",
+    "std": "standard deviation over samples, the mean over channels",
+    "between": "variance between channels, the part of the variance that is stripes",
+    "within": "variance over samples, the mean over channels; strength = between / (between + within)",
+    "sample_share": "share of variance that shifts all channels of a sample together",
+    "rest_share": "share of variance that neither channel nor sample explains",
+    "drift": "mean absolute change of the mean vector since the recorded epoch before; NaN at the first",
+    "label_share": "share of the within part that the class explains (eta squared); NaN without labels",
+    "label_omega": "the same, corrected for what chance alone would explain (omega squared)",
+    "rank": "how many directions the samples vary in (participation ratio); NaN unless asked for",
+    "flags": "dead (all values equal), constant (no sample differs), saturated (at a bound), nonfinite",
+}
+"""Columns of `summarize` and what they mean."""
+
+SUMMARY = list(COLUMNS)
+"""Names of the columns of `summarize`."""
 
 
 def drift(before: Moments, after: Moments) -> float:
@@ -65,7 +86,7 @@ class Measured:
 
 
 def summarize(
-    run: RecordedRun,
+    run: RecordedRun | str | os.PathLike[str],
     *,
     epochs: Sequence[int] | None = None,
     gates: Sequence[Gate | str] | None = None,
@@ -78,31 +99,41 @@ def summarize(
     means, and for the rank.
 
     Args:
-        run: what `stripe.open_run` returns.
+        run: what `stripe.open_run` returns, or the path of a run.
         epochs: the finished ones by default.
         gates: of the run, or their names; all by default.
         rank: take the effective rank as well, which reads a gate's rows at a time; NaN without it.
         confidence: of the strength's interval.
 
     Returns:
-        A table with the columns SUMMARY: ``samples`` is how many were measured and ``left_out`` how many were not
-        because a value of theirs is not finite, ``std`` is the mean over channels, ``drift`` is NaN at a gate's
-        first epoch, ``flags`` joins its names by commas.
+        A table with the columns of `COLUMNS`:
+
+        {columns}
 
     Raises:
-        ValueError: the run holds no finished epoch, or the confidence is not between 0 and 1.
+        FileNotFoundError: there is no run at the path.
+        ValueError: the run holds no finished epoch or no such epoch or gate, or the confidence is not between 0 and 1.
 
     Example:
         >>> import stripe
-        >>> table = summarize(stripe.load_example())
-        >>> table.loc[table["epoch"] == 20, ["gate", "strength", "cv"]].round(3).values.tolist()
-        [['layer1.0', 0.919, 0.01], ['layer2.0', 0.749, 0.058], ['layer3.1', 0.401, 0.114]]
+        >>> run = stripe.load_example("cifar10-se-resnet20")
+        >>> table = stripe.stats.summarize(run, epochs=[20], gates=["layer1.0", "layer3.1"])
+        >>> table[["epoch", "gate", "strength", "cv"]].round(2)
+           epoch      gate  strength    cv
+        0     20  layer1.0      0.92  0.01
+        1     20  layer3.1      0.40  0.13
     """
-    known = {gate.name: gate for gate in run.gates}
-    chosen = list(known.values()) if gates is None else [known[name_of(gate)] for gate in gates]
+    run = opened(run)
+    chosen = gates_of(run, gates)
     epochs = run.epochs if epochs is None else epochs
     return tabulate(
         measured for epoch in epochs for measured in measure(run, epoch, chosen, rank=rank, confidence=confidence)
+    )
+
+
+if summarize.__doc__:  # None under python -OO
+    summarize.__doc__ = summarize.__doc__.replace(
+        "{columns}", "\n        ".join(f"- ``{name}``: {meaning}." for name, meaning in COLUMNS.items())
     )
 
 

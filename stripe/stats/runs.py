@@ -1,10 +1,14 @@
-"""What a statistic needs to know of a run, so that nothing here knows a path."""
+"""What a statistic needs to know of a run."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
+from stripe.gate import Gate, name_of
+from stripe.messages import listing
 from stripe.stats.arithmetic import Array, Labels
 
 if TYPE_CHECKING:
@@ -54,3 +58,25 @@ class RecordedRun(Protocol):
     def moments(self, epochs: Sequence[int], gates: Sequence[str]) -> Mapping[tuple[int, str], Moments]:
         """Moments by epoch and gate."""
         ...
+
+
+def opened(run: RecordedRun | str | os.PathLike[str]) -> RecordedRun:
+    """Return a run, which may be given as its path.
+
+    A path is opened by the package's own `open_run`, looked up by name: the store builds on the statistics, so they
+    cannot import it.
+    """
+    if not isinstance(run, str | os.PathLike):
+        return run
+    found: RecordedRun = import_module("stripe").open_run(run)
+    return found
+
+
+def gates_of(run: RecordedRun, gates: Sequence[Gate | str] | None) -> list[NamedGate]:
+    """Return those gates of a run, which may be given by name, all by default; ValueError for one it does not have."""
+    known = {gate.name: gate for gate in run.gates}
+    names = list(known) if gates is None else [name_of(gate) for gate in gates]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"the run has no gate '{name:.80}'; it has {listing(known)}")
+    return [known[name] for name in names]

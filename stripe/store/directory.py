@@ -24,9 +24,11 @@ class Directory:
     """A run's directory behind Arrow's file systems: local, or what a URI names. All paths are inside it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Point at ``path``, a directory or a URI, which need not exist."""
+        """Point at ``path``, a directory or a URI, which need not exist; a leading ~ is the user's home."""
         self.path = os.fspath(path)
         require("\0" not in self.path, f"path {self.path!r:.80} of a run: expected one without a null character")
+        if "://" not in self.path:
+            self.path = os.path.expanduser(self.path)
         base, root = None, os.path.abspath(self.path)
         if "://" in self.path:
             base, root = fs.FileSystem.from_uri(self.path)

@@ -29,7 +29,20 @@ if TYPE_CHECKING:
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a recorded run for reading; FileNotFoundError when there is none, ValueError for a damaged one."""
+    """Open a recorded run for reading: a directory, ~ being the user's home, or an address such as s3://BUCKET/RUN.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: it is damaged.
+
+    Example:
+        >>> import stripe
+        >>> run = stripe.open_run(stripe.load_example().path)
+        >>> run.epochs
+        [1, 2, 4, 8, 14, 20]
+        >>> run.attention("layer1.0", epoch=20).shape
+        (500, 64)
+    """
     return Run(Directory(path))
 
 
@@ -37,6 +50,15 @@ class Run:
     """A recorded run, read-only: its manifest's fields, and the values of its finished epochs as arrays.
 
     One that was recorded as moments (``has_samples`` is False) has ``moments`` alone.
+
+    Attributes:
+        path: its directory or address.
+        epochs: numbers of the finished epochs, ascending.
+        gates: the recorded gates, in order of execution; they show themselves as a table.
+        model: what describes the network, such as create_model's arguments.
+        data: what describes the images: uri, split, size, mean, std.
+        has_samples: whether there is a row for each sample.
+        manifest: everything that run.json holds.
     """
 
     def __init__(self, directory: Directory) -> None:
