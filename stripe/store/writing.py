@@ -197,7 +197,14 @@ class RunWriter:
         if not others or not current.has_samples:
             return current
         first = others[0]
-        tables = [t for part in first.parts for t in read_part(self._directory, current, first.epoch, part, ["sample"])]
+        try:
+            tables = [
+                table
+                for part in first.parts
+                for table in read_part(self._directory, current, first.epoch, part, ["sample"])
+            ]
+        except FileNotFoundError:  # what is gone cannot be compared; `check` tells of it
+            return current
         old, new = np.sort(pa.concat_tables(tables)["sample"].to_numpy()), np.sort(self._samples(staged))
         if np.array_equal(old, new):
             return current
