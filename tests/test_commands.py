@@ -143,7 +143,7 @@ def test_bash_completes_commands_and_choices(tmp_path):
         ("train", "{step,cosine,onecycle}"),
         ("train", "{no,bf16,fp16}"),
         ("train", "{bottleneck,basicblock}"),
-        ("fold", "{single,greedy}"),
+        ("fold", "{single,greedy,foretold}"),
         ("collect", "{float32,float16}"),
         ("figures", "{png,pdf,svg}"),
     ],
