@@ -70,7 +70,7 @@ def fails(capsys, *words):
 def test_train_leaves_metrics_checkpoints_and_a_run(trained):
     assert list(pd.read_csv(trained / "metrics.csv")["epoch"]) == [1, 2]
     files = {path.name for path in (trained / "checkpoints").iterdir()}
-    assert files == {"last.pt", "best.pt", "epoch=0001.pt", "epoch=0002.pt"}
+    assert files - {".lock"} == {"last.pt", "best.pt", "epoch=0001.pt", "epoch=0002.pt"}
     run = open_run(trained)
     assert run.epochs == [1, 2]
     assert run.attention("layer3.0", 2).shape == (30, 256)

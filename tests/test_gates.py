@@ -389,8 +389,16 @@ def test_isolated_attention_leaves_the_network_as_it_was_and_is_differentiable(i
     assert hooks_left(model) == 0
 
 
+class Scaling(Net):
+    """The network of "module", its product in a method of its own class."""
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x * column(self.sigmoid(self.logits(x))))
+
+
 def test_values_may_be_keyed_by_gate(images):
-    model = randomize(Net(GATED["module"][0])).eval()
+    model = randomize(Scaling(GATED["module"][0])).eval()
     (gate,) = find_gates(model, images)
     outputs = []
     for key in (gate, gate.name):

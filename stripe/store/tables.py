@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stripe.messages import require
+
 LARGEST_FOLDER = 2**30  # bytes of Parquet that are read into memory column by column
 _NAME = re.compile(r"(?P<split>\w+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?")
 
@@ -33,9 +35,15 @@ class Table:
         self.features: Mapping[str, Any] = json.loads(described).get("info", {}).get("features", {})
 
     def integers(self, column: str) -> NDArray[np.int64]:
-        """Return a column of integers, shape (rows,); -1 where it holds none."""
-        values = [pq.read_table(path, columns=[column])[column].fill_null(-1).to_numpy() for path in self._paths]
-        return np.concatenate(values).astype(np.int64)
+        """Return a column of integers, shape (rows,); ValueError where it holds something else, or nothing."""
+        found = [pq.read_table(path, columns=[column])[column] for path in self._paths]
+        for path, values in zip(self._paths, found, strict=True):
+            require(
+                pa.types.is_integer(values.type) and not values.null_count,
+                f"'{path}' holds {values.type} in column '{column}', {values.null_count} of them missing; expected "
+                "an integer in every row",
+            )
+        return np.concatenate([values.to_numpy() for values in found]).astype(np.int64)
 
     def files(self, column: str, rows: Sequence[int]) -> list[tuple[bytes | None, str | None]]:
         """Return the content and the path, either of which may be missing, of the files in some rows of a column."""
@@ -51,6 +59,12 @@ class Table:
     def _files(self, column: str) -> tuple[list[pa.Array], list[pa.Array], NDArray[np.int64]]:
         """Return a column's contents and paths chunk by chunk, and the first row of each chunk."""
         chunks = [chunk for path in self._paths for chunk in pq.read_table(path, columns=[column])[column].chunks]
+        kinds = {str(chunk.type) for chunk in chunks} - {"struct<bytes: binary, path: string>"}
+        require(
+            not kinds,
+            f"'{self._paths[0].parent}' holds {', '.join(sorted(kinds))} in column '{column}'; expected images as the "
+            "hub stores them, struct<bytes: binary, path: string>",
+        )
         starts = np.cumsum([0, *map(len, chunks)])[:-1]
         return [chunk.field("bytes") for chunk in chunks], [chunk.field("path") for chunk in chunks], starts
 
