@@ -154,7 +154,7 @@ def test_seaborn_draws_the_frames_as_they_are(run, validation):
     frames = [
         (summary, "strength", "std", kinds),
         (samples, "squeeze", "attention", kinds),
-        (validation.table, "r_untrained", "r", {"hue": "gate", "style": "verdict"}),
+        (validation.table, "kl_learned", "distance", {"hue": "gate", "style": "verdict"}),
     ]
     for frame, x, y, names in frames:
         grid = sns.relplot(frame, x=x, y=y, **names)
