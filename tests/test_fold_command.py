@@ -92,7 +92,7 @@ def test_the_folded_network_is_a_plain_checkpoint(folded):
     chosen = pd.read_csv(folded / "variants.csv", keep_default_na=False)
     test = evaluate(model, Loader(load_images("digits", "test", samples=60), 60)).accuracy
     three = chosen[chosen["folded"] == 3]
-    assert test in set(three["test"])
+    assert any(test == pytest.approx(each) for each in three["test"])
     assert three["divergence"].min() < three[three["weighting"] == "mean"]["divergence"].min()
 
 

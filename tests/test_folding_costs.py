@@ -129,6 +129,14 @@ def test_the_means_of_a_run_are_its_stripes(network, gates, tmp_path):
         np.testing.assert_allclose(vector, run.attention(name, 2).mean(0, dtype=np.float64), rtol=1e-12)
 
 
+def test_constants_may_be_read_only(network, gates, uses):
+    constants = {name: use.constant("mean").copy() for name, use in uses.items()}
+    for vector in constants.values():
+        vector.flags.writeable = False
+    assert folding.fold(network, constants, IMAGES[:3])[1].error < 1e-12
+    assert set(folding.sensitivity(network, gates, constants, closeness(network))) == set(constants)
+
+
 def test_bad_weightings_and_empty_loaders_are_refused(network, gates, uses):
     with pytest.raises(ValueError, match="no constant 'median'; expected one of mean, energy"):
         uses[gates[0].name].constant("median")

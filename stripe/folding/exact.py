@@ -171,7 +171,11 @@ def _checked(
     if not gates:
         raise ValueError("the network has no gates to fold: see stripe.gates.explain_gates for what was looked at")
     channels = {gate.name: gate.channels for gate in gates}
-    vectors = {name_of(gate): torch.as_tensor(given).detach().to(like) for gate, given in constants.items()}
+    tensors = {
+        name_of(gate): given if isinstance(given, Tensor) else torch.tensor(np.array(given))  # it may be read-only
+        for gate, given in constants.items()
+    }
+    vectors = {name: given.detach().to(like) for name, given in tensors.items()}
     for name, vector in vectors.items():
         if name not in channels:
             raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(channels)}")

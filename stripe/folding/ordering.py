@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import spearmanr
@@ -56,7 +57,7 @@ def _metric_at(
     model: nn.Module, gates: Sequence[Gate], constants: Constants, names: Sequence[str], metric: Metric
 ) -> float:
     """Return the metric with some gates at their constants."""
-    with replace_gates(model, gates, {name: torch.as_tensor(constants[name]).float() for name in names}):
+    with replace_gates(model, gates, {name: torch.tensor(np.array(constants[name])).float() for name in names}):
         return metric(model)
 
 
