@@ -266,7 +266,7 @@ BLOCKED = {
     ),
     "frozen": (
         {"before": torchvision.ops.FrozenBatchNorm2d(3), "gate": SEModule(3), "after": nn.Identity()},
-        "back: add is in between",
+        "back: nothing before it has weights",
     ),
     "transposed": (
         {"before": nn.ConvTranspose2d(3, 8, 3), "after": nn.ConvTranspose2d(8, 3, 3)},

@@ -121,7 +121,7 @@ def summarize(
         >>> table[["epoch", "gate", "strength", "cv"]].round(2)
            epoch      gate  strength    cv
         0     20  layer1.0      0.92  0.01
-        1     20  layer3.1      0.40  0.13
+        1     20  layer3.1      0.40  0.11
     """
     run = opened(run)
     chosen = gates_of(run, gates)
