@@ -213,7 +213,7 @@ def test_the_worst_case_leaves_something_to_see(run, monkeypatch):
 def test_images_are_the_same_at_every_epoch_that_holds_them(tmp_path):
     path, values = tmp_path / "run", np.arange(36, dtype=np.float32).reshape(12, 3)
     ids = {1: np.arange(12)[::-1], 2: np.arange(12) + 100, 3: np.arange(12)}
-    with RunWriter(path, model={}, data={}, gates=[Gate("gate", 3)]) as run:
+    with RunWriter(path, model={}, data={}, gates=[Gate("gate", 3)], allow_mixed=True) as run:
         for epoch, samples in ids.items():
             with run.epoch(epoch) as rows:
                 rows.append(samples, None, {"gate": values[samples % 100]})
