@@ -143,7 +143,8 @@ def test_a_network_of_other_classes_is_measured_by_agreement(tmp_path, capsys):
     words = ["--ckpt", tmp_path / "a.pt", "--arch", "torchvision:mobilenet_v3_small", "--counts", "9", "--backends"]
     words += ["--dataset", f"imagefolder:{tmp_path}/images", "--out", tmp_path / "out"]
     assert main(["fold", *map(str, words)]) == 0
-    first = capsys.readouterr().out.splitlines()[0]
+    told, first = capsys.readouterr().out.splitlines()[:2]
+    assert told.startswith(f"network {tmp_path}/a.pt; data imagefolder:{tmp_path}/images, split train")
     assert first.split() == "0 folded none none validation: divergence 0, 100.00 %; test: 0, 100.00 %".split()
     assert json.loads((tmp_path / "out" / "fold.json").read_text())["measure"] == "agreement"
 
@@ -193,7 +194,7 @@ def test_a_network_of_several_outputs_is_measured_by_what_it_gives(tmp_path, mon
 
 def test_bad_input_is_one_line(trained, tmp_path, capsys):
     ckpt = ["fold", "--ckpt", trained / "checkpoints" / "last.pt", *FOLD, "--out", tmp_path / "out"]
-    assert "expected one of foretold, single, greedy" in fails(capsys, *ckpt, "--order", "random")
+    assert "invalid choice: 'random'" in fails(capsys, *ckpt, "--order", "random")
     assert "--backends tflite: expected some of" in fails(capsys, *ckpt, "--backends", "tflite")
     assert "give one of them" in fails(capsys, *ckpt, "--keep", "1", "--max-drop", "1")
     assert "--distill-steps -1" in fails(capsys, *ckpt, "--distill-steps", "-1")
@@ -201,7 +202,9 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
     assert "-6 gates to fold: expected 0 to 3" in fails(capsys, *ckpt, "--keep", "9")
     plain = tmp_path / "plain.pt"
     torch.save({"state_dict": create_model("resnet", depth=11).state_dict()}, plain)
-    assert "has no gate to fold" in fails(capsys, "fold", "--ckpt", plain, *FOLD, "--out", tmp_path / "out")
+    words = ["fold", "--ckpt", plain, *FOLD, "--out", tmp_path / "out"]
+    assert "name one with --dataset" in fails(capsys, *words)
+    assert "has no gate to fold" in fails(capsys, *words, "--dataset", "digits")
     assert main(["collect", "--ckpt", str(trained / "checkpoints" / "last.pt"), "--samples", "9", "--gates", "layer1.0",
                  "--out", str(tmp_path / "run")]) == 0  # fmt: skip
     assert "the means lack gates layer2.0, layer3.0" in fails(capsys, *ckpt, "--run", tmp_path / "run")

@@ -181,7 +181,7 @@ def test_files_of_a_training(parts, tmp_path):
     assert list(metrics) == ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
     np.testing.assert_allclose(metrics["lr"], [0.05, 0.005, 0.005, 0.0005])
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "metrics.csv"), metrics)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt"))
     assert names == ["best.pt", "epoch=0002.pt", "epoch=0004.pt", "last.pt"]
 
     last = load(tmp_path / "checkpoints" / "last.pt")
@@ -416,7 +416,8 @@ def test_checkpoint_without_optimizer(parts, tmp_path, checkpoint):
 
 def test_checkpoint_of_another_network(parts, tmp_path, checkpoint):
     other = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    assert "does not fit this network" in refusal(parts, tmp_path, checkpoint, model=other)
+    assert "is of another training" in refusal(parts, tmp_path, checkpoint, model=other)
+    assert "does not fit this network" in refusal(parts, tmp_path, checkpoint, model=other, allow_changed=True)
 
 
 def test_checkpoint_of_another_grouping(parts, tmp_path, checkpoint):
