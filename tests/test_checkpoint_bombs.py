@@ -19,7 +19,7 @@ ROOM = 50  # MB above four times the file
 TRIED = "checkpoints mutated or made up, each measured: memory at most 4 times the file and 50 MB; no socket, no code"
 
 
-@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(100, 5100, 500))])
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(100, 5100, 500))])
 def test_memory_follows_the_files_size(tmp_path, record_property, first):
     count = 500 if first else 60
     command = [sys.executable, "-m", "tests.measured", str(tmp_path), str(first), str(count)]

@@ -96,7 +96,7 @@ def use(run: Path, chance: random.Random) -> None:
         chance.choice(uses)()
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.exhaustive)])
 def test_a_strangers_run_directory_harms_nobody(tmp_path, outside, record_property, count):
     template = record(tmp_path / "template", 1, 2)
     for name in ("metrics.csv", "validation.json", "fold.json"):

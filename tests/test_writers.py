@@ -80,7 +80,7 @@ def interleave_all(path: str | Path, count: int, record_property: Callable[[str,
     record_property(INTERLEAVED, count)
 
 
-COUNTS = [20, pytest.param(200, marks=pytest.mark.slow)]
+COUNTS = [20, pytest.param(200, marks=pytest.mark.exhaustive)]
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -16,7 +16,17 @@ from benchmark import device, versions
 from studies.table import write
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("crashes", "fuzz_store", "hostile", "s3", "cluster", "processes")
+ROOMS = (
+    "crashes",
+    "fuzz_store",
+    "hostile",
+    "s3",
+    "cluster",
+    "processes",
+    "foreign_runs",
+    "writers",
+    "checkpoint_bombs",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
