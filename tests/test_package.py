@@ -43,6 +43,7 @@ ALLOWED = {
     "figures": {"store", "stats", "plots"},
     "report": {"store", "stats", "plots"},
     "asr.convert": {"attention", "asr.layers", "gates", "folding"},
+    "asr.annealing": {"gates"},
     "asr.psi": {"gates", "folding", "stats"},
     "asr.task": {"asr.layers", "training", "gates", "folding"},
     "asr.protocols": {"asr.layers", "asr.psi", "asr.task", "gates", "stats"},

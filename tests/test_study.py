@@ -241,6 +241,24 @@ def test_forms_are_trained_recorded_and_compared(tmp_path, capsys):
     assert "seeds to tell 0.5" in capsys.readouterr().out
 
 
+def test_annealed_gates_are_constants_at_the_end_and_folded_networks_are_those_with_attention(tmp_path):
+    rows = run_forms(tmp_path, "--forms", "attention", "anneal", "folded", "--epochs", "4").set_index("form")
+    assert rows[["accuracy_last", "accuracy_best"]].stack().between(0, 100).all()
+    stripes = pd.read_csv(tmp_path / "study/stripes.csv").query("form == 'anneal'").set_index("epoch")
+    assert (stripes.loc[[1, 2], "std"] > 1e-4).all()
+    assert (stripes.loc[[3, 4], "std"] == 0).all()  # 16 steps, blended from the 8th to the 12th
+    differences = pd.read_csv(tmp_path / "study/results.csv")
+    assert {("anneal", "folded"), ("folded", "attention")} <= set(
+        comparison.paired(differences)[["form", "base"]].itertuples(index=False, name=None)
+    )
+
+
+def test_only_a_network_that_was_trained_can_be_folded(tmp_path, capsys):
+    words = [*FORMS, "--out", str(tmp_path / "study"), "--runs", str(tmp_path / "runs"), "--forms", "folded"]
+    assert main(words) == 2
+    assert "attention-senet-1" in capsys.readouterr().err
+
+
 def test_slices_of_no_time_make_an_epoch_each_and_end_where_one_go_ends(tmp_path, capsys):
     words = ["--forms", "attention", "--minutes", "0"]
     assert run_forms(tmp_path / "slices", *words).empty

@@ -30,8 +30,12 @@ PAIRS = (
     ("both", "plain-0.25"),
     ("asr-1", "plain"),
     ("asr", "asr-1"),
+    ("anneal", "attention"),
+    ("anneal", "folded"),
+    ("anneal", "asr"),
+    ("folded", "attention"),
 )
-FORMS = ("plain", "attention", "asr", "both", "plain-0.5", "plain-0.25", "asr-1")
+FORMS = ("plain", "attention", "asr", "both", "plain-0.5", "plain-0.25", "asr-1", "anneal", "folded")
 MEASURES = {"last": "last epoch", "best": "best validated epoch"}
 NAMES = {"senet": "SE", "eca": "ECA", "srm": "SRM"}
 DECIMALS = 4  # of written tables: more than any accuracy has
@@ -138,6 +142,8 @@ def label(form: str, module: str) -> str:
         "plain-0.5": "plain from 0.5",
         "plain-0.25": "plain from 0.25",
         "asr-1": f"ASR({name}) from 1",
+        "anneal": f"annealed {name}",
+        "folded": f"folded {name}",
     }[form]
 
 

@@ -1,5 +1,8 @@
 """Forms: train networks plain, with attention, with ASR and with both, seed by seed; compare them in pairs of one seed.
 
+"anneal" is attention that turns into its running mean in the training's third quarter (`stripe.asr.anneal`); "folded"
+trains nothing: it is the network of "attention", all gates folded into constants learned without labels.
+
 Test accuracy is that of the last epoch and of the epoch best on held-out training images, in deployed form. Networks
 with attention of the image are recorded after every epoch. Several processes may run at once and share the work.
 """
@@ -17,12 +20,13 @@ from torch import nn
 
 import stripe
 from stripe.data import ImageSet, Loader, load_images
+from stripe.folding import learn_constants, measure_gates
 from stripe.models import create_model
 from stripe.models.resnet import Block
 from stripe.recipe import Recipe
 from stripe.recorder import RecorderCallback
 from stripe.stats import summarize
-from stripe.training import processes
+from stripe.training import evaluate, processes
 from studies import comparison
 from studies.table import Row, Table, add_data, claimed
 from studies.training import Images, OutOfTime, train
@@ -35,10 +39,14 @@ FORMS: dict[str, dict[str, bool]] = {
     "plain-0.5": {},
     "plain-0.25": {},
     "asr-1": {"asr": True},
+    "anneal": {},
+    "folded": {},
 }
 STARTS = {"plain-0.5": 0.5, "plain-0.25": 0.25, "asr-1": 1.0}
 """Controls: what the last norm of every residual branch begins at, times v under ASR; 1 is a plain network's, about
 0.5 that of ASR, which v begins at, about 0.25 that of both."""
+CALIBRATION = 40  # batches of training images that the constants of "folded" begin from
+BLENDING = (0.5, 0.75)  # of the training's steps: where the gates of "anneal" begin to turn into constants, and end
 RECIPE = ("epochs", "scheduler", "milestones", "lr", "weight_decay", "amp", "compile")
 SETTINGS = ("dataset", "depth", "block", "batch", "train_samples", "val_samples", "test_samples", *RECIPE)
 STRIPES = "epoch gate channels samples strength std sample_share drift label_share rank flags".split()
@@ -125,14 +133,10 @@ def train_case(
     case: Row, images: Images, directory: Path, arguments: argparse.Namespace, deadline: float
 ) -> tuple[Row, list[Row]]:
     """Train one case; return its row, and one for each epoch and gate where the image has attention."""
-    network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(images.test.classes)}
-    network |= FORMS[case["form"]] | {"module": None if case["module"] == "none" else case["module"]}
-    torch.manual_seed(case["seed"])
-    model = create_model("resnet", **network)
-    if case["form"] in STARTS:
-        begin_at(model, STARTS[case["form"]])
-    description = {"model": {"arch": "resnet", **network}, "data": images.training.describe(), "seed": case["seed"]}
-    gated = case["form"] in ("attention", "both")
+    if case["form"] == "folded":
+        return fold_case(case, images, directory, arguments), []
+    model, description = build(case, images, arguments)
+    gated = case["form"] in ("attention", "both", "anneal")
     probe = images.test.take(min(arguments.record, len(images.test)))
     row = train(
         model,
@@ -148,6 +152,44 @@ def train_case(
         return row, []
     table = summarize(stripe.open_run(directory))[STRIPES]
     return row, [{str(name): value for name, value in found.items()} for found in table.to_dict("records")]
+
+
+def build(case: Row, images: Images, arguments: argparse.Namespace) -> tuple[nn.Module, Row]:
+    """Return a case's network with its first weights, and the training's description."""
+    network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(images.test.classes)}
+    network |= FORMS[case["form"]] | {"module": None if case["module"] == "none" else case["module"]}
+    torch.manual_seed(case["seed"])
+    model = create_model("resnet", **network)
+    description = {"model": {"arch": "resnet", **network}, "data": images.training.describe(), "seed": case["seed"]}
+    if case["form"] in STARTS:
+        begin_at(model, STARTS[case["form"]])
+    if case["form"] == "anneal":
+        steps = arguments.epochs * len(Loader(images.training, arguments.batch, train=True))
+        begin, end = (round(part * steps) for part in BLENDING)
+        model = stripe.asr.anneal(model, next(iter(Loader(images.test, 2)))[0], begin=begin, end=end)
+        description["annealed"] = [begin, end]
+    return model, description
+
+
+def fold_case(case: Row, images: Images, directory: Path, arguments: argparse.Namespace) -> Row:
+    """Fold every gate of the seed's network with attention into constants learned without labels; test the result.
+
+    Raises:
+        FileNotFoundError: the form "attention" of this seed has not been trained.
+    """
+    trained = directory.with_name(directory.name.replace("-folded-", "-attention-")) / "checkpoints"
+    row: Row = {}
+    began = time.perf_counter()
+    for name in ("last", "best") if images.validation else ("last",):
+        model = stripe.models.load_checkpoint(trained / f"{name}.pt").to(processes().device)
+        batches = Loader(images.training, arguments.batch, device=processes().device)
+        probe = next(iter(batches))[0][:2]
+        gates = stripe.find_gates(model, probe)
+        uses = measure_gates(model, gates, itertools.islice(batches, CALIBRATION))
+        constants = learn_constants(model, gates, uses, probe, batches)
+        folded, _ = stripe.fold(model, constants, probe)
+        row[f"accuracy_{name}"] = evaluate(folded, Loader(images.test, arguments.batch)).accuracy
+    return row | {"seconds": time.perf_counter() - began}
 
 
 @torch.no_grad()

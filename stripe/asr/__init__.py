@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stripe.asr.annealing import AnnealedAttention, anneal, annealed
     from stripe.asr.convert import deploy, fuse, insert, switch_to_deploy, switch_to_train
     from stripe.asr.layers import ASRBatchNorm2d, ASRLayer
     from stripe.asr.validation import Validation, validate
@@ -11,7 +12,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "ASRBatchNorm2d": "layers",
     "ASRLayer": "layers",
+    "AnnealedAttention": "annealing",
     "Validation": "validation",
+    "anneal": "annealing",
+    "annealed": "annealing",
     "deploy": "convert",
     "fuse": "convert",
     "insert": "convert",
@@ -21,8 +25,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "ASRBatchNorm2d", "ASRLayer", "Validation", "deploy", "fuse", "insert", "switch_to_deploy", "switch_to_train",
-    "validate",
+    "ASRBatchNorm2d", "ASRLayer", "AnnealedAttention", "Validation", "anneal", "annealed", "deploy", "fuse", "insert",
+    "switch_to_deploy", "switch_to_train", "validate",
 ]  # fmt: skip
 
 

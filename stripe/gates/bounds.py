@@ -111,6 +111,10 @@ def _minus(op: Op, a: Interval, b: Interval, *_: Interval) -> Interval:
     return _plus(op, a, (-b[1], -b[0]))
 
 
+def _lerp(op: Op, a: Interval, b: Interval, weight: Interval, *_: Interval) -> Interval:
+    return _plus(op, a, _times(weight, _minus(op, b, a)))
+
+
 def _power(op: Op, base: Interval, exponent: Interval, *_: Interval) -> Interval:
     even = exponent[0] == exponent[1] and exponent[0] > 0 and exponent[0] % 2 == 0
     return (0.0, math.inf) if even else inverse(base) if exponent == (-1.0, -1.0) else ANY
@@ -149,6 +153,7 @@ _FUNCTIONS: dict[str, Callable[..., Interval]] = {
     "reciprocal": lambda op, a, *_: inverse(a),
     "neg": lambda op, a, *_: (-a[1], -a[0]),
     "pow": _power,
+    "lerp": _lerp,
     "square": lambda op, a, *_: (0.0, math.inf),
     "exp": _exp,
     "log_softmax": lambda op, a, *_: (-math.inf, 0.0),
