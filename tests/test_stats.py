@@ -551,22 +551,6 @@ def test_the_coefficient_of_variation_is_what_is_not_constant_whatever_the_contr
     assert strengths[1] > 0.9
 
 
-@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (20, 20)])
-def test_effective_rank_is_the_participation_ratio_of_eigenvalues(shape):
-    values = stripes(*shape, row=0.05)
-    eigenvalues = np.linalg.eigvalsh(np.cov(values, rowvar=False))
-    expected = eigenvalues.sum() ** 2 / np.square(eigenvalues).sum()
-    assert stats.effective_rank(values) == pytest.approx(expected, rel=1e-9)
-    uncentred = np.linalg.eigvalsh(values.T @ values)
-    assert expected != pytest.approx(uncentred.sum() ** 2 / np.square(uncentred).sum(), rel=0.1)
-
-
-def test_effective_rank_counts_directions():
-    rng = np.random.default_rng(0)
-    assert stats.effective_rank(rng.normal(size=(30, 1)) * np.ones(9)) == pytest.approx(1.0)
-    assert stats.effective_rank(rng.normal(size=(20_000, 9))) == pytest.approx(9.0, rel=0.01)
-
-
 # ---- labels ----------------------------------------------------------------------------------------------
 
 

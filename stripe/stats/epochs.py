@@ -19,7 +19,8 @@ from stripe.stats.intervals import CONFIDENCE, strength_interval
 from stripe.stats.labels import label_share
 from stripe.stats.moments import Moments
 from stripe.stats.runs import NamedGate, RecordedRun, gates_of, opened
-from stripe.stats.strength import effective_rank, stripe_strength, two_way_shares
+from stripe.stats.spectrum import effective_rank
+from stripe.stats.strength import stripe_strength, two_way_shares
 
 COLUMNS = {
     "epoch": "the recorded epoch",

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stripe.stats.arithmetic import Array, deviation_blocks, matrix, ratio
-from stripe.stats.measuring import centre
+from stripe.stats.arithmetic import Array, ratio
 from stripe.stats.moments import Moments, moments_of
 
 
@@ -115,28 +114,3 @@ def two_way_shares(attention: Array | Moments) -> Shares:
     sample = np.clip(v.rows - v.rest / v.channels, 0.0, v.within)
     shares = ratio(np.array([sample, v.within - sample]), v.between + v.within)
     return Shares(float(v.strength), float(shares[0]), float(shares[1]))
-
-
-def effective_rank(values: Array) -> float:
-    """Participation ratio (sum l)^2 / sum l^2 of the eigenvalues l of the covariance of (samples, channels).
-
-    Both sums are a trace, tr G and tr G^2, of whichever Gram matrix is smaller. NaN when no channel varies.
-
-    Example:
-        >>> import numpy as np
-        >>> noise = 0.1 * np.random.default_rng(0).standard_normal((500, 16))
-        >>> attention = np.linspace(0.2, 0.8, 16) + noise  # 500 images, 16 channels
-        >>> round(effective_rank(attention), 1)  # noise in every direction
-        15.5
-    """
-    values = matrix(values)
-    count, channels = values.shape
-    mean = centre(values)
-    if count < channels:
-        wide = values - mean
-        gram = wide @ wide.T
-    else:
-        gram = np.zeros((channels, channels))
-        for _, deviations in deviation_blocks(values, mean):
-            gram += deviations.T @ deviations
-    return float(ratio(np.trace(gram) ** 2, np.vdot(gram, gram)))

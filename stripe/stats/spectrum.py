@@ -1,0 +1,214 @@
+"""The spectrum of a gate's attention over samples: in how few directions it varies, and which they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from stripe.stats.arithmetic import Array, Counts, Labels, deviation_blocks, matrix, ratio
+from stripe.stats.groups import BLOCKS, block_keys, coarse
+from stripe.stats.intervals import CONFIDENCE, check_confidence, jackknife
+from stripe.stats.measuring import centre
+
+DIRECTIONS = 8  # that are told apart unless more are asked for
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The directions in which attention (samples, channels) varies most, K of them, the widest first.
+
+    A direction's sign is that which makes its largest entry positive, so that the directions of two runs compare.
+
+    Attributes:
+        shares: the part of the variance over samples that lies in the first k directions, for k = 1 to K, (K,).
+        low: lower ends of the shares' intervals, (K,).
+        high: upper ends, (K,).
+        mean: the observed stripe, (channels,).
+        directions: orthogonal vectors of length 1, (K, channels).
+    """
+
+    shares: Array
+    low: Array
+    high: Array
+    mean: Array
+    directions: Array
+
+    def scores(self, attention: Array) -> Array:
+        """Return how far each sample lies from the mean along each direction, (samples, K)."""
+        scores: Array = (attention - self.mean) @ self.directions.T
+        return scores
+
+    def project(self, attention: Array, directions: int) -> Array:
+        """Return the attention (samples, channels) with what the first so many directions do not hold left out."""
+        kept = self.directions[:directions]
+        projected: Array = self.mean + (attention - self.mean) @ kept.T @ kept
+        return projected
+
+
+def spectrum(
+    attention: Array, *, directions: int = DIRECTIONS, sample_ids: Labels | None = None, confidence: float = CONFIDENCE
+) -> Spectrum:
+    """Find the directions in which attention varies over samples, and the share of its variance that the first k hold.
+
+    They are the principal components: the eigenvectors of the covariance of (samples, channels). The largest of
+    eigenvalues that were estimated lie above the true ones, so the shares are corrected by the jackknife over blocks
+    of samples (Quenouille 1956), on their logits; their intervals are those of `strength_interval`. Simulated at 0.95
+    (500 samples, 16 to 256 channels, 1, 3 or 10 directions and a tenth of noise; ``tests/test_spectrum.py``) they hold
+    the share of all true directions in 0.91 to 1.0 of cases; where directions are hardly wider than the next ones, the
+    shares of fewer of them in 0.85 to 0.95.
+
+    Args:
+        attention: (samples, channels); a sample with a value that is not finite is left out.
+        directions: how many, K; no more than there are channels, and samples less one.
+        sample_ids: (samples,), by which samples are dealt into blocks; their positions by default.
+        confidence: how often an interval is to hold the true share, between 0 and 1.
+
+    Returns:
+        The spectrum; its shares are NaN where no channel varies.
+
+    Raises:
+        ValueError: the attention is not (samples, channels), fewer than three samples are finite, or the confidence
+            is not between 0 and 1.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> one = rng.standard_normal((500, 1)) * np.linspace(0.1, 0.2, 16)  # every image along one direction
+        >>> attention = 0.5 + one + 0.02 * rng.standard_normal((500, 16))
+        >>> found = spectrum(attention, directions=2)
+        >>> found.shares.round(2)
+        array([0.98, 0.98])
+    """
+    values = matrix(attention)
+    check_confidence(confidence)
+    ids = np.arange(len(values)) if sample_ids is None else np.asarray(sample_ids)
+    finite = np.isfinite(values).all(axis=1)
+    values, ids = (values, ids) if finite.all() else (values[finite], ids[finite])
+    if len(values) < 3:
+        raise ValueError(f"{len(values)} samples are finite; a spectrum needs at least three")
+    mean = centre(values)
+    off = values.astype(np.float64) - mean
+    _, lengths, vectors = np.linalg.svd(off, full_matrices=False)
+    kept = min(directions, off.shape[1], len(off) - 1)
+    vectors = vectors[:kept]
+    vectors *= np.sign(vectors[np.arange(kept), np.abs(vectors).argmax(axis=1)])[:, None]
+    return Spectrum(*_shares(off, lengths[:kept] ** 2, ids, confidence), mean, vectors)
+
+
+def _shares(off: Array, variances: Array, ids: Labels, confidence: float) -> tuple[Array, Array, Array]:
+    """Return the corrected shares of the first directions and the ends of their intervals, (K,) each."""
+    total = float(np.vdot(off, off))
+    if not total > 0:
+        missing = np.full(len(variances), np.nan)
+        return missing, missing, missing
+    keys = np.arange(len(ids)) if len(ids) <= BLOCKS else coarse(block_keys(ids))
+    blocks, counts = np.unique(keys, return_counts=True)
+    every = _logits(variances, total)
+    without = np.stack([_logits(*left) for left in _leave_one_out(off, [keys == b for b in blocks], len(variances))])
+    found = np.array([_corrected(counts, *pair, confidence) for pair in zip(every, without.T, strict=True)])
+    shares, low, high = (1 / (1 + np.exp(-found))).T
+    shares = np.maximum.accumulate(shares)
+    return shares, np.minimum(low, shares), np.maximum(high, shares)
+
+
+def _leave_one_out(off: Array, blocks: list[Array], kept: int) -> Iterator[tuple[Array, float]]:
+    """Yield the largest `kept` sums of squares along a direction and their total, without each block of samples."""
+    samples, channels = off.shape
+    wide = samples < channels
+    gram = off @ off.T if wide else off.T @ off
+    for block in blocks:
+        if wide:
+            left = gram[np.ix_(~block, ~block)]
+            middle = left.mean(axis=0)
+            left = left - middle - middle[:, None] + middle.mean()
+        else:
+            part = off[block]
+            shift = part.sum(axis=0)
+            left = gram - part.T @ part - np.outer(shift, shift) / (samples - len(part))
+        yield np.linalg.eigvalsh(left)[::-1][:kept], float(np.trace(left))
+
+
+def _logits(variances: Array, total: float) -> Array:
+    """Return the logits of the shares of the first k directions; a share of all is held just under 1."""
+    shares = np.clip(np.cumsum(variances) / total, 1e-300, 1 - 1e-15)
+    logits: Array = np.log(shares) - np.log1p(-shares)
+    return logits
+
+
+def _corrected(counts: Counts, every: float, without: Array, confidence: float) -> tuple[float, float, float]:
+    """Return a figure less its bias, and its interval about that."""
+    if not np.isfinite(every) or np.ptp(without) == 0:
+        return every, every, every
+    sizes = counts.sum() / counts
+    bias = every - float(np.sum((sizes * every - (sizes - 1) * without) / sizes))
+    low, high = jackknife(counts, every, without, confidence)
+    return every - bias, low - bias, high - bias
+
+
+def effective_rank(values: Array) -> float:
+    """Participation ratio (sum l)^2 / sum l^2 of the eigenvalues l of the covariance of (samples, channels).
+
+    Both sums are estimated without bias, whatever the distribution: they are means over four samples x, y, z, w of
+    |x - y|^2 |z - w|^2 / 4 and of ((x - y)(z - w))^2 / 4, the second the estimate of Himeno and Yamada (2014). The
+    eigenvalues of the estimated covariance alone would tell too few directions, as their squares are too large. It is
+    1 where all samples lie on a line, at most the number of channels, and NaN when no channel varies or with fewer
+    than four samples.
+
+    Example:
+        >>> import numpy as np
+        >>> noise = 0.1 * np.random.default_rng(0).standard_normal((500, 16))
+        >>> attention = np.linspace(0.2, 0.8, 16) + noise  # 500 images, 16 channels
+        >>> round(effective_rank(attention), 1)  # noise in every direction
+        16.0
+    """
+    values = matrix(values)
+    n, channels = values.shape
+    if n < 4:
+        return float("nan")
+    mean = centre(values)
+    if n < channels:
+        off = values - mean
+        gram = off @ off.T
+        fourth = float(np.square(gram.diagonal()).sum())
+    else:
+        gram, fourth = np.zeros((channels, channels)), 0.0
+        for _, off in deviation_blocks(values, mean):
+            gram += off.T @ off
+            fourth += float(np.square(np.einsum("nc,nc->n", off, off)).sum())
+    trace, squares = float(np.trace(gram)) ** 2, float(np.vdot(gram, gram))
+    of_trace = (n * n - 3 * n + 1) * trace - n * (n - 1) * fourth + 2 * squares
+    of_squares = (n - 1) * (n - 2) * squares + trace - n * (n - 1) * fourth
+    return float(min(ratio(of_trace, of_squares), channels))
+
+
+def canonical_correlations(scores: Array, others: Array) -> Array:
+    """Return the canonical correlations of two gates' scores of the same samples, the largest first (Hotelling 1936).
+
+    The largest is the highest correlation that any weighing of the one's scores has with any weighing of the other's.
+
+    Args:
+        scores: (samples, k), such as `Spectrum.scores` gives.
+        others: (samples, j), of the same samples in the same order.
+
+    Returns:
+        (min(k, j),), between 0 and 1.
+
+    Raises:
+        ValueError: they are not of the same number of samples, or these are not more than k and j.
+
+    Example:
+        >>> import numpy as np
+        >>> one, two = np.random.default_rng(0).standard_normal((2, 500, 1))
+        >>> canonical_correlations(np.hstack([one, two]), one - two).round(2)
+        array([1.])
+    """
+    scores, others = matrix(scores), matrix(others)
+    if len(scores) != len(others) or len(scores) <= max(scores.shape[1], others.shape[1]):
+        raise ValueError(
+            f"scores have shapes {scores.shape} and {others.shape}; expected the same number of samples, and more of"
+            " them than scores"
+        )
+    bases = [np.linalg.qr(each - each.mean(axis=0))[0] for each in (scores, others)]
+    return np.linalg.svd(bases[0].T @ bases[1], compute_uv=False).clip(0, 1)
