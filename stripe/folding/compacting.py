@@ -178,24 +178,24 @@ def compact(
     gates = find_gates(model, images)
     counts = _counts(gates, k, source)
     constant = [gate for gate in gates if not counts[gate.name]]
-    table = [{"gate": gate.name, "channels": gate.channels, "scores": counts[gate.name]} for gate in gates]
+    network, fits = model, dict[str, _Fit]()
     if constant:
         uses = measure_gates(model, gates, calibration)
         constants = learn_constants(model, constant, uses, images, calibration, steps=max(steps, 1), progress=progress)
         network, _ = fold(model, constants, images)
-    else:
-        network = model
-    chosen = [gate for gate in gates if counts[gate.name]]
-    if chosen:
-        network, fits = _compacted(network, chosen, counts, source, images, calibration)
+    if len(constant) < len(gates):
+        left = [gate for gate in find_gates(network, images) if counts[gate.name]] if constant else gates
+        network, fits = _compacted(network, left, counts, source, images, calibration)
         _refine(network, model, images, calibration, steps=steps, rate=rate, progress=progress)
-    else:
-        fits = {}
-    for row in table:
-        fit = fits.get(row["gate"])
-        row |= {"source": "" if fit is None else source or row["gate"], "explained": fit.explained if fit else np.nan}
+    rows = [
+        (gate.name, gate.channels, counts[gate.name], source or gate.name, fits[gate.name].explained)
+        if gate.name in fits
+        else (gate.name, gate.channels, 0, "", np.nan)
+        for gate in gates
+    ]
+    table = pd.DataFrame(rows, columns=["gate", "channels", "scores", "source", "explained"])
     learned = {p for gate in network.modules() if isinstance(gate, CompactGate) for p in gate.parameters()}
-    return network.eval(), CompactReport(pd.DataFrame(table), sum(p.numel() for p in learned))
+    return network.eval(), CompactReport(table, sum(p.numel() for p in learned))
 
 
 def _counts(gates: Sequence[Gate], k: int | Mapping[str, int], source: str | None) -> dict[str, int]:
@@ -241,9 +241,8 @@ def _compacted(
     for gate in gates:
         fit, values = fits[gate.name], seen[gate.name]["attention"]
         takes = common is not None
-        scores = common or Scores(
-            *(torch.from_numpy(a).to(like) for a in (fit.weight, fit.bias)), gate.layout.index("C")
-        )
+        weight, bias = (torch.from_numpy(each).to(like) for each in (fit.weight, fit.bias))
+        scores = common or Scores(weight, bias, gate.layout.index("C"))
         common = scores if source else None
         new = CompactGate(gate, fit, scores, takes, (float(values.min()), float(values.max())))
         old = places[gate.name]

@@ -11,6 +11,7 @@ from stripe.stats.arithmetic import Array, Counts, Labels, deviation_blocks, mat
 from stripe.stats.groups import BLOCKS, block_keys, coarse
 from stripe.stats.intervals import CONFIDENCE, check_confidence, jackknife
 from stripe.stats.measuring import centre
+from stripe.stats.moments import Mask
 
 DIRECTIONS = 8  # that are told apart unless more are asked for
 
@@ -113,7 +114,7 @@ def _shares(off: Array, variances: Array, ids: Labels, confidence: float) -> tup
     return shares, np.minimum(low, shares), np.maximum(high, shares)
 
 
-def _leave_one_out(off: Array, blocks: list[Array], kept: int) -> Iterator[tuple[Array, float]]:
+def _leave_one_out(off: Array, blocks: list[Mask], kept: int) -> Iterator[tuple[Array, float]]:
     """Yield the largest `kept` sums of squares along a direction and their total, without each block of samples."""
     samples, channels = off.shape
     wide = samples < channels
@@ -170,13 +171,13 @@ def effective_rank(values: Array) -> float:
     mean = centre(values)
     if n < channels:
         off = values - mean
-        gram = off @ off.T
+        gram = np.asarray(off @ off.T)
         fourth = float(np.square(gram.diagonal()).sum())
     else:
         gram, fourth = np.zeros((channels, channels)), 0.0
-        for _, off in deviation_blocks(values, mean):
-            gram += off.T @ off
-            fourth += float(np.square(np.einsum("nc,nc->n", off, off)).sum())
+        for _, part in deviation_blocks(values, mean):
+            gram += part.T @ part
+            fourth += float(np.square(np.einsum("nc,nc->n", part, part)).sum())
     trace, squares = float(np.trace(gram)) ** 2, float(np.vdot(gram, gram))
     of_trace = (n * n - 3 * n + 1) * trace - n * (n - 1) * fourth + 2 * squares
     of_squares = (n - 1) * (n - 2) * squares + trace - n * (n - 1) * fourth
