@@ -121,6 +121,26 @@ class A:
     assert {room_of(name) for name in imports_of(ast.parse(code))} == {"memory", "asr.layers", "stats"}
 
 
+def body_lines(function):
+    """How many lines a function has, its docstring left out."""
+    document = function.body[0] if ast.get_docstring(function) is not None else None
+    return function.end_lineno - function.lineno + 1 - (document.end_lineno - document.lineno + 1 if document else 0)
+
+
+@pytest.mark.parametrize("folder", ["stripe", "scripts"])
+def test_modules_and_functions_are_short(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        code = path.read_text()
+        assert len(code.splitlines()) <= 450, path
+        functions = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef)]
+        assert [f"{path.name}: {each.name}" for each in functions if body_lines(each) > 60] == []
+
+
+def test_lines_of_a_function_are_counted_without_its_docstring():
+    code = 'def f():\n    """One.\n\n    Two.\n    """\n    x = 1\n    return x\n'
+    assert body_lines(ast.parse(code).body[0]) == 3
+
+
 def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
