@@ -52,7 +52,7 @@ class ASRLayer(nn.Module):
         self.vector = nn.Parameter(psi.to(like))
         self.attention_module = attention.to(like)
         self.fused_bn = None
-        self.register_load_state_dict_pre_hook(_check_form)
+        self.register_load_state_dict_pre_hook(_check_form)  # type: ignore[no-untyped-call]
         self.train(bn.training)
 
     def train(self, mode: bool = True) -> "ASRLayer":

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_results(accuracies: dict[str, float], speeds: dict[str, float]) -> None:
+def _print_results(accuracies: dict[str, float], speeds: dict[Any, float]) -> None:
     print()
     for name, accuracy in accuracies.items():
         speed = f", {speeds[name]:.0f} images/s" if name in speeds else ""
