@@ -1,4 +1,4 @@
-"""Channel-attention modules. Each maps a feature map (N, C, H, W) to its attention (N, C, 1, 1); the caller multiplies."""
+"""Channel-attention modules: each maps a feature map (N, C, H, W) to attention (N, C, 1, 1); the caller multiplies."""
 
 import math
 
@@ -152,7 +152,9 @@ class TimmAttention(nn.Module):
             handle.remove()
         if len(seen) != 1 or seen[0].numel() != x.shape[0] * x.shape[1]:
             shapes = [tuple(output.shape) for output in seen] or "nothing"
-            raise ValueError(f"timm's '{self.name}' gave {shapes} at `.gate`; expected attention of shape {tuple(x.shape[:2])}")
+            raise ValueError(
+                f"timm's '{self.name}' gave {shapes} at `.gate`; expected attention of shape {tuple(x.shape[:2])}"
+            )
         return seen[0].reshape(*x.shape[:2], 1, 1)
 
 

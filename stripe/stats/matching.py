@@ -71,7 +71,7 @@ def pearson(a: Array, b: Array) -> float:
 
 
 def permutation_test(learned: Array, stripe: Array, *, permutations: int = PERMUTATIONS, seed: int = SEED) -> float:
-    """One-sided p-value of the correlation of a learned vector and a stripe, (channels,) each, when channels are shuffled.
+    """One-sided p-value of the correlation of two vectors (channels,) when the channels of one are shuffled.
 
     (count + 1) / (permutations + 1), where count shuffles correlate at least as well (Phipson, Smyth 2010);
     NaN when the correlation is.
