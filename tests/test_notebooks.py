@@ -18,7 +18,11 @@ from stripe.gate import Gate, Gates
 from stripe.store import RunWriter
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SMALL = {"EPOCHS, IMAGES = 8, None": "EPOCHS, IMAGES = 1, 64", "steps=100": "steps=2", "test=test)": "test=test, learning_steps=2)"}
+SMALL = {
+    "EPOCHS, IMAGES = 8, None": "EPOCHS, IMAGES = 1, 64",
+    "steps=100": "steps=2",
+    "test=test)": "test=test, learning_steps=2)",
+}
 HOSTILE = "<script>alert('&')</script>"
 GATES = [Gate(HOSTILE, 4), Gate("layer2.se", 8)]
 
