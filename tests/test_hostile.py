@@ -441,13 +441,9 @@ def test_a_script_in_a_hub_folder_is_not_run(tmp_path, hub):
 
 # ---- fuzzing -----------------------------------------------------------------------------------------------
 
+CASES = 1200  # of each of these tests
+many = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 tried = 0
-
-
-@pytest.fixture(params=[200, pytest.param(1200, marks=pytest.mark.exhaustive)])
-def many(request):
-    """How many cases each of these tests tries: a part of them, and in full where losses are counted."""
-    return settings(max_examples=request.param, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
 def refused_or_read(path):
@@ -466,7 +462,7 @@ def refused_or_read(path):
 
 
 @pytest.fixture
-def place(tmp_path, many, record_property):
+def place(tmp_path, record_property):
     """An empty folder two folders down."""
     global tried
     tried = 0
@@ -475,7 +471,7 @@ def place(tmp_path, many, record_property):
     with contextlib.chdir(folder):
         yield folder
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"a.pt", "a.safetensors"}
-    assert tried >= many.max_examples
+    assert tried >= CASES
     record_property("checkpoints mutated or made up: read, or refused in one line; no code run", tried)
 
 
@@ -503,7 +499,7 @@ def mutated(content, changes, cut):
 
 
 @pytest.mark.slow
-def test_mutated_checkpoints_are_read_or_refused(place, many, bases):
+def test_mutated_checkpoints_are_read_or_refused(place, bases):
     @many
     @given(st.sampled_from(sorted(bases)), edits, st.one_of(st.none(), st.none(), st.integers(0, 99)))
     def check(kind, changes, cut):
@@ -550,7 +546,7 @@ networks = st.dictionaries(
 
 
 @pytest.mark.slow
-def test_keys_and_shapes_of_any_kind_are_read_or_refused(place, many):
+def test_keys_and_shapes_of_any_kind_are_read_or_refused(place):
     @many
     @given(
         st.booleans(),
@@ -566,7 +562,7 @@ def test_keys_and_shapes_of_any_kind_are_read_or_refused(place, many):
 
 
 @pytest.mark.slow
-def test_descriptions_of_any_kind_are_read_or_refused(place, many):
+def test_descriptions_of_any_kind_are_read_or_refused(place):
     @many
     @example({"depth": "\n"}, None, None)
     @given(networks, plain, plain)
