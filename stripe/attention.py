@@ -1,4 +1,4 @@
-"""Channel-attention modules. Each maps a feature map (N, C, H, W) to its gate (N, C, 1, 1); the caller multiplies."""
+"""Channel-attention modules: each maps a feature map (N, C, H, W) to attention (N, C, 1, 1); the caller multiplies."""
 
 import math
 
@@ -27,7 +27,7 @@ class SqueezeExcitation(nn.Module):
         return x.mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate (N, C, 1, 1)."""
+        """Return the attention (N, C, 1, 1)."""
         hidden = F.relu(self.fc1(self.squeeze(x)))
         return torch.sigmoid(self.fc2(hidden))[:, :, None, None]
 
@@ -50,7 +50,7 @@ class ChannelCBAM(SqueezeExcitation):
     """The channel part of CBAM (Woo et al. 2018): one MLP on the mean and on the maximum, summed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate (N, C, 1, 1)."""
+        """Return the attention (N, C, 1, 1)."""
         pooled = torch.stack([x.mean((2, 3)), x.amax((2, 3))])
         return torch.sigmoid(self.fc2(F.relu(self.fc1(pooled))).sum(0))[:, :, None, None]
 
@@ -65,7 +65,7 @@ class EfficientChannel(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate (N, C, 1, 1)."""
+        """Return the attention (N, C, 1, 1)."""
         mean = x.mean((2, 3))[:, None, :]
         return torch.sigmoid(self.conv(mean)).transpose(1, 2)[..., None]
 
@@ -83,7 +83,7 @@ class StyleRecalibration(nn.Module):
         self.bn = nn.BatchNorm1d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate (N, C, 1, 1)."""
+        """Return the attention (N, C, 1, 1)."""
         variance, mean = torch.var_mean(x, dim=(2, 3), correction=0)
         style = torch.stack([mean, (variance + 1e-5).sqrt()], dim=-1)
         return torch.sigmoid(self.bn((style * self.cfc).sum(-1)))[:, :, None, None]
@@ -102,7 +102,7 @@ class InstanceEnhancement(nn.Module):
         self.bias = nn.Parameter(torch.full((channels,), -1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate (N, C, 1, 1)."""
+        """Return the attention (N, C, 1, 1)."""
         return torch.sigmoid(x.mean((2, 3)) * self.weight + self.bias)[:, :, None, None]
 
 
@@ -114,12 +114,12 @@ class GatherExcite(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate (N, C, 1, 1)."""
+        """Return the attention (N, C, 1, 1)."""
         return torch.sigmoid(x.mean((2, 3), keepdim=True))
 
 
 class TimmAttention(nn.Module):
-    """A timm attention layer, read at its `.gate`: timm's layers return the product, not the gate."""
+    """A timm attention layer, read at its `.gate`: timm's layers return the product, not the attention."""
 
     def __init__(self, name: str, channels: int) -> None:
         """Build timm's layer `name` for C channels.
@@ -142,7 +142,7 @@ class TimmAttention(nn.Module):
         self.train()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate (N, C, 1, 1) that the layer multiplies x by."""
+        """Return the attention (N, C, 1, 1) that the layer multiplies x by."""
         seen: list[Tensor] = []
         gate = getattr(self.layer, "gate", None)
         handle = (gate or self).register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -152,7 +152,9 @@ class TimmAttention(nn.Module):
             handle.remove()
         if len(seen) != 1 or seen[0].numel() != x.shape[0] * x.shape[1]:
             shapes = [tuple(output.shape) for output in seen] or "nothing"
-            raise ValueError(f"timm's '{self.name}' gave {shapes} at `.gate`; expected one channel gate {x.shape[:2]}")
+            raise ValueError(
+                f"timm's '{self.name}' gave {shapes} at `.gate`; expected attention of shape {tuple(x.shape[:2])}"
+            )
         return seen[0].reshape(*x.shape[:2], 1, 1)
 
 

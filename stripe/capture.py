@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stripe.messages import one_line
+from stripe.torch_internals import at_most_graphs, uncompile
 
 MOST_GRAPHS = 64  # that may be compiled of one block's forward: a few for each network trained in this process
 WARM_UP = 3  # steps before the capture: kernels are compiled and workspaces made in them
@@ -128,13 +129,11 @@ def _compiled(regions: list[nn.Module]) -> Iterator[None]:
     if not regions:
         yield
         return
-    from torch._dynamo import config  # takes seconds and 200 MB
-
     for region in regions:
         region.compile(dynamic=False)
     try:
-        with config.patch(recompile_limit=MOST_GRAPHS):
+        with at_most_graphs(MOST_GRAPHS):
             yield
     finally:
         for region in regions:
-            region._compiled_call_impl = None  # torch has no public way back
+            uncompile(region)

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from stripe import plots, stats
 from stripe.files import replaced, require_regular
 from stripe.gate import Gate, name_of
+from stripe.plots.drawing import RESOLUTION
 from stripe.store import Run, open_run
 
 GATES, EPOCHS, IMAGES = 6, 6, 100  # at most as many are drawn unless gates are named; images are those of the grid
@@ -142,7 +143,7 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], formats: Sequence[
     files = [path.with_name(f"{path.name}.{kind}") for kind in formats]
     for kind, file in zip(formats, files, strict=True):
         with replaced(file) as unfinished, plt.rc_context({"svg.hashsalt": "stripe", "pdf.fonttype": 42}):
-            figure.savefig(unfinished, format=kind, dpi=plots.RESOLUTION, metadata=METADATA[kind])
+            figure.savefig(unfinished, format=kind, dpi=RESOLUTION, metadata=METADATA[kind])
     plt.close(figure)
     return files
 

@@ -194,7 +194,11 @@ def test_what_looks_for_losses_finds_them(tmp_path):
             assert_nothing_lost(tmp_path, finished, expected)
 
 
-@pytest.mark.slow
+def test_kills_at_random_moments_lose_no_sample(victim, tmp_path):
+    assert kill_at_random(victim, tmp_path, kills=8) == 8
+
+
+@pytest.mark.exhaustive
 def test_kills_at_every_operation_and_at_random_moments_lose_no_sample(victim, tmp_path, record_property):
     kills = {
         "recording killed (SIGKILL) at each operation": kill_at_operations(victim, tmp_path / "a", every=1),

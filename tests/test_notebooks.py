@@ -18,7 +18,11 @@ from stripe.gate import Gate, Gates
 from stripe.store import RunWriter
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SMALL = {"EPOCHS, IMAGES = 8, None": "EPOCHS, IMAGES = 1, 64", "steps=100": "steps=2"}
+SMALL = {
+    "EPOCHS, IMAGES = 8, None": "EPOCHS, IMAGES = 1, 64",
+    "steps=100": "steps=2",
+    "test=test)": "test=test, learning_steps=2)",
+}
 HOSTILE = "<script>alert('&')</script>"
 GATES = [Gate(HOSTILE, 4), Gate("layer2.se", 8)]
 
@@ -71,6 +75,7 @@ def test_notebooks_are_small_in_tests_and_short():
     assert len(texts) == 3
     assert sum("EPOCHS, IMAGES = 8, None" in text for text in texts.values()) == 2
     assert sum("steps=100" in text for text in texts.values()) == 1
+    assert sum("test=test)" in text for text in texts.values()) == 1
     for path, text in texts.items():
         assert len(nbformat.reads(text, as_version=4).cells) <= 20, path
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from stripe import plots
+from stripe.plots.drawing import RESOLUTION
 
 HEADLESS = os.environ | {"MPLBACKEND": "Agg"}
 
@@ -342,7 +343,7 @@ def test_what_has_no_pixels_is_averaged_and_the_axis_says_so(rows: int, columns:
     [image] = ax.get_images()
     shown = np.asarray(image.get_array())
     ax.figure.canvas.draw()
-    room = ax.get_window_extent().size / ax.figure.dpi * plots.RESOLUTION
+    room = ax.get_window_extent().size / ax.figure.dpi * RESOLUTION
     assert shown.shape[0] <= 1.05 * room[1]
     assert shown.shape[1] <= 1.05 * room[0]
     counts = []

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from stripe import plots, report, stats
+from stripe import report, stats
 from stripe.asr.validation import RULE, Validation
 from stripe.gate import Gate
+from stripe.plots.drawing import HEATMAP
 from stripe.store import Run, open_run
 from tests.runs import writer
 from tests.test_report import HOSTILE, record_named
@@ -141,7 +142,7 @@ def watched(browser: Browser, written: Path) -> Iterator[Watched]:
 
 
 def colors_of(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    return plots.HEATMAP(np.clip((values - low) / (high - low), 0, 1), bytes=True)[..., :3]
+    return HEATMAP(np.clip((values - low) / (high - low), 0, 1), bytes=True)[..., :3]
 
 
 def assert_same_colors(found: np.ndarray, expected: np.ndarray) -> None:

@@ -24,11 +24,20 @@ from stripe.store import open_run
 from tests.conftest import randomize
 
 
-def recorded(path, depth=11, **options):
+class Doubled(list):
+    """A loader's batches with images in float64."""
+
+    def __init__(self, loader):
+        super().__init__((images.double(), *rest) for images, *rest in loader)
+
+
+def recorded(path, depth=11, *, double=False, **options):
     """A network of random weights, the run of its attention, and the images of both."""
     torch.manual_seed(0)
     model = randomize(create_model("resnet", depth=depth, module="senet", **options)).eval()
     loader = Loader(load_images("digits", "test", samples=60), 30)
+    if double:
+        model, loader = model.double(), Doubled(loader)
     with Recorder(model, find_gates(model, next(iter(loader))[0][:2]), path) as recorder:
         recorder.record(loader, epoch=5)
     return model, open_run(path), loader
@@ -37,6 +46,20 @@ def recorded(path, depth=11, **options):
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return recorded(tmp_path_factory.mktemp("validation") / "run")
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory):
+    return recorded(tmp_path_factory.mktemp("validation") / "double", double=True)
+
+
+def rounded(*vectors):
+    """What rounding in float64 may change a correlation with vectors by.
+
+    An error e in every channel turns a vector by at most e over its standard deviation; e is what a thousand roundings
+    of its largest value come to, twice as many as computing attention of a psi of a few hundred channels takes.
+    """
+    return max(1000 * np.finfo(float).eps * abs(vector).max() / vector.std() for vector in vectors)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +79,17 @@ def test_training_psi_moves_only_psi_and_lowers_the_loss(case):
             return torch.nn.functional.cross_entropy(model(images), labels).item()
 
     assert loss(trained) < loss(untrained)
-    np.testing.assert_allclose(untrained.table["r"], untrained.table["r_untrained"], atol=1e-5)
     assert not np.allclose(trained.table["r"], trained.table["r_untrained"], atol=1e-3)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert trained.epoch == 5
     assert trained.accuracies.keys() == {"attention", "learned", "stripe", "removed"}
+
+
+def test_psi_without_a_step_of_training_is_the_untrained_one(double):
+    found = validate(*double, steps=0)
+    limit = rounded(*found.learned.values())
+    assert limit < 1e-10
+    np.testing.assert_allclose(found.table["r"], found.table["r_untrained"], rtol=0, atol=limit)
 
 
 def test_the_best_psi_fits_the_stripe_better_than_the_untrained_one(case):
@@ -189,14 +218,14 @@ def test_wrong_requests_are_refused(case):
 
 def test_gates_inside_a_hub_networks_modules(tmp_path):
     torch.manual_seed(0)
-    model = create_model("torchvision:mobilenet_v3_small", num_classes=10).eval()
-    loader = Loader(load_images("digits", "test", samples=8, size=96), 4)
+    model = create_model("torchvision:mobilenet_v3_small", num_classes=10).eval().double()
+    loader = Doubled(Loader(load_images("digits", "test", samples=8, size=96), 4))
     gates = find_gates(model, next(iter(loader))[0][:2])
     with Recorder(model, gates, tmp_path / "run") as recorder:
         recorder.record(loader)
     validation = validate(model, open_run(tmp_path / "run"), loader, steps=2)
     assert len(validation.table) == len(gates) == 9
-    psi = torch.full((1, gates[0].channels, 1, 1), 0.1)
+    psi = torch.full((1, gates[0].channels, 1, 1), 0.1, dtype=torch.float64)
     gate = []
     site = model.get_submodule(gates[0].site)
     handle = site.get_submodule(gates[0].source.removeprefix(gates[0].site + ".")).register_forward_hook(
@@ -204,14 +233,16 @@ def test_gates_inside_a_hub_networks_modules(tmp_path):
     )
     site(psi)
     handle.remove()
-    untrained = stats.pearson(gate[0].detach().numpy(), validation.observed[gates[0].name].mean(0))
-    assert validation.table["r_untrained"][0] == pytest.approx(untrained, abs=1e-4)
+    vector = gate[0].detach().numpy()
+    untrained = stats.pearson(vector, validation.observed[gates[0].name].mean(0, dtype=float))
+    assert validation.table["r_untrained"][0] == pytest.approx(untrained, rel=0, abs=rounded(vector))
 
 
-def test_training_the_attention_too_fits_the_task_better_and_keeps_the_controls(case):
-    model, run, loader = case
+def test_training_the_attention_too_fits_the_task_better_and_keeps_the_controls(double):
+    model, run, loader = double
     alone, along = (validate(model, run, loader, steps=15, train_attention=along) for along in (False, True))
-    np.testing.assert_allclose(alone.table["r_untrained"], along.table["r_untrained"], atol=1e-4)
+    limit = rounded(*alone.learned.values())
+    np.testing.assert_allclose(alone.table["r_untrained"], along.table["r_untrained"], rtol=0, atol=limit)
     assert not np.allclose(alone.learned["layer1.0"], along.learned["layer1.0"])
 
 

@@ -23,6 +23,7 @@ import stripe
 from stripe import plots
 from stripe.data import ImageSet, Loader, load_images
 from stripe.models import read_checkpoint
+from stripe.plots.drawing import LEGEND_ROOM
 from stripe.recipe import SETTLED_DRIFT
 from stripe.stats import drift, settled_epoch, summarize
 from stripe.training import evaluate
@@ -186,7 +187,7 @@ def _finish(figure: Figure) -> Figure:
         ax.tick_params(which="both", labelsize=7)
         ax.xaxis.label.set_fontsize(8)
         ax.yaxis.label.set_fontsize(8)
-    if len(handles) <= plots.LEGEND_ROOM:
+    if len(handles) <= LEGEND_ROOM:
         figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     return figure
 

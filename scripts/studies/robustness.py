@@ -15,7 +15,6 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
 
 from stripe import asr
@@ -27,6 +26,7 @@ from studies.table import Table, add_data, headed, publish, read
 SCALES = (0.8, 0.9, 1.0, 1.1, 1.2)
 SHIFTS = (-0.2, -0.1, 0.0, 0.1, 0.2)
 SPREADS = (0.1, 0.2, 0.3, 0.4, 0.5)
+NORMS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.GroupNorm | nn.LayerNorm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ class Disturbance:
         Raises:
             ValueError: the network has no norm.
         """
-        norms = [m for m in model.modules() if isinstance(m, _NormBase | nn.GroupNorm | nn.LayerNorm)]
+        norms = [m for m in model.modules() if isinstance(m, NORMS)]
         if not norms:
             raise ValueError(f"{type(model).__name__} has no norm to disturb: expected batch, group or layer norms")
         generator = torch.Generator().manual_seed(self.seed)

@@ -6,13 +6,13 @@ from functools import partial
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from stripe.asr.layers import asr_layers, channels_of, wrap
 from stripe.attention import create_attention
 from stripe.folding.exact import fuse_norms
 from stripe.gates.trace import Images
 from stripe.recipe import PSI_INIT
+from stripe.torch_internals import BatchNorm
 
 
 def insert(
@@ -52,7 +52,7 @@ def insert(
         n for n, _ in model.named_modules() if n and (fnmatchcase(n, where) or fnmatchcase(n.rpartition(".")[2], where))
     ]
     if not names:
-        norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm | nn.GroupNorm | nn.LayerNorm)]
+        norms = [name for name, m in model.named_modules() if isinstance(m, BatchNorm | nn.GroupNorm | nn.LayerNorm)]
         raise ValueError(
             f"no layer matches where='{where}'; expected a pattern such as one of {', '.join(norms[:5]) or 'none'}"
         )

@@ -11,10 +11,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from stripe.recipe import PSI_INIT
+from stripe.torch_internals import BatchNorm, Convolution
 
 DRAWS = 100
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -53,13 +52,14 @@ class ASRLayer(nn.Module):
         self.vector = nn.Parameter(psi.to(like))
         self.attention_module = attention.to(like)
         self.fused_bn = None
+        self.register_load_state_dict_pre_hook(_check_form)  # type: ignore[no-untyped-call]
         self.train(bn.training)
 
     def train(self, mode: bool = True) -> "ASRLayer":
         """Set the mode; batch norms inside the attention stay frozen, since psi is a batch of one."""
         super().train(mode)
         for module in self.attention_module.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BatchNorm):
                 module.eval()
         return self
 
@@ -150,20 +150,17 @@ class ASRLayer(nn.Module):
         """Become the plain layer: what timm's `reparameterize_model` calls."""
         self.switch_to_deploy(delete=True)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        error_messages: list[str] = args[-1]
-        if f"{prefix}vector" not in state_dict:
-            error_messages.append(
-                f"{prefix}* are weights of a deployed layer, this one is in training form: deploy it first"
-            )
-        elif self.fused_bn is None:  # a merged copy kept beside the parts is derived from them
-            for key in [key for key in state_dict if key.startswith(f"{prefix}fused_bn.")]:
-                del state_dict[key]
-        elif not any(key.startswith(f"{prefix}fused_bn.") for key in state_dict):
-            error_messages.append(
-                f"{prefix}* are weights in training form, this layer is deployed: switch_to_train() first"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _check_form(layer: ASRLayer, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Before weights are loaded, add an error where they are of the other form: deployed or in training."""
+    errors: list[str] = args[-1]
+    if f"{prefix}vector" not in state_dict:
+        errors.append(f"{prefix}* are weights of a deployed layer, this one is in training form: deploy it first")
+    elif layer.fused_bn is None:  # a merged copy kept beside the parts is derived from them
+        for key in [key for key in state_dict if key.startswith(f"{prefix}fused_bn.")]:
+            del state_dict[key]
+    elif not any(key.startswith(f"{prefix}fused_bn.") for key in state_dict):
+        errors.append(f"{prefix}* are weights in training form, this layer is deployed: switch_to_train() first")
 
 
 ASRBatchNorm2d = ASRLayer
@@ -218,13 +215,13 @@ def channels_of(layer: nn.Module) -> int:
         TypeError: it is no norm, convolution or linear layer, or a layer norm over several dimensions.
     """
     layer = plain_layer(layer)
-    if isinstance(layer, _BatchNorm):
+    if isinstance(layer, BatchNorm):
         return layer.num_features
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
         return layer.normalized_shape[0]
-    if isinstance(layer, _ConvNd) and not layer.transposed:
+    if isinstance(layer, Convolution) and not layer.transposed:
         return layer.out_channels
     if isinstance(layer, nn.Linear):
         return layer.out_features
@@ -237,7 +234,7 @@ def channels_of(layer: nn.Module) -> int:
 def _probe(layer: nn.Module) -> Tensor:
     """Return a random float64 input for `layer`, two samples of the smallest useful size."""
     generator = torch.Generator().manual_seed(0)
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, Convolution):
         extent = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         shape = [2, layer.in_channels, *extent]
     elif isinstance(layer, nn.Linear):

@@ -121,7 +121,8 @@ class Task:
 
     def start(self, gate: Gate) -> Tensor:
         """Return the psi (C,) that training begins with."""
-        return torch.full((gate.channels,), PSI_INIT, device=self.device)
+        like = next(self.model.parameters(), torch.empty(0))
+        return like.new_full((gate.channels,), PSI_INIT)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `steps` batches of images and labels on the network's device."""

@@ -12,6 +12,10 @@ from stripe.cli.validate import print_validation
 SUMMARY = "show everything on the embedded digits: train and record SE, draw its stripes, train ASR, validate"
 EXAMPLE = "--epochs 10"
 NETWORK: dict[str, Any] = {"depth": 20, "block": "bottleneck", "module": "senet"}
+SHOWN = ["gate", "strength", "strength_low", "strength_high", "std"]
+LEGEND = """\
+  strength: share of the variance that lies between channels, 1 for a perfect stripe, with its interval
+  std: how far a channel's attention varies over the images"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,11 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(*figures.draw(run, arguments.figures), sep="\n")
     print(*figures.draw_validation(match, arguments.figures), sep="\n")
     table = stats.summarize(run, epochs=[run.epochs[-1]]).merge(match.table, on=["gate", "channels"])
-    columns = ["gate", "strength", "strength_low", "strength_high", "std"]
-    print(table[columns].to_string(index=False, float_format="{:.3g}".format))
-    print("  strength: share of the variance that lies between channels, 1 for a perfect stripe, with its interval")
-    print("  std: how far a channel's attention varies over the images")
-    print()
+    print(table[SHOWN].to_string(index=False, float_format="{:.3g}".format), LEGEND, sep="\n", end="\n\n")
     print_validation(match)
 
     times = latencies({"SE": se, "ASR deployed": deployed}, images, backends=["eager"], batches=[len(images)])
@@ -89,14 +89,18 @@ def run(arguments: argparse.Namespace) -> int:
         "ASR deployed": evaluate(deployed, probe).accuracy,
         "attention removed": match.accuracies["removed"],
     }
+    _print_results(results, speeds)
+    print(f"{time.perf_counter() - started:.0f} s in all; run {arguments.out}, figures {arguments.figures}")
+    gates = options.plain(table)
+    options.write_json(arguments.json, {"accuracy": results, "images_per_second": speeds, "gates": gates})
+    return 0
+
+
+def _print_results(accuracies: dict[str, float], speeds: dict[Any, float]) -> None:
     print()
-    for name, accuracy in results.items():
+    for name, accuracy in accuracies.items():
         speed = f", {speeds[name]:.0f} images/s" if name in speeds else ""
         print(f"{name:18} {accuracy:6.2f} % test accuracy{speed}")
-    print(f"{time.perf_counter() - started:.0f} s in all; run {arguments.out}, figures {arguments.figures}")
-    summary = {"accuracy": results, "images_per_second": speeds, "gates": options.plain(table)}
-    options.write_json(arguments.json, summary)
-    return 0
 
 
 def _remove_training(directory: Path) -> None:

@@ -92,6 +92,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--samples", type=options.positive, default=2000, metavar="N", help="images to measure gates on")
     data.add_argument("--manualSeed", type=int, metavar="SEED", help="of the split (default: the checkpoint's, else 0)")
     graphs.add_arguments(parser)
+    _add_choice(parser)
+    _add_recovery(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--out", type=options.path, required=True, metavar="DIR", help="where tables, figure and networks go"
+    )
+    files.add_argument("--onnx", action="store_true", help="write ONNX too, checked against onnxruntime")
+    files.add_argument(
+        "--opset", type=options.positive, metavar="N", help="of the ONNX files (default: the exporter's)"
+    )
+    files.add_argument("--onnx-batch", default="free", metavar="N", help="images that the ONNX files take: free, or N")
+    files.add_argument("--backends", nargs="*", default=["eager"], help="to time: eager, compile, onnxruntime")
+    options.add_json(files)
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_argument_group("what to fold")
     choice.add_argument("--keep", type=int, metavar="K", help="leave the K most sensitive gates as they are")
     choice.add_argument(
@@ -118,6 +134,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--outputs",
         help="what the network gives: classes or values (default: classes where it gives one score per class)",
     )
+
+
+def _add_recovery(parser: argparse.ArgumentParser) -> None:
     recovery = parser.add_argument_group("recovery")
     recovery.add_argument(
         "--recover-each",
@@ -135,17 +154,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     recovery.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="of the distillation")
     recovery.add_argument("--amp", choices=("no", "bf16"), default=Recipe.amp, help="precision of the distillation")
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--out", type=options.path, required=True, metavar="DIR", help="where tables, figure and networks go"
-    )
-    files.add_argument("--onnx", action="store_true", help="write ONNX too, checked against onnxruntime")
-    files.add_argument(
-        "--opset", type=options.positive, metavar="N", help="of the ONNX files (default: the exporter's)"
-    )
-    files.add_argument("--onnx-batch", default="free", metavar="N", help="images that the ONNX files take: free, or N")
-    files.add_argument("--backends", nargs="*", default=["eager"], help="to time: eager, compile, onnxruntime")
-    options.add_json(files)
 
 
 def run(arguments: argparse.Namespace) -> int:

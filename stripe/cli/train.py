@@ -42,6 +42,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--workers", type=int, default=WORKERS, metavar="N", help="processes that decode images from disk"
     )
+    _add_recipe(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "-c", "--checkpoint", type=options.path, metavar="DIR", help="the run (default: checkpoints/NAME)"
+    )
+    files.add_argument("--use-timestamp", action="store_true", help="append the time to the directory's name")
+    files.add_argument(
+        "--save-every", type=int, default=1, metavar="N", help="keep every N-th epoch's weights; 0: none"
+    )
+    files.add_argument("--resume", type=options.path, metavar="PATH", help="go on from this .../checkpoints/last.pt")
+    files.add_argument(
+        "--allow-changed",
+        action="store_true",
+        help="resume also with another network, seed, data set or split; images held out now may have been trained on",
+    )
+    files.add_argument("-e", "--evaluate", action="store_true", help="only test the checkpoint of --resume")
+    files.add_argument("--record", type=options.positive, metavar="N", help="record N images' attention every epoch")
+    files.add_argument("--record-split", default="test", help="the split those images come from")
+    files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
+    files.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
+    options.add_json(files)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=options.positive, default=Recipe.epochs, metavar="N", help="epochs in all")
     recipe.add_argument("--scheduler", choices=SCHEDULES, default=Recipe.scheduler, help="of the learning rate")
@@ -64,26 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--manualSeed", type=int, default=Recipe.seed, metavar="SEED", help="of weights, order, crops, split"
     )
     recipe.add_argument("--gpu-id", metavar="ID", help="CUDA device to use, as CUDA_VISIBLE_DEVICES takes it")
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "-c", "--checkpoint", type=options.path, metavar="DIR", help="the run (default: checkpoints/NAME)"
-    )
-    files.add_argument("--use-timestamp", action="store_true", help="append the time to the directory's name")
-    files.add_argument(
-        "--save-every", type=int, default=1, metavar="N", help="keep every N-th epoch's weights; 0: none"
-    )
-    files.add_argument("--resume", type=options.path, metavar="PATH", help="go on from this .../checkpoints/last.pt")
-    files.add_argument(
-        "--allow-changed",
-        action="store_true",
-        help="resume also with another network, seed, data set or split; images held out now may have been trained on",
-    )
-    files.add_argument("-e", "--evaluate", action="store_true", help="only test the checkpoint of --resume")
-    files.add_argument("--record", type=options.positive, metavar="N", help="record N images' attention every epoch")
-    files.add_argument("--record-split", default="test", help="the split those images come from")
-    files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
-    files.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
-    options.add_json(files)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -122,21 +126,9 @@ def _train(arguments: argparse.Namespace) -> int:
         "rank": process.process_index,
         "world_size": process.num_processes,
         "workers": arguments.workers,
+        "device": device,
     }
-    share["device"] = device
-    recipe = Recipe(
-        epochs=arguments.epochs,
-        lr=arguments.lr,
-        momentum=arguments.momentum,
-        weight_decay=arguments.weight_decay,
-        scheduler=arguments.scheduler,
-        milestones=tuple(arguments.schedule),
-        gamma=arguments.gamma,
-        no_decay=("*.vector",) if arguments.psi_no_decay else (),
-        amp=arguments.amp,
-        compile=arguments.compile,
-        seed=arguments.manualSeed,
-    )
+    recipe = _recipe(arguments)
     directory = _directory(arguments)
     images = load_images(arguments.dataset, "train", samples=arguments.train_samples, data_dir=arguments.data_dir)
     held_out = len(images) // 10 if arguments.val_samples is None else arguments.val_samples
@@ -180,6 +172,22 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"{directory}: metrics.csv, checkpoints/")
         _report(arguments, evaluation)
     return 0
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    return Recipe(
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+        momentum=arguments.momentum,
+        weight_decay=arguments.weight_decay,
+        scheduler=arguments.scheduler,
+        milestones=tuple(arguments.schedule),
+        gamma=arguments.gamma,
+        no_decay=("*.vector",) if arguments.psi_no_decay else (),
+        amp=arguments.amp,
+        compile=arguments.compile,
+        seed=arguments.manualSeed,
+    )
 
 
 def _tell_changes(arguments: argparse.Namespace, recipe: Recipe, description: dict[str, Any]) -> None:

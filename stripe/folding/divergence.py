@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stripe.devices import device_of
 from stripe.folding.tensors import outputs_of
 from stripe.gates.trace import Images
+from stripe.torch_internals import tree_map
 
 CLASSES = "classes"
 VALUES = "values"
@@ -123,8 +124,6 @@ def damage(
 
 
 def _on(images: Any, device: torch.device) -> Any:
-    from torch.utils._pytree import tree_map
-
     return tree_map(lambda item: item.to(device) if isinstance(item, Tensor) else item, images)
 
 

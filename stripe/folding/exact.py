@@ -12,9 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map
 
 from stripe.devices import device_of
 from stripe.folding.building import ChannelScale, Original
@@ -29,6 +26,7 @@ from stripe.gates.hooks import uncompiled
 from stripe.gates.kinds import require_foldable
 from stripe.gates.reading import replace_gates
 from stripe.gates.trace import Images, tensors_in, trace
+from stripe.torch_internals import BatchNorm, Convolution, tree_map
 
 
 def fold(
@@ -124,7 +122,7 @@ def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Modul
         fused, merges, error = Original(exact, graph, images, nullcontext()).merged(plan)
     cast_like(fused, model)
     ran = {call.path for call in graph.calls}
-    norms = [path for path, module in exact.named_modules() if isinstance(module, _BatchNorm) and path not in ran]
+    norms = [path for path, module in exact.named_modules() if isinstance(module, BatchNorm) and path not in ran]
     left |= dict.fromkeys(norms, "the forward does not run it in eval mode")
     kept = [(name, "kept", (), (), reason, 1.0) for name, reason in left.items()]
     table = table_of(merges, "norm")
@@ -154,7 +152,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     if isinstance(noted, Mapping) and "input_size" in noted:
         yield tuple(noted["input_size"])
     for layer in model.modules():
-        if isinstance(layer, _ConvNd):
+        if isinstance(layer, Convolution):
             dimensions = len(layer.kernel_size)
             for size in (64, 32, 224, 28, 299):
                 yield layer.in_channels, *[size] * dimensions

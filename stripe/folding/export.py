@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from stripe.files import replaced
 from stripe.folding.tensors import outputs_of, relative_error
 from stripe.gates.trace import Images, called, tensors_in
 from stripe.messages import one_line
+from stripe.torch_internals import tree_map
 
 ONNX_TOLERANCE = 1e-3
 """Largest relative error, in float32, between a network and its ONNX graph under onnxruntime."""

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from stripe.devices import device_of
 from stripe.folding.constants import endless
@@ -17,6 +16,7 @@ from stripe.folding.divergence import divergence, kind_of
 from stripe.folding.tensors import outputs_of
 from stripe.messages import Progress
 from stripe.recipe import DISTILL_LR, Recipe
+from stripe.torch_internals import BatchNorm
 from stripe.training import TrainingBatches
 
 REESTIMATED = 50  # batches whose statistics are averaged
@@ -29,7 +29,7 @@ def reestimate_norms(model: nn.Module, loader: Iterable[Sequence[Tensor]], *, ba
     Nothing else is in train mode meanwhile, so dropout and the like do not disturb them.
     """
     model = copy.deepcopy(model).eval()
-    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    norms = [norm for norm in model.modules() if isinstance(norm, BatchNorm) and norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from stripe.gates.graph import Place
+from stripe.torch_internals import names_held
 
 Span = tuple[int, int, int, int]
 
@@ -432,7 +433,7 @@ def _unused(module: nn.Module, derived: type, changed: Sequence[Any]) -> list[st
         found = {n for m in members if not callable(m) or inspect.unwrap(m) not in changed for n in _names(m)}
         queue += found - still
         still |= found
-    held = [*module._modules, *module._parameters, *module._buffers]
+    held = names_held(module)
     return [name for name in held if name in named - still and not name.startswith("channel_scale_")]
 
 

@@ -171,13 +171,12 @@ def study(
         no gates
         >>> ax = stripe.plots.fold_pareto(choice.variants)
     """
-    _require_choices(order, measure, max_drop, {"calibration": calibration, "held_out": held_out, "test": test})
+    _require_choices(order, measure, weightings, max_drop)
+    _require_rereadable(calibration=calibration, held_out=held_out, test=test)
     if model.training:
         raise ValueError("the network is in train mode, where statistics change: call model.eval() before study")
     gates = find_gates(model, images, normalisers=normalisers)
     counts = _counts(counts, len(gates), keep)
-    if unknown := [kind for kind in weightings if kind not in CONSTANTS]:
-        raise ValueError(f"no weighting '{unknown[0]}'; expected some of {', '.join(CONSTANTS)}")
     kind = outputs or kind_of(model, images)
     original = copy.deepcopy(model)  # what is measured may be `model` itself with its gates replaced
     loaders = {"validation": held_out} | ({} if test is None else {"test": test})
@@ -222,13 +221,18 @@ def most_folded(rows: Iterable[Mapping[str, Any]], max_drop: float | None) -> in
 # ---- what is asked for -----------------------------------------------------------------------------------
 
 
-def _require_choices(order: str, measure: str | None, max_drop: float | None, batches: Mapping[str, Any]) -> None:
+def _require_choices(order: str, measure: str | None, weightings: Sequence[str], max_drop: float | None) -> None:
     if order not in ORDERS:
         raise ValueError(f"order '{order}': expected one of {', '.join(ORDERS)}")
     if measure is not None and measure not in MEASURES:
         raise ValueError(f"measure '{measure}': expected one of {', '.join(MEASURES)}")
+    if unknown := [kind for kind in weightings if kind not in CONSTANTS]:
+        raise ValueError(f"no weighting '{unknown[0]}'; expected some of {', '.join(CONSTANTS)}")
     if max_drop is not None and not max_drop >= 0:
         raise ValueError(f"max_drop {max_drop}: expected points of at least 0, or None to fold all gates")
+
+
+def _require_rereadable(**batches: Any) -> None:
     for name, given in batches.items():
         if isinstance(given, Iterator):
             raise ValueError(f"{name} can be read only once: pass a list or a loader, which can be read again")

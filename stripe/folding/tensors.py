@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from stripe.folding.fields import Array, Weights
 from stripe.gates.graph import Op, Value
 from stripe.gates.trace import Images, called, tensors_in
+from stripe.torch_internals import DispatchMode, tree_leaves, tree_map, unset_parameters
 
 _NARROW = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
@@ -35,8 +34,7 @@ def weights_of(model: nn.Module) -> Weights:
     empty = [
         f"{path}.{name}".removeprefix(".")
         for path, module in model.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is None
+        for name in unset_parameters(module)
     ]
     tied = {name: tuple(same) for same in names.values() if len(same) > 1 for name in same}
     return Weights({name: arrays[id(tensor)] for name, tensor in named.items()}, frozenset(empty), _run, tied)
@@ -73,18 +71,14 @@ def in_double() -> Iterator[None]:
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Doubles():  # type: ignore[no-untyped-call]
+        with _Doubles():
             yield
     finally:
         torch.set_default_dtype(usual)
 
 
-class _Doubles(TorchDispatchMode):
+class _Doubles(DispatchMode):
     """Gives float64 where an operation names a narrower floating-point type."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first call imports torch._dynamo: 200 MB and seconds, for networks that never meet it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(self._wide, (args, kwargs or {}))

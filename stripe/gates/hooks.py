@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
@@ -11,6 +10,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from stripe.torch_internals import COMPILED, compiled_from, compiler_is_loaded
 
 
 class Hooks:
@@ -75,7 +76,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.DataParallel):
             raise ValueError("a DataParallel network cannot be read: pass its .module, or use DistributedDataParallel")
         wrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        inner = wrapped or _compiled(model)
+        inner = wrapped or compiled_from(model)
         if inner is None:
             return model
         model = inner
@@ -87,7 +88,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     Its paths have no `_orig_mod`, and its tensors are the original's.
     """
     model = unwrap(model)
-    if all(_compiled(module) is None for module in model.modules()):
+    if all(compiled_from(module) is None for module in model.modules()):
         return model
     made: dict[nn.Module, nn.Module] = {}
 
@@ -106,17 +107,10 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a network, for one that is compiled what it wraps, by the paths that `uncompiled` has."""
-    modules = {path: module for path, module in model.named_modules() if _compiled(module) is None}
-    return {".".join(part for part in path.split(".") if part != "_orig_mod"): modules[path] for path in modules}
+    modules = {path: module for path, module in model.named_modules() if compiled_from(module) is None}
+    return {".".join(part for part in path.split(".") if part != COMPILED): modules[path] for path in modules}
 
 
 def run_eagerly() -> AbstractContextManager[Any]:
     """Return a context in which what is compiled runs uncompiled, so that hooks and modes see it."""
-    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and asking would load the compiler
-    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
-
-
-def _compiled(model: nn.Module) -> nn.Module | None:
-    """Return what torch.compile wraps; None for a module that it did not make."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else None
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()  # asking would load it

@@ -15,7 +15,6 @@ from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe.gate import Gate, Kind, Tap, name_of, product_of
 from stripe.gates.describing import is_alike
@@ -32,6 +31,7 @@ from stripe.gates.layouts import (
     positions,
 )
 from stripe.gates.trace import in_parts, op_name
+from stripe.torch_internals import DispatchMode, is_in_place
 
 Sink = Callable[[Gate, Kind, Tensor], None]
 Rows = Callable[[Gate, Tensor], Tensor]
@@ -237,18 +237,14 @@ def _item(items: Sequence[Any], position: int) -> Any:
     return items[position] if position < len(items) else None
 
 
-class _Products(TorchDispatchMode):
+class _Products(DispatchMode):
     """Recognises products within one call of their site, and does the jobs there."""
 
     def __init__(self, jobs: list[_Job], due: set[_Job]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._jobs = jobs
         self._due = due
         self._seen: Counter[_Job] = Counter()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first call imports torch._dynamo: 200 MB and seconds, for networks that never meet it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, op_name(func)
@@ -287,6 +283,6 @@ class _Products(TorchDispatchMode):
             return args
         result = result.reciprocal() if inverted else result
         position = FACTORS[name][product.operand]
-        if position == 0 and func._schema.is_mutable:
+        if position == 0 and is_in_place(func):
             return (args[0].copy_(result), *args[1:])
         return (*args[:position], result, *args[position + 1 :])

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe.gates.graph import FACTORS, Call, Op, Place, Port, Trace, Value
 from stripe.gates.hooks import Hooks, output_items, run_eagerly
 from stripe.gates.kinds import require_traceable
+from stripe.torch_internals import DispatchMode, is_composite, run_as_parts, write_positions
 
 Images = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example input: a tensor, or several as positional (tuple, list) or keyword (mapping) arguments."""
@@ -98,25 +98,20 @@ def op_name(func: Any) -> str:
     return str(func.overloadpacket.__name__).rstrip("_")
 
 
-def in_parts(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+def in_parts(mode: DispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Run a composite operation, which inference mode shows whole, as its parts under `mode`; else NotImplemented."""
-    if not _is_composite(func):
+    if not is_composite(func):
         return NotImplemented
     with mode:
-        return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-
-
-@cache
-def _is_composite(func: Any) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+        return run_as_parts(func, args, kwargs)
 
 
 # ---- recording ----
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Builds the graph while the network runs; keeps every tensor alive, since allocators re-use memory."""
 
     def __init__(self, model: nn.Module, example: list[Tensor], batches: tuple[int, ...]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.graph = Trace(batches)
         self._modules = dict(model.named_modules())
         self._values: dict[int, Value] = {}
@@ -160,10 +155,6 @@ class _Recorder(TorchDispatchMode):
         return [tensor, *(alias for alias in self._aliases[storage] if alias is not tensor)]
 
     # operations
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first call imports torch._dynamo: 200 MB and seconds, for networks that never meet it
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = in_parts(self, func, args, kwargs)
@@ -298,15 +289,9 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
-@cache
-def _write_positions(func: Any) -> tuple[tuple[int, str], ...]:
-    arguments = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
-
-
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors among the arguments that `func` writes."""
-    return list(_tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in _write_positions(func)]))
+    return list(_tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in write_positions(func)]))
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from stripe import plots
 from stripe.files import write_text
 from stripe.messages import Progress
+from stripe.plots.drawing import HEATMAP
 from stripe.recipe import SETTLED_DRIFT
 from stripe.report.content import (
     about,
@@ -77,7 +77,7 @@ def render(
         "tolerance": tolerance,
         "stripe_epoch": epoch,
         "gates": describe_gates(run, learned, epoch, tolerance=tolerance, progress=progress),
-        "colors": base64.b64encode(plots.HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
+        "colors": base64.b64encode(HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
         "validation": validation and judged(validation),
         "fold": fold and document(fold),
         "about": about(run, command),

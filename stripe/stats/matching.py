@@ -70,13 +70,13 @@ def pearson(a: Array, b: Array) -> float:
     return float(np.clip(ratio(a @ b, np.linalg.norm(a) * np.linalg.norm(b)), -1.0, 1.0))
 
 
-def permutation_test(learned: Array, observed: Array, *, permutations: int = PERMUTATIONS, seed: int = SEED) -> float:
-    """One-sided p-value of the correlation of two vectors (channels,) when channels are shuffled.
+def permutation_test(learned: Array, stripe: Array, *, permutations: int = PERMUTATIONS, seed: int = SEED) -> float:
+    """One-sided p-value of the correlation of two vectors (channels,) when the channels of one are shuffled.
 
     (count + 1) / (permutations + 1), where count shuffles correlate at least as well (Phipson, Smyth 2010);
     NaN when the correlation is.
     """
-    a, b = _centred(learned), _centred(observed)
+    a, b = _centred(learned), _centred(stripe)
     reach = np.linalg.norm(a) * np.linalg.norm(b)
     if not reach > 0:
         return math.nan

@@ -2,7 +2,7 @@
 
 Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint
 holds weights, optimizer state and metrics and nothing else has to be saved. Device and several processes are
-Accelerate's business. Of stripe it imports `checkpoints`, `resuming` and the ground floor alone.
+Accelerate's business.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,7 @@ from stripe.files import write_csv
 from stripe.messages import one_line
 from stripe.recipe import PRECISIONS, Recipe
 from stripe.resuming import CHECKPOINTS, METRICS, changes, read_resumable, require_same, sole_training
+from stripe.training.callbacks import Callback
 
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
 
@@ -64,53 +65,6 @@ class TrainingBatches(Batches, Protocol):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
         ...
-
-
-class Callback(Protocol):
-    """Something to do after each epoch, on every process."""
-
-    def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Look at the model after `epoch` epochs, in eval mode and full precision, before it is saved.
-
-        After a crash the epoch may be trained and reported again, with the same result.
-        """
-        ...
-
-
-class TensorBoard:
-    """A callback that writes the metrics as TensorBoard scalars by the names that metrics.csv gives them; use `with`.
-
-    Steps are epochs. What a run of earlier noted at the first epoch to come and after it is purged, so a resumed
-    training shows every epoch once.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        """Write into `directory`; ModuleNotFoundError without the extra `tensorboard`."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "TensorBoard's files need the package tensorboard: pip install 'stripe-observation[tensorboard]'"
-            ) from error
-        self._open = functools.partial(SummaryWriter, str(directory))
-        self._writer: Any = None
-
-    def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Write the epoch's finite metrics to the disk."""
-        self._writer = self._writer or self._open(purge_step=epoch)
-        for name, value in metrics.items():
-            if name != "epoch" and math.isfinite(value):
-                self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
-
-    def __enter__(self) -> Self:
-        """Return the callback."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the file, if there is one."""
-        if self._writer:
-            self._writer.close()
 
 
 @dataclass(frozen=True)

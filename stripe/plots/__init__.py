@@ -1,0 +1,21 @@
+"""Figures of stripes. Finished numbers in, Axes or Figure out: no statistic, no file, no global setting.
+
+The modules are named for what is drawn: `heatmaps` (image x channel), `channels` (one value a channel), `epochs` (one
+value a gate and epoch), `folds` (folded networks). seaborn draws what maps columns of a table to colours, marks and
+dashes: curves and scatter. It is loaded by the first figure that needs it, and is never left to estimate or resample
+anything.
+"""
+
+from stripe.plots.channels import learned_over_stripe, learned_scatter, std_grid, std_per_channel
+from stripe.plots.epochs import drift_over_epochs, strength_by_gate, strength_over_epochs, training_curves
+from stripe.plots.folds import fold_pareto
+from stripe.plots.heatmaps import before_after, heatmap_grid, stripe_heatmap
+
+__all__ = [
+    "before_after", "drift_over_epochs", "fold_pareto", "heatmap_grid", "learned_over_stripe", "learned_scatter",
+    "std_grid", "std_per_channel", "strength_by_gate", "strength_over_epochs", "stripe_heatmap", "training_curves",
+]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

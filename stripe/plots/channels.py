@@ -1,0 +1,130 @@
+"""One value a channel: standard deviations over images, and learned vectors beside observed stripes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from stripe.gate import name_of
+from stripe.plots.drawing import (
+    COLUMN_WIDTH,
+    LABEL_SIZE,
+    LEARNED,
+    LEGEND_ROOM,
+    OBSERVED,
+    PAGE_WIDTH,
+    TICK_SIZE,
+    Array,
+    dress,
+    gate_colors,
+    legend_below,
+    name_gates,
+    new_axes,
+    require_vectors,
+    sequence,
+    short_names,
+)
+
+
+def std_per_channel(std: Mapping[str, npt.ArrayLike], *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Draw standard deviations over images, {label: (C,)}, against the channel index."""
+    ax = new_axes(ax, height=2.0)
+    for (label, values), name, color in zip(std.items(), short_names(list(std)), sequence(len(std)), strict=True):
+        _draw_steps(ax, label, values, color=color, name=name)
+    dress(ax, "channel index", "std over images", title)
+    if len(std) > 1:
+        legend_below(ax)
+    return ax
+
+
+def std_grid(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = "") -> Figure:
+    """Draw {(gate, epoch): standard deviations over images (C,)}: a panel a gate, a line an epoch, one std axis."""
+    if not panels:
+        raise ValueError("panels is empty; expected {(gate, epoch): std (channels,)}")
+    named = {(name_of(gate), epoch): values for (gate, epoch), values in panels.items()}
+    gates, epochs = list(dict.fromkeys(gate for gate, _ in named)), sorted({epoch for _, epoch in named})
+    columns = min(3, len(gates))
+    rows = math.ceil(len(gates) / columns)
+    size = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH, 0.8 + 1.4 * rows
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    colors = dict(zip(epochs, sequence(len(epochs)), strict=True))
+    for (gate, epoch), values in named.items():
+        ax = axes.flat[gates.index(gate)]
+        _draw_steps(ax, f"panels[{(gate, epoch)}]", values, color=colors[epoch], name=f"epoch {epoch}")
+    for number, (ax, name) in enumerate(zip(axes.flat, short_names(gates), strict=False)):
+        dress(ax, "channel index", "" if number % columns else "std over images", name)
+    for ax in axes.flat[len(gates) :]:
+        ax.remove()
+    fig.suptitle(title, fontsize=LABEL_SIZE, wrap=True)
+    handles = [Line2D([], [], color=color, label=f"epoch {epoch}") for epoch, color in colors.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2 * columns, fontsize=TICK_SIZE, frameon=False)
+    return fig
+
+
+def learned_over_stripe(
+    learned: npt.ArrayLike,
+    mean: npt.ArrayLike,
+    std: npt.ArrayLike,
+    *,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Draw a learned vector (C,) over the observed stripe's mean (C,) +- std (C,), channels sorted."""
+    learned, mean, std = require_vectors(learned=learned, mean=mean, std=std)
+    ax = new_axes(ax, height=2.4)
+    order, rank = np.argsort(mean, kind="stable"), np.arange(mean.size)
+    learned, mean, std = learned[order], mean[order], std[order]
+    import seaborn as sns
+
+    sns.scatterplot(x=rank, y=learned, color=LEARNED, s=8, linewidth=0, zorder=3, label="learned vector", ax=ax)
+    sns.lineplot(x=rank, y=mean, estimator=None, color=OBSERVED, linewidth=1, label="observed stripe", ax=ax)
+    ax.fill_between(rank, mean - std, mean + std, color=OBSERVED, alpha=0.25, linewidth=0, label="\u00b1 1 std")
+    dress(ax, "channel, sorted by observed stripe", "attention", title)
+    legend_below(ax)
+    return ax
+
+
+def learned_scatter(
+    vectors: Mapping[Any, tuple[npt.ArrayLike, npt.ArrayLike]], *, ax: Axes | None = None, title: str = ""
+) -> Axes:
+    """Draw {gate: (learned vector (C,), observed stripe (C,))}, dark to light, with the line where both agree.
+
+    Gates are told apart, since those that differ in their mean correlate when pooled, whatever their channels do.
+    """
+    import seaborn as sns
+
+    beside = len(vectors) > LEGEND_ROOM  # the gates' names, not below
+    ax = new_axes(ax, height=COLUMN_WIDTH * 0.8 if beside else COLUMN_WIDTH + 0.4)
+    pairs = {
+        name_of(gate): require_vectors(**{f"learned of {name_of(gate)}": learned, f"stripe of {name_of(gate)}": mean})
+        for gate, (learned, mean) in vectors.items()
+    }
+    points = pd.concat(
+        [pd.DataFrame({"gate": gate, "x": mean, "y": learned}) for gate, (learned, mean) in pairs.items()]
+    )
+    colors = dict(zip(pairs, gate_colors(len(pairs)), strict=True))
+    sns.scatterplot(points, x="x", y="y", hue="gate", palette=colors, s=8, linewidth=0, alpha=0.8, legend=False, ax=ax)
+    limits = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
+    dress(ax, "observed stripe", "learned vector", title)
+    if len(pairs) > 1:
+        name_gates(ax, list(pairs))
+    ax.plot(limits, limits, color="0.5", linewidth=0.8, zorder=0)
+    ax.set(xlim=limits, ylim=limits, aspect="equal")
+    return ax
+
+
+def _draw_steps(ax: Axes, what: str, values: npt.ArrayLike, *, color: Array, name: str) -> None:
+    """Draw one value a channel, (C,), on an axis that holds 0: how small a std is shows only against it."""
+    (steps,) = require_vectors(**{what: values})
+    ax.stairs(steps, np.arange(steps.size + 1) - 0.5, baseline=None, color=color, linewidth=0.8, label=name)
+    ax.update_datalim([(0, 0)])
+    ax.margins(x=0)

@@ -1,0 +1,114 @@
+"""What the plots share: sizes and colours, the checks of vectors, names of gates, ticks and legends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import ColorType
+
+RESOLUTION = 200  # dots per inch that a heatmap counts on: larger matrices are averaged to the pixels there are
+COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.9  # inches: one column and both columns of a printed page
+LABEL_SIZE, TICK_SIZE = 8, 7  # points
+HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey: not finite
+OBSERVED, LEARNED = "#0173B2", "#D55E00"  # blue and vermilion of seaborn's colour-blind palette
+LEGEND_ROOM = 8  # more gates than this are named by a colour bar
+
+Array = npt.NDArray[np.floating]
+
+
+def new_axes(ax: Axes | None, *, height: float) -> Axes:
+    """Return `ax`, or the Axes of a new figure of one column's width."""
+    return ax or plt.subplots(figsize=(COLUMN_WIDTH, height), layout="constrained")[1]
+
+
+def require_vectors(**vectors: npt.ArrayLike) -> list[Array]:
+    """Return vectors as arrays; ValueError unless each is (C,) with the same C."""
+    arrays = [np.asarray(values, dtype=float) for values in vectors.values()]
+    if any(array.ndim != 1 or array.size != arrays[0].size for array in arrays):
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(vectors, arrays, strict=True))
+        raise ValueError(f"{shapes}; expected (channels,), the same for each")
+    return arrays
+
+
+def dress(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    """Label the axes and set the title, in the text sizes that all plots share."""
+    ax.set_xlabel(xlabel, fontsize=LABEL_SIZE)
+    ax.set_ylabel(ylabel, fontsize=LABEL_SIZE)
+    ax.set_title(title, fontsize=LABEL_SIZE, wrap=True)
+    ax.tick_params(which="both", labelsize=TICK_SIZE)
+    ax.yaxis.get_offset_text().set_fontsize(TICK_SIZE)
+
+
+def sequence(count: int) -> Array:
+    """Return `count` colours (count, 4) from dark to light, short of a yellow too pale for a line."""
+    return colormaps["viridis"](np.linspace(0, 0.85, count))
+
+
+def palette(count: int) -> list[tuple[float, float, float]]:
+    """Return `count` colours that every kind of colour vision tells apart; beyond ten they come again."""
+    import seaborn as sns
+
+    return list(sns.color_palette("colorblind", count))
+
+
+def gate_colors(count: int) -> list[ColorType]:
+    """Return a colour for each of `count` things in order: few have distinct colours, many go from dark to light."""
+    return [*palette(count)] if count <= LEGEND_ROOM else [*map(tuple, sequence(count))]
+
+
+def name_gates(ax: Axes, gates: Sequence[str]) -> None:
+    """Name `gates`, drawn in their colours in this order, by a legend or, where many, a colour bar."""
+    names = short_names(gates)
+    if len(gates) <= LEGEND_ROOM:
+        colors = gate_colors(len(gates))
+        legend_below(ax, [_mark(color, name) for color, name in zip(colors, names, strict=True)])
+        return
+    mappable = ScalarMappable(Normalize(0.5, len(gates) + 0.5), ListedColormap(sequence(len(gates))))
+    bar = ax.figure.colorbar(mappable, ax=ax, ticks=np.linspace(1, len(gates), 5).round())
+    dress(bar.ax, "", f"gate 1: {names[0]}\ngate {len(gates)}: {names[-1]}", "")
+
+
+def short_names(gates: Sequence[str]) -> list[str]:
+    """Leave out the last parts of the module paths where all gates share them."""
+    paths = [gate.split(".") for gate in gates]
+    ends = zip(*(path[:0:-1] for path in paths), strict=False)
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, ends))) if len(gates) > 1 else 0
+    return [".".join(path[: len(path) - shared]) for path in paths]
+
+
+def tick_integers(axis: Axis) -> None:
+    """Put a handful of ticks on whole numbers."""
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+
+
+def _mark(color: ColorType, label: str) -> Line2D:
+    return Line2D([], [], color=color, linewidth=0.8, marker="o", markersize=3, label=label)
+
+
+def legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
+    """Place the legend under the x label, where it hides no data, in as many columns as its names allow."""
+    handles = handles or ax.get_legend_handles_labels()[0]
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    ax.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        borderaxespad=4.2,
+        ncols=max(1, min(3, 45 // longest)),  # about 45 letters fit a column's width
+        columnspacing=1.2,
+        handlelength=1.2,
+        fontsize=TICK_SIZE,
+        frameon=False,
+    )

@@ -1,0 +1,97 @@
+"""The private names of torch that stripe needs, each wrapped here and nowhere else.
+
+A new release of torch may rename or remove any of them: `tests/test_torch_internals.py` then fails in the test that
+describes what the name is used for.
+"""
+
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "COMPILED", "BatchNorm", "Convolution", "DispatchMode", "at_most_graphs", "compiled_from", "compiler_is_loaded",
+    "is_composite", "is_in_place", "names_held", "run_as_parts", "tree_leaves", "tree_map", "uncompile",
+    "unset_parameters", "write_positions",
+]  # fmt: skip
+
+
+COMPILED = "_orig_mod"
+"""The attribute, and so the part of every path, under which torch.compile keeps what it wraps."""
+
+
+class DispatchMode(TorchDispatchMode):
+    """A context in which `__torch_dispatch__` sees every ATen operation, without loading torch's compiler."""
+
+    def __init__(self) -> None:
+        """Prepare the mode; `with` enters it."""
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first call imports torch._dynamo: 200 MB and seconds, for networks that never meet it
+
+
+@cache
+def is_composite(func: Any) -> bool:
+    """Whether an ATen overload is made of other operations, which inference mode does not show."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+def run_as_parts(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run a composite overload as the operations that it is made of."""
+    return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+@cache
+def write_positions(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return position and name of the arguments that an ATen overload writes."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def is_in_place(func: Any) -> bool:
+    """Whether an ATen overload writes any of its arguments."""
+    return bool(func._schema.is_mutable)
+
+
+def unset_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters that are None, such as the bias of a layer without one."""
+    return [name for name, parameter in module._parameters.items() if parameter is None]
+
+
+def names_held(module: nn.Module) -> list[str]:
+    """Return the names of a module's own submodules, parameters and buffers, those that are None among them."""
+    return [*module._modules, *module._parameters, *module._buffers]
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """Return what torch.compile wraps in `module`; None for a module that it did not make."""
+    inner = getattr(module, COMPILED, None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def uncompile(module: nn.Module) -> None:
+    """Undo `module.compile()`, which has no public way back."""
+    module._compiled_call_impl = None
+
+
+def compiler_is_loaded() -> bool:
+    """Whether torch's compiler was imported: nothing is compiled where it was not."""
+    return "torch._dynamo" in sys.modules
+
+
+def at_most_graphs(count: int) -> AbstractContextManager[Any]:
+    """Return a context in which torch.compile makes at most so many graphs of one function. Loads the compiler."""
+    from torch._dynamo import config  # takes seconds and 200 MB
+
+    patch: AbstractContextManager[Any] = config.patch(recompile_limit=count)
+    return patch

@@ -1,0 +1,58 @@
+"""What is done after each epoch of a training."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from torch import nn
+
+
+class Callback(Protocol):
+    """Something to do after each epoch, on every process."""
+
+    def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Look at the model after `epoch` epochs, in eval mode and full precision, before it is saved.
+
+        After a crash the epoch may be trained and reported again, with the same result.
+        """
+        ...
+
+
+class TensorBoard:
+    """A callback that writes the metrics as TensorBoard scalars by the names that metrics.csv gives them; use `with`.
+
+    Steps are epochs. What a run of earlier noted at the first epoch to come and after it is purged, so a resumed
+    training shows every epoch once.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Write into `directory`; ModuleNotFoundError without the extra `tensorboard`."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "TensorBoard's files need the package tensorboard: pip install 'stripe-observation[tensorboard]'"
+            ) from error
+        self._open = functools.partial(SummaryWriter, str(directory))
+        self._writer: Any = None
+
+    def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Write the epoch's finite metrics to the disk."""
+        self._writer = self._writer or self._open(purge_step=epoch)
+        for name, value in metrics.items():
+            if name != "epoch" and math.isfinite(value):
+                self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def __enter__(self) -> Self:
+        """Return the callback."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file, if there is one."""
+        if self._writer:
+            self._writer.close()
