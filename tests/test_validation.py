@@ -128,15 +128,29 @@ def test_each_gates_divergence_is_that_of_the_outputs_with_this_gate_alone_at_a_
 
 def test_merging_the_norms_of_the_frozen_network_changes_nothing_of_what_is_found(case, monkeypatch):
     model, run, loader = case
-    plain = validate(model, run, loader, steps=3)
-    monkeypatch.setattr(tasks, "WORTHWHILE", 1)
     merged = []
     monkeypatch.setattr(tasks, "fuse_norms", lambda *words: merged.append(1) or fuse_norms(*words))
     quick = validate(model, run, loader, steps=3)
     assert merged
+    monkeypatch.setattr(tasks, "_quicker", lambda model, *others: model)
+    plain = validate(model, run, loader, steps=3)
     pd.testing.assert_series_equal(quick.table["verdict"], plain.table["verdict"])
     np.testing.assert_allclose(quick.table["distance"], plain.table["distance"], rtol=1e-2)
     assert quick.accuracies == pytest.approx(plain.accuracies, abs=2)
+
+
+def test_bfloat16_is_used_where_it_is_asked_for_and_finds_the_same(case):
+    model, run, loader = case
+    seen = []
+    handle = model.layer1[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    exact, rounded = (validate(model, run, loader, steps=20, amp=amp) for amp in ("no", "bf16"))
+    handle.remove()
+    assert torch.bfloat16 in seen
+    pd.testing.assert_series_equal(rounded.table["verdict"], exact.table["verdict"])
+    np.testing.assert_allclose(rounded.table["distance"], exact.table["distance"], rtol=0.1)
+    assert not rounded.table["distance"].equals(exact.table["distance"])
+    for vector in rounded.learned.values():  # attention(psi) itself is computed in full precision
+        assert (vector != torch.from_numpy(vector).bfloat16().double().numpy()).any()
 
 
 def test_a_psi_that_leaves_the_stripe_which_it_began_at_is_told(case):
@@ -167,6 +181,8 @@ def test_json_holds_everything_but_the_samples(case):
 
 def test_wrong_requests_are_refused(case):
     model, run, loader = case
+    with pytest.raises(ValueError, match="amp 'fp16': expected no or bf16"):
+        validate(model, run, loader, amp="fp16")
     with pytest.raises(ValueError, match="unknown protocol 'equal'; expected one of same, both, separate"):
         validate(model, run, loader, protocol="equal")
     for words in ({"protocol": "separate"}, {"asr_model": model}):
