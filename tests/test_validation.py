@@ -259,20 +259,24 @@ def test_both_takes_the_merged_scale_of_the_norm_before_each_gate(both):
 
 
 @torch.no_grad()
-def test_a_change_of_weights_that_changes_no_output_changes_no_verdict(both):
-    """Each vector is made to be the stripe itself, and its norm divided by as much: the network stays the same."""
-    model, run, loader = both
+def with_stripes_as_vectors(model, observed, images):
+    """The same network in other weights: each vector is the stripe itself, and its norm divided by as much."""
     other = copy.deepcopy(model)
-    before = validate(model, run, loader, protocol="both")
-    for gate in run.gates:
-        layer, stripe = other.get_submodule(gate.name).bn3, torch.from_numpy(before.observed[gate.name].mean(0))
+    for gate, values in observed.items():
+        layer, stripe = other.get_submodule(gate).bn3, torch.from_numpy(values.mean(0))
         old = layer.learned_vector().clone()
         layer.attention_module.fc2.bias += torch.logit(stripe) - torch.logit(old)
         for parameter in (layer.bn.weight, layer.bn.bias):
             parameter *= old / layer.learned_vector()
         assert stats.pearson(layer.learned_vector().numpy(), stripe.numpy()) > 0.999
-    images = next(iter(loader))[0]
     torch.testing.assert_close(other(images), model(images), rtol=1e-3, atol=1e-3)
+    return other
+
+
+def test_a_change_of_weights_that_changes_no_output_changes_no_verdict(both):
+    model, run, loader = both
+    before = validate(model, run, loader, protocol="both")
+    other = with_stripes_as_vectors(model, before.observed, next(iter(loader))[0])
     after = validate(other, run, loader, protocol="both")
     pd.testing.assert_series_equal(after.table["verdict"], before.table["verdict"])
     np.testing.assert_allclose(after.table["distance"], before.table["distance"], rtol=1e-3)
@@ -355,6 +359,18 @@ def test_separate_finds_the_channels_of_a_shuffled_network(case, asr_case):
     assert row["p_adjusted"] < 0.05 < row["p_wasserstein"]
     assert (validation.table["map_r"][1:] < 0.99).all()
     assert "match" not in set(validation.table["verdict"][1:])
+
+
+def test_separate_gives_the_same_verdicts_in_weights_that_change_no_output(case, asr_case):
+    model, run, loader = case
+    observed = {gate.name: run.attention(gate, 5) for gate in run.gates}
+    other = with_stripes_as_vectors(asr_case[0], observed, next(iter(loader))[0])
+    before, after = (
+        validate(model, run, loader, protocol="separate", asr_model=network, steps=1).table
+        for network in (asr_case[0], other)
+    )
+    pd.testing.assert_series_equal(after["verdict"], before["verdict"])
+    np.testing.assert_allclose(after["distance"], before["distance"], rtol=0.01)
 
 
 def test_separate_compares_sorted_values_too_and_tests_the_deployed_network(case, asr_case):

@@ -2,7 +2,8 @@
 
 What is learned is compared in `asr.validation`. In the same network that is the gate's value itself. Elsewhere the
 network defines only the merged scale |gamma| v of the layer that ASR wraps, since gamma and v can be changed together
-without changing any output; and that up to one factor, common to all channels, which the layers around can take.
+without changing any output. How large that scale is as a whole says nothing about the stripe: gamma has no unit in
+common with a gate. So the two are compared up to one factor, common to all channels, and so are the random vectors.
 """
 
 from __future__ import annotations
