@@ -117,7 +117,7 @@ FORMS = [*deploy.FORMS, "fused, onnxruntime"]
 TRAINED = ["SE, reference", "SE, stripe", "ASR, reference", "ASR, stripe"]
 FOLDED = [f"{name}, {how}" for how in ("eager", "channels-last", "onnxruntime") for name in ("attention", "folded")]
 COLLECTED = ["forward", collect.CONTROL, "stripe", *collect.PEERS]
-READERS = ["checked read", "stripe", "stripe, rank", "stripe, rows", *stats.PEERS]
+READERS = ["checked read", "stripe", "stripe, rank", "stripe, rows", *stats.PEERS, "stripe, 3 times the samples"]
 SLOW = pytest.mark.slow
 MINIATURES = [
     pytest.param(
@@ -129,7 +129,7 @@ MINIATURES = [
         ["collect", *SMALL, "--samples", "7", "--batch", "4", "--squeeze"],
         ["forward", collect.CONTROL, "stripe, squeeze"],
     ),
-    ("stats", ["stats", "--epochs", "2", "--samples", "30", "--gates", "3"], ["read", *READERS]),
+    ("stats", ["stats", "--epochs", "2", "--samples", "30", "--times", "3", "--gates", "3"], ["read", *READERS]),
     ("train", ["train", *SMALL, "--dataset", "digits", "--batch", "8", "--samples", "16", "--workers", "0"], TRAINED),
     pytest.param("deploy", ["deploy", *SMALL, "--batch", "4"], FORMS, marks=SLOW),
     ("memory", ["memory", *SMALL, "--batch", "4"], ["plain", "plain, kept", "SE", "SE, kept"]),

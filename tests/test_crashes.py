@@ -70,10 +70,13 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def epochs_of(path: Path, run: Run) -> dict[int, list[bytes]]:
-    return {
-        each.epoch: [(path / run.manifest.folder(each.epoch) / part.name).read_bytes() for part in each.parts]
-        for each in run.manifest.epochs
-    }
+    """The files of every epoch: of each part its rows, and its moments where the manifest knows of them."""
+    about, found = run.manifest, {}
+    for each in about.epochs:
+        names = [f"{about.folder(each.epoch)}/{part.name}" for part in each.parts]
+        names += [about.moments_file(each.epoch, part.name) for part in each.parts if part.moments is not None]
+        found[each.epoch] = [(path / name).read_bytes() for name in names]
+    return found
 
 
 def assert_nothing_lost(path: Path, finished: set[int], undisturbed: dict[int, list[bytes]]) -> None:
@@ -188,6 +191,7 @@ def test_a_kill_while_repairing_is_made_good_by_repairing_again(victim, tmp_path
 def test_what_looks_for_losses_finds_them(tmp_path):
     record(tmp_path, 1, 2)
     undisturbed = epochs_of(tmp_path, open_run(tmp_path))
+    assert [len(files) for files in undisturbed.values()] == [2, 2]  # rows and their moments
     assert_nothing_lost(tmp_path, {1, 2}, undisturbed)
     for finished, expected in (({1, 2, 3}, undisturbed), ({1, 2}, undisturbed | {2: [b"other"]}), (set(), undisturbed)):
         with pytest.raises(AssertionError):

@@ -1,9 +1,10 @@
-"""Studies of the strength: its interval on simulated gates of known truth, and its change over a training."""
+"""Studies of the strength and of the verdicts: on simulated gates of known truth, and over a training."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from studies import coverage
+import torch
+from studies import coverage, verdicts
 from study import main
 
 import stripe
@@ -54,3 +55,31 @@ def test_the_change_of_runs_is_a_row_for_each_gate_and_measure(tmp_path, capsys)
     assert (found.loc["moments", "direction"] == "unsettled").mean() > 0.5  # random values at both epochs
     assert "falls" in capsys.readouterr().out
     assert main(["constancy", str(record(tmp_path / "one", 1)), "--out", str(tmp_path)]) == 2
+
+
+def test_psi_that_was_never_trained_hardly_ever_matches_and_psi_fitted_to_the_stripe_does():
+    """Both share the attention's bias with the stripe, as in a network: what they are near to by itself counts not."""
+    torch.manual_seed(0)
+    gates = list(verdicts.simulated(64, 6))
+    rates = {
+        kind: verdicts.rates([verdicts.judged(subjects, kind, seed) for seed, subjects in enumerate(gates)])
+        for kind in verdicts.PSIS
+    }
+    assert [rate["judged"] for rate in rates.values()] == [54, 54, 54]
+    assert rates["untrained"]["match"] <= 5
+    assert rates["untrained, wide"]["match"] <= 5
+    assert rates["untrained"]["no match"] > 50  # control: they are no stripes, and it is said
+    assert rates["fitted"]["told"] >= 90
+
+
+def test_verdicts_on_a_trained_network_are_a_row_for_each_kind_of_psi(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "CHANNELS", (16,))
+    torch.save(stripe.models.create_model("resnet", depth=11, module="senet").state_dict(), tmp_path / "se.pt")
+    words = ["--dataset", "digits", "--ckpt", str(tmp_path / "se.pt"), "--images", "40"]
+    words += ["--rounds", "1", "--draws", "2", "--fitted", "1", "--out", str(tmp_path)]
+    assert main(["verdicts", *words]) == 0
+    table = pd.read_csv(tmp_path / "verdicts.csv")
+    assert table["gates"].tolist() == ["simulated"] * 3 + ["se"] * 3
+    assert table["judged"].tolist() == [9, 9, 9, 6, 6, 3]
+    shares = [column for column in table if column.endswith(", %") and "told" not in column]
+    np.testing.assert_allclose(table[shares].sum(axis=1), 100, atol=0.3)

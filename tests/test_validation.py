@@ -157,15 +157,29 @@ def test_each_gates_divergence_is_that_of_the_outputs_with_this_gate_alone_at_a_
 
 def test_merging_the_norms_of_the_frozen_network_changes_nothing_of_what_is_found(case, monkeypatch):
     model, run, loader = case
-    plain = validate(model, run, loader, steps=3)
-    monkeypatch.setattr(tasks, "WORTHWHILE", 1)
     merged = []
     monkeypatch.setattr(tasks, "fuse_norms", lambda *words: merged.append(1) or fuse_norms(*words))
     quick = validate(model, run, loader, steps=3)
     assert merged
+    monkeypatch.setattr(tasks, "_quicker", lambda model, *others: model)
+    plain = validate(model, run, loader, steps=3)
     pd.testing.assert_series_equal(quick.table["verdict"], plain.table["verdict"])
     np.testing.assert_allclose(quick.table["distance"], plain.table["distance"], rtol=1e-2)
     assert quick.accuracies == pytest.approx(plain.accuracies, abs=2)
+
+
+def test_bfloat16_is_used_where_it_is_asked_for_and_finds_the_same(case):
+    model, run, loader = case
+    seen = []
+    handle = model.layer1[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    exact, rounded = (validate(model, run, loader, steps=20, amp=amp) for amp in ("no", "bf16"))
+    handle.remove()
+    assert torch.bfloat16 in seen
+    pd.testing.assert_series_equal(rounded.table["verdict"], exact.table["verdict"])
+    np.testing.assert_allclose(rounded.table["distance"], exact.table["distance"], rtol=0.1)
+    assert not rounded.table["distance"].equals(exact.table["distance"])
+    for vector in rounded.learned.values():  # attention(psi) itself is computed in full precision
+        assert (vector != torch.from_numpy(vector).bfloat16().double().numpy()).any()
 
 
 def test_a_psi_that_leaves_the_stripe_which_it_began_at_is_told(case):
@@ -196,6 +210,8 @@ def test_json_holds_everything_but_the_samples(case):
 
 def test_wrong_requests_are_refused(case):
     model, run, loader = case
+    with pytest.raises(ValueError, match="amp 'fp16': expected no or bf16"):
+        validate(model, run, loader, amp="fp16")
     with pytest.raises(ValueError, match="unknown protocol 'equal'; expected one of same, both, separate"):
         validate(model, run, loader, protocol="equal")
     for words in ({"protocol": "separate"}, {"asr_model": model}):
@@ -274,20 +290,24 @@ def test_both_takes_the_merged_scale_of_the_norm_before_each_gate(both):
 
 
 @torch.no_grad()
-def test_a_change_of_weights_that_changes_no_output_changes_no_verdict(both):
-    """Each vector is made to be the stripe itself, and its norm divided by as much: the network stays the same."""
-    model, run, loader = both
+def with_stripes_as_vectors(model, observed, images):
+    """The same network in other weights: each vector is the stripe itself, and its norm divided by as much."""
     other = copy.deepcopy(model)
-    before = validate(model, run, loader, protocol="both")
-    for gate in run.gates:
-        layer, stripe = other.get_submodule(gate.name).bn3, torch.from_numpy(before.observed[gate.name].mean(0))
+    for gate, values in observed.items():
+        layer, stripe = other.get_submodule(gate).bn3, torch.from_numpy(values.mean(0))
         old = layer.learned_vector().clone()
         layer.attention_module.fc2.bias += torch.logit(stripe) - torch.logit(old)
         for parameter in (layer.bn.weight, layer.bn.bias):
             parameter *= old / layer.learned_vector()
         assert stats.pearson(layer.learned_vector().numpy(), stripe.numpy()) > 0.999
-    images = next(iter(loader))[0]
     torch.testing.assert_close(other(images), model(images), rtol=1e-3, atol=1e-3)
+    return other
+
+
+def test_a_change_of_weights_that_changes_no_output_changes_no_verdict(both):
+    model, run, loader = both
+    before = validate(model, run, loader, protocol="both")
+    other = with_stripes_as_vectors(model, before.observed, next(iter(loader))[0])
     after = validate(other, run, loader, protocol="both")
     pd.testing.assert_series_equal(after.table["verdict"], before.table["verdict"])
     np.testing.assert_allclose(after.table["distance"], before.table["distance"], rtol=1e-3)
@@ -370,6 +390,18 @@ def test_separate_finds_the_channels_of_a_shuffled_network(case, asr_case):
     assert row["p_adjusted"] < 0.05 < row["p_wasserstein"]
     assert (validation.table["map_r"][1:] < 0.99).all()
     assert "match" not in set(validation.table["verdict"][1:])
+
+
+def test_separate_gives_the_same_verdicts_in_weights_that_change_no_output(case, asr_case):
+    model, run, loader = case
+    observed = {gate.name: run.attention(gate, 5) for gate in run.gates}
+    other = with_stripes_as_vectors(asr_case[0], observed, next(iter(loader))[0])
+    before, after = (
+        validate(model, run, loader, protocol="separate", asr_model=network, steps=1).table
+        for network in (asr_case[0], other)
+    )
+    pd.testing.assert_series_equal(after["verdict"], before["verdict"])
+    np.testing.assert_allclose(after["distance"], before["distance"], rtol=0.01)
 
 
 def test_separate_compares_sorted_values_too_and_tests_the_deployed_network(case, asr_case):

@@ -12,6 +12,7 @@ from stripe.store import RunWriter
 
 WIDTHS = (64, 128, 256)  # of a bottleneck ResNet's three stages
 AT_ONCE = 500  # samples appended together
+DISTINCT = 8  # batches before their noise comes again: far enough apart that compression does not see it
 
 
 def gate_channels(gates: int) -> list[int]:
@@ -36,9 +37,10 @@ def write_run(path: Path, epochs: int, samples: int, channels: list[int]) -> lis
 def _batches(epoch: int, samples: int, channels: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     rng = np.random.default_rng(epoch)
     stripe = 0.2 + 0.6 * rng.random(channels, np.float32)
-    for start in range(0, samples, AT_ONCE):
+    noise = [np.float32(0.05) * rng.standard_normal((AT_ONCE, channels), np.float32) for _ in range(DISTINCT)]
+    for number, start in enumerate(range(0, samples, AT_ONCE)):
         ids = np.arange(start, min(start + AT_ONCE, samples))
-        yield ids, stripe + np.float32(0.05) * rng.standard_normal((len(ids), channels), np.float32)
+        yield ids, stripe + noise[number % DISTINCT][: len(ids)]
 
 
 def add_run(parser: argparse.ArgumentParser, *, gates: int) -> None:

@@ -1,8 +1,8 @@
 """Time the table of a run's statistics, with and without the rank, beside reads, DuckDB, Polars and pandas.
 
 The table comes from the moments that a recording keeps beside its rows. "stripe, rows" measures the rows anew, as of
-a run without them, which is what the peers do. The bare read checks nothing; the other one, like stripe's, the
-checksum of every page.
+a run without them, which is what the peers do. "stripe, N times the samples" is of a longer run, and compared with
+"stripe". The bare read checks nothing; the other one, like stripe's, the checksum of every page.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sizes."""
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of the run")
     parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="of every epoch")
+    parser.add_argument("--times", type=int, default=10, metavar="N", help="as many samples in the longer run")
     add_run(parser, gates=54)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all cases")
 
@@ -41,13 +42,15 @@ def run(arguments: argparse.Namespace) -> Result:
     """Take every statistic from the same files."""
     channels = gate_channels(arguments.gates)
     with tempfile.TemporaryDirectory() as folder:
-        kept, rows_alone = Path(folder, "kept"), Path(folder, "rows")
+        kept, rows_alone, longer = (Path(folder, name) for name in ("kept", "rows", "longer"))
         files = write_run(kept, arguments.epochs, arguments.samples, channels)
         shutil.copytree(kept, rows_alone, ignore=shutil.ignore_patterns(".moments"), copy_function=os.link)
+        write_run(longer, arguments.epochs, arguments.times * arguments.samples, channels)
         columns = [f"attention:gate{number}" for number in range(len(channels))]
         cases: dict[str, Prepare] = {"read": partial(_prepare, _read, files, columns, False)}
         cases["checked read"] = partial(_prepare, _read, files, columns, True)
         cases["stripe"] = partial(_prepare, _summarize, kept, False)
+        cases[more := f"stripe, {arguments.times} times the samples"] = partial(_prepare, _summarize, longer, False)
         cases["stripe, rank"] = partial(_prepare, _summarize, kept, True)
         cases["stripe, rows"] = partial(_prepare, _stripe, rows_alone)
         cases |= {
@@ -55,7 +58,8 @@ def run(arguments: argparse.Namespace) -> Result:
         }
         timings = measure(cases, arguments.rounds)
         means, variances = _stripe(kept)
-    rows = report(timings, "read")
+    rows = report({name: timing for name, timing in timings.items() if name != more}, "read")
+    rows += report({name: timings[name] for name in ("stripe", more)}, "stripe")[1:]
     error = 0.0
     for name in ["stripe, rows", *(PEERS.keys() & timings.keys())]:
         other_means, other_variances = timings[name].returned

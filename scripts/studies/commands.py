@@ -6,13 +6,15 @@ from pathlib import Path
 import pandas as pd
 
 import stripe
-from stripe.stats import summarize
+from stripe.stats import benjamini_hochberg, summarize
 from studies.table import headed, read
 
 EXAMPLE = "cifar10-se-resnet20"
-MATCH = {"gate": "gate", "r": "r:.2f", "r of the untrained psi": "r_untrained:.2f", "r of the best psi": "r_best:.2f"}
-MATCH |= {"RMSE": "rmse:.3f", "of the untrained psi": "rmse_untrained:.3f", "verdict": "verdict"}
-PREDICTORS = {"predictor": "predictor", "rho": "rho:.2f", "p": "p:.2f", "gates": "gates"}
+MATCH = {"gate": "gate", "distance": "distance:.2g", "images": "limit:.2g", "random": "random:.2g"}
+MATCH |= {"best": "distance_best:.2g", "p": "p_adjusted:.3f", "KL learned": "kl_learned:.2g"}
+MATCH |= {"KL stripe": "kl_stripe:.2g", "KL removed": "kl_removed:.2g", "verdict": "verdict"}
+PREDICTORS = {"predictor": "predictor", "rho": "rho:.2f", "p": "p:.2f", "adjusted p": "p_adjusted:.2f"}
+PREDICTORS |= {"gates": "gates"}
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
@@ -21,7 +23,10 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     if (folder / "variants.csv").exists():
         found["accuracy.csv"] = folded(read(folder / "variants.csv"))
     if (folder / "predictors.csv").exists():
-        found["damage.csv"] = headed(read(folder / "predictors.csv"), PREDICTORS)
+        predictors = read(folder / "predictors.csv")
+        found["damage.csv"] = headed(
+            predictors.assign(p_adjusted=benjamini_hochberg(predictors["p"].to_numpy())), PREDICTORS
+        )
     if folder.name == EXAMPLE:
         found["strength-by-epoch.csv"] = example()
         found["match.csv"] = match(Path(stripe.load_example(EXAMPLE).path, "validation.json"))
@@ -29,7 +34,10 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def match(path: Path) -> pd.DataFrame:
-    """Return the learned vectors beside the stripes, gate by gate, and accuracies below, from a validation.json."""
+    """Return the verdicts and what they follow from, gate by gate, and accuracies below, from a validation.json.
+
+    The columns are those of `Validation.summary`, whose legend explains them.
+    """
     content = json.loads(path.read_text())
     gates = headed(pd.DataFrame(content["gates"]), MATCH)
     rows = [{"gate": f"accuracy, {name}", "verdict": f"{value:.2f} %"} for name, value in content["accuracies"].items()]

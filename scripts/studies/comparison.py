@@ -224,17 +224,24 @@ def _differences(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def strengths(stripes: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each recorded network: strength over its gates at the first and the last epoch."""
+    """Return a row for each recorded network: strength and std over its gates at the first and the last epoch."""
     rows = []
     for (setting, module, form, seed), part in stripes.groupby(["setting", "module", "form", "seed"], sort=False):
-        by_gate = part.pivot(index="gate", columns="epoch", values="strength")
-        first, last = by_gate.iloc[:, 0], by_gate.iloc[:, -1]
+        first, last = (
+            part[part["epoch"] == epoch].set_index("gate") for epoch in (min(part["epoch"]), max(part["epoch"]))
+        )
         row = {"setting": setting, "network": label(str(form), str(module)), "seed": str(seed)}
-        for name, epoch in (("first epoch", first), ("last epoch", last)):
-            row |= {f"{name}: mean": f"{epoch.mean():.2f}", f"{name}: least gate": f"{epoch.min():.2f}"}
-            row[f"{name}: greatest gate"] = f"{epoch.max():.2f}"
-        rows.append(row | {"gates that fell": f"{(last < first).sum()} of {len(by_gate)}"})
+        for name, gates in (("first epoch", first["strength"]), ("last epoch", last["strength"])):
+            row |= {f"{name}: mean": f"{gates.mean():.2f}", f"{name}: least gate": f"{gates.min():.2f}"}
+            row[f"{name}: greatest gate"] = f"{gates.max():.2f}"
+        row["gates that fell"] = _fell(first["strength"], last["strength"])
+        row |= {"std at the first": f"{first['std'].mean():.4f}", "at the last": f"{last['std'].mean():.4f}"}
+        rows.append(row | {"gates whose std fell": _fell(first["std"], last["std"])})
     return pd.DataFrame(rows)
+
+
+def _fell(first: "pd.Series[float]", last: "pd.Series[float]") -> str:
+    return f"{(last < first).sum()} of {len(first)}"
 
 
 def _pairs(rows: pd.DataFrame) -> list[str]:

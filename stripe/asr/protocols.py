@@ -2,7 +2,8 @@
 
 What is learned is compared in `asr.validation`. In the same network that is the gate's value itself. Elsewhere the
 network defines only the merged scale |gamma| v of the layer that ASR wraps, since gamma and v can be changed together
-without changing any output; and that up to one factor, common to all channels, which the layers around can take.
+without changing any output. How large that scale is as a whole says nothing about the stripe: gamma has no unit in
+common with a gate. So the two are compared up to one factor, common to all channels, and so are the random vectors.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from stripe.gate import Gate
 from stripe.gates import isolate, read_gates, replace_gates
 from stripe.gates.hooks import modules_by_path
 from stripe.stats.verdicts import aligned, energy_distance, shuffled_misalignments
+from stripe.training import logits_of
 
 PSI_RATE = 0.05  # Adam's learning rate for psi
 ATTENTION_RATE = 1e-3  # and for the attention's weights, where they are trained too
@@ -60,8 +62,10 @@ def _train(task: Task, network: nn.Module, psis: Mapping[str, Psi]) -> None:
     groups = {"params": [psi.vector for psi in psis.values()], "lr": PSI_RATE}
     optimizer = torch.optim.Adam([groups, {"params": weights, "lr": ATTENTION_RATE}])
     for images, labels in task.batches():
-        with replace_gates(network, task.gates, {name: psi.learned_vector() for name, psi in psis.items()}):
-            loss = F.cross_entropy(network(images), labels)
+        vectors = {name: psi.learned_vector() for name, psi in psis.items()}
+        with replace_gates(network, task.gates, vectors), task.precision:
+            logits = logits_of(network(images))
+        loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

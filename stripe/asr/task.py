@@ -26,13 +26,12 @@ from stripe.gates import find_gates, read_gates, replace_gates
 from stripe.gates.hooks import uncompiled
 from stripe.messages import Progress
 from stripe.recipe import PSI_INIT
-from stripe.training import Batches, evaluate
+from stripe.training import Batches, evaluate, logits_of
 
 Array = npt.NDArray[np.floating[Any]]
 Data = Batches
 Vectors = dict[str, Array]  # by gate, (channels,)
 IMAGES = 512  # images that show what a gate scales
-WORTHWHILE = 50  # steps for which merging the norms, which takes as long as a few of them, saves time
 TOLERANCE = 1e-3  # of the outputs of the network with merged norms
 OUTPUT_IMAGES = 128  # images on which the outputs are compared, three forwards a gate
 
@@ -76,6 +75,7 @@ class Task:
     loader: Data
     steps: int
     train_attention: bool
+    amp: str
     progress: Progress
 
     @classmethod
@@ -87,14 +87,13 @@ class Task:
         gates: Sequence[Gate],
         stripes: Vectors,
         test_loader: Data,
-        steps: int,
         quicken: bool,
         **options: object,
     ) -> Task:
         """Copy the networks, take a run's `gates` as the network can be read by them, and measure what they scale.
 
         Gates of older runs do not say where they are applied; the ones of their names are found again. With `quicken`
-        the network's norms are merged where the steps are many enough to pay for it.
+        the network's norms are merged, for speed, once what the gates scale is measured.
 
         Raises:
             ValueError: the network has no gate of a name and number of channels.
@@ -104,10 +103,10 @@ class Task:
         images = _first_images(test_loader, IMAGES).to(device_of(model))
         gates = _readable(model, gates, images[:2])
         uses, squeezes = _measured(model, gates, images)
-        if quicken and steps >= WORTHWHILE:
+        if quicken:
             asr_model = model = _quicker(model, gates, stripes, images[:2])
         known = {"gates": gates, "stripes": stripes, "uses": uses, "squeezes": squeezes, "images": images}
-        return cls(model=model, asr_model=asr_model, steps=steps, **known, **options)  # type: ignore[arg-type]
+        return cls(model=model, asr_model=asr_model, **known, **options)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +117,11 @@ class Task:
     def probe(self) -> Tensor:
         """The first two images, on the network's device."""
         return self.images[:2]
+
+    @property
+    def precision(self) -> torch.autocast:
+        """The context that forwards of training and of the accuracies run in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16")
 
     def start(self, gate: Gate) -> Tensor:
         """Return the psi (C,) that training begins with."""
@@ -136,11 +140,12 @@ class Task:
         found = {}
         for name, vectors in constants.items():
             values = {gate: torch.from_numpy(vector) for gate, vector in vectors.items()}
-            with replace_gates(self.model, self.gates, values):
+            with self.precision, replace_gates(self.model, self.gates, values):
                 found[name] = evaluate(self.model, data).accuracy
         if self.asr_model is not self.model:
             for name, network in (("asr", self.asr_model), ("asr deployed", _deployed(self.asr_model))):
-                found[name] = evaluate(network, data).accuracy
+                with self.precision:
+                    found[name] = evaluate(network, data).accuracy
         return found
 
     @torch.inference_mode()
@@ -151,12 +156,12 @@ class Task:
         the network's own, in nats, averaged over OUTPUT_IMAGES images.
         """
         images = self.images[:OUTPUT_IMAGES]
-        own = self.model(images).double().log_softmax(1)
+        own = logits_of(self.model(images)).double().log_softmax(1)
         found: dict[str, dict[str, float]] = {gate: {} for gate in learned}
         for name, vectors in (("learned", learned), ("stripe", self.stripes), ("removed", self._removed)):
             for gate, columns in found.items():
                 with replace_gates(self.model, self.gates, {gate: torch.from_numpy(vectors[gate])}):
-                    outputs = self.model(images).double().log_softmax(1)
+                    outputs = logits_of(self.model(images)).double().log_softmax(1)
                 divergence = F.kl_div(outputs, own, reduction="batchmean", log_target=True)
                 columns[f"kl_{name}"] = max(divergence.item(), 0.0)
         return found

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from stripe.cli import options
 from stripe.files import write_csv
-from stripe.recipe import PSI_STEPS
+from stripe.recipe import PSI_STEPS, Recipe
 
 if TYPE_CHECKING:
     from stripe.asr.validation import Validation
@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--asr-ckpt", metavar="PATH", help="for separate: the network trained with ASR alone")
     parser.add_argument("--train-attention", action="store_true", help="for same: train the attention with psi")
+    parser.add_argument(
+        "--amp", choices=("no", "bf16"), default=Recipe.amp, help="precision of training psi and of the accuracies"
+    )
     parser.add_argument("--epoch", type=int, metavar="E", help="of the run (default: the checkpoint's, else the last)")
     parser.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="seed of the images' order")
     parser.add_argument(
@@ -79,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         train_attention=arguments.train_attention,
         test_loader=Loader(test, arguments.batch, workers=arguments.workers, device=device),
         epoch=epoch,
+        amp=arguments.amp,
         progress=options.progress("steps"),
     )
     print_validation(validation)
