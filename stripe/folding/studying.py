@@ -188,8 +188,11 @@ def study(
     asked: Any = {"kind": kind, "normalisers": normalisers, "progress": progress}
     forecasts = foretell(model, gates, energy, images, calibration, **asked)
     foretold = {gate: each.divergence for gate, each in forecasts.items()}
-    learn = partial(learn_constants, model, steps=learning_steps, **asked)
-    constants = _Constants(gates, uses, forecasts, means, lambda some: learn(some, uses, images, calibration))
+
+    def learn(some: Sequence[Gate]) -> Constants:
+        return learn_constants(model, some, uses, images, calibration, steps=learning_steps, **asked)
+
+    constants = _Constants(gates, uses, forecasts, means, learn)
     damages, names = _order(order, model, gates, uses, foretold, judges["validation"].negative, progress)
     allowed = None if keep is not None else max_drop
     trials = _Trials(model, images, names, constants, judges, measure, allowed, callback, normalisers)

@@ -1,12 +1,17 @@
-"""Gradients in an ONNX graph, by operator: each against differences of what onnxruntime gives out."""
+"""Learned constants of ONNX files: gradients by operator against differences, and learning against torch's."""
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
+import stripe
+from stripe import folding, graphs
 from stripe.graphs.gradients import RULES, Backward
+from tests.test_graphs import Block, C, Graph, images, squeeze_by_convolution, trained_like
 
 RNG = np.random.default_rng(0)
 MAP = (2, 4, 6, 8)
@@ -152,10 +157,78 @@ def test_every_rule_is_tried():
     assert {case[0] for case in EACH} == RULES.keys()
 
 
-def test_an_operator_without_a_rule_is_named():
-    case = node("CumSum")
-    graph = helper.make_graph([helper.make_node("CumSum", ["x", "axis"], ["y"])], "g", [], [], [])
-    back = Backward(graph, 17, {}, {}.__getitem__, np.dtype("f"), ["x"])
+def test_an_operator_without_a_rule_is_named(tmp_path):
+    g = Graph()
+    x = g.conv("x", C, 3, into=3)
+    gated = g.add("Mul", x, squeeze_by_convolution(g, x), output="gated")
+    onnx.save(g.model(g.add("CumSum", gated, g.weight(np.array(1)))), tmp_path / "n.onnx")
     with pytest.raises(ValueError, match="cannot be learned through CumSum"):
-        back.gradients({"y": "seed"})
-    assert case[0] not in RULES
+        learned(tmp_path / "n.onnx", images(4), 1)
+
+
+def learned(path, x, steps):
+    gates = graphs.find_gates(path, x)
+    return graphs.learn_constants(path, gates, graphs.measure_gates(path, gates, x), x, steps=steps)
+
+
+# ---- learning ----
+HEADS = {
+    "values": [],
+    "scores": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)],
+    "probabilities": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5), nn.Softmax(1)],
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_file_learns_the_constants_that_its_module_learns(tmp_path, head):
+    blocks = [Block(8, nn.Sigmoid, True), Block(8, nn.Hardsigmoid, False)]
+    network = trained_like(nn.Sequential(nn.Conv2d(3, 8, 3), *blocks, *HEADS[head]))
+    x = images(40)
+    images_ = torch.from_numpy(x)
+    folding.save_onnx(network, images_[:3], tmp_path / "n.onnx")
+    own = stripe.find_gates(network, images_[:3])
+    loader = [(images_[:32],), (images_[32:],)]
+    uses = folding.measure_gates(network, own, loader)
+    wanted = folding.learn_constants(network, own, uses, images_[:3], loader, steps=5)
+    found = learned(tmp_path / "n.onnx", x, 5)
+    for a, b, use in zip(wanted.values(), found.values(), uses.values(), strict=True):
+        unit = np.abs(a - np.stack([use.constant("energy"), 0 * use.energy])).max(1, keepdims=True)
+        assert unit.min() > 1e-3  # both scale and shift moved
+        np.testing.assert_allclose(b / unit, a / unit, atol=0.02)
+
+
+def test_learned_constants_fold_exactly_and_nearer_than_energy_on_samples_that_they_have_not_seen(tmp_path):
+    g = Graph()
+    x = g.add("HardSwish", g.norm(g.conv("x", C, 3, into=3, bias=False)))
+    x = g.conv(g.add("Mul", x, squeeze_by_convolution(g, x), output="first"), C)
+    x = g.add("Relu", g.add("Add", x, g.add("Mul", x, squeeze_by_convolution(g, x), output="second")))
+    onnx.save(g.model(g.add("Softmax", g.add("Flatten", g.add("GlobalAveragePool", x)))), tmp_path / "n.onnx")
+    loud = np.random.default_rng(0).uniform(0.2, 4, (200, 1, 1, 1)).astype("f")
+    x, new = images(200) * loud, images(100, seed=1) * loud[:100]
+    constants = learned(tmp_path / "n.onnx", x, 60)
+    report = graphs.fold(tmp_path / "n.onnx", constants, tmp_path / "learned.onnx", new)
+    assert set(report.table["direction"]) == {"back", "forward"}
+    assert report.error < 1e-5
+    uses = graphs.measure_gates(tmp_path / "n.onnx", graphs.find_gates(tmp_path / "n.onnx", x), x)
+    energy = {name: use.constant("energy") for name, use in uses.items()}
+    graphs.fold(tmp_path / "n.onnx", energy, tmp_path / "energy.onnx", new)
+    near, far = (graphs.cost(tmp_path / "n.onnx", tmp_path / f"{name}.onnx", new) for name in ("learned", "energy"))
+    assert near.divergence < 0.8 * far.divergence
+
+
+def test_what_cannot_be_learned_from_is_refused(tmp_path):
+    g = Graph(opset=10)
+    x = g.conv("x", C, 3, into=3)
+    onnx.save(g.model(g.add("Mul", x, squeeze_by_convolution(g, x), output="gated")), tmp_path / "n.onnx")
+    with pytest.raises(ValueError, match="has opset 10; constants can be learned from opset 11 on"):
+        learned(tmp_path / "n.onnx", images(4), 1)
+    half = onnx.load(tmp_path / "n.onnx")
+    half.opset_import[0].version = 17
+    first = half.graph.initializer[0]
+    half.graph.node.insert(0, helper.make_node("Cast", ["half"], [first.name], to=TensorProto.FLOAT))
+    halved = numpy_helper.from_array(numpy_helper.to_array(first).astype(np.float16), "half")
+    half.graph.initializer.remove(first)
+    half.graph.initializer.append(halved)
+    onnx.save(half, tmp_path / "half.onnx")
+    with pytest.raises(ValueError, match="not in float32"):
+        learned(tmp_path / "half.onnx", images(4), 1)
