@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stripe.graphs import Batch, GraphFile
 
 ENDING = ".onnx"
+WEIGHTINGS = ("mean", "energy", "learned")  # constants of a file
 HELD_OUT = 5  # every so many-th sample is not measured on, but compared on
 
 Choose = Callable[[argparse.Namespace, str, "Sequence[Candidate]"], "list[Gate]"]
@@ -102,12 +103,17 @@ def fold(arguments: argparse.Namespace) -> int:
     if not gates:
         raise ValueError(f"{arguments.ckpt} has no gate: see `stripe collect --ckpt {arguments.ckpt} --explain`")
     uses = graphs.measure_gates(file, gates, measured, progress=options.progress("gates"))
+    errors = {name: use.error(use.constant("energy")) for name, use in uses.items()}
+    names = sorted(errors, key=errors.__getitem__)[: len(errors) - (arguments.keep or 0)]
+    if not names:
+        raise ValueError(f"--keep {arguments.keep} leaves no gate to fold: there are {len(errors)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    folded = [gate for gate in gates if gate.name in names]
     rows, tables = [], []
-    for weighting, constants in _choices(arguments, uses).items():
-        row, table = _fold_by(arguments, file, uses, weighting, constants)
+    for weighting, constants in _choices(arguments, file, folded, uses, measured):
+        row, table = _fold_by(arguments, file, weighting, constants)
         rows.append(row)
-        tables.append(table)
+        tables.append(table.assign(energy_error=table["gate"].map(errors)))
     costs, table = pd.DataFrame(rows), pd.concat(tables, ignore_index=True)
     for name, each in (("cost", costs), ("gates", table.drop(columns="into"))):
         print(f"\n{name}\n{each.to_string(index=False, float_format='{:.4g}'.format)}")
@@ -119,49 +125,59 @@ def fold(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _choices(arguments: argparse.Namespace, uses: Mapping[str, GateUse]) -> dict[str, dict[str, Any]]:
-    """Return the constants to compare, by weighting: unless some were asked for, all that need no gradients.
+def _choices(
+    arguments: argparse.Namespace,
+    file: GraphFile,
+    gates: Sequence[Gate],
+    uses: Mapping[str, GateUse],
+    measured: Iterable[Batch],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the constants to compare, by weighting, for gates that are folded together.
 
-    Means are a run's where one was given.
+    Means are a run's where one was given. Unless learned ones were asked for by name, a network that they cannot be
+    learned from goes without them.
     """
-    from stripe.folding import AVERAGES, mean_constants
+    from stripe import graphs
+    from stripe.folding import mean_constants
     from stripe.store import open_run
 
-    kinds = AVERAGES if set(arguments.weightings) == set(CONSTANTS) else arguments.weightings
-    choices = {kind: {name: use.constant(kind) for name, use in uses.items()} for kind in kinds}
-    if arguments.run_path:
-        choices["mean"] = dict(mean_constants(open_run(arguments.run_path)))
-    return choices
+    asked = set(arguments.weightings) != set(CONSTANTS)
+    for kind in arguments.weightings if asked else WEIGHTINGS:
+        if kind == "mean" and arguments.run_path:
+            means = mean_constants(open_run(arguments.run_path))
+            if lacking := {gate.name for gate in gates} - means.keys():
+                raise ValueError(f"the run holds no gate {', '.join(sorted(lacking))}: record one of this file")
+            yield kind, {gate.name: means[gate.name] for gate in gates}
+        elif kind == "learned":
+            how: Any = {"steps": arguments.learning_steps, "progress": options.progress("learning")}
+            try:
+                learned = graphs.learn_constants(file, gates, uses, measured, **how)
+            except ValueError as error:
+                if asked:
+                    raise
+                print(f"no learned constants: {error}")
+            else:
+                yield kind, learned
+        else:
+            yield kind, {gate.name: uses[gate.name].constant(kind) for gate in gates}
 
 
 def _fold_by(
-    arguments: argparse.Namespace,
-    file: GraphFile,
-    uses: Mapping[str, GateUse],
-    weighting: str,
-    constants: Mapping[str, Any],
+    arguments: argparse.Namespace, file: GraphFile, weighting: str, constants: Mapping[str, Any]
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Write the file folded by a weighting; return what it costs, and what became of each gate."""
     from stripe import graphs
 
-    if lacking := uses.keys() - constants.keys():
-        raise ValueError(f"the run holds no gate {', '.join(sorted(lacking))}: record one of this file")
-    errors = {name: use.error(constants[name]) for name, use in uses.items()}
-    folded = sorted(errors, key=errors.__getitem__)[: len(errors) - (arguments.keep or 0)]
-    if not folded:
-        raise ValueError(f"--keep {arguments.keep} leaves no gate to fold: there are {len(errors)}")
     path, compared = arguments.out / f"folded-{weighting}{ENDING}", _Part(arguments, file, held_out=True)
-    report = graphs.fold(file, {name: constants[name] for name in folded}, path, compared)
+    report = graphs.fold(file, constants, path, compared)
     merged = int((report.table["direction"] != "kept").sum())
-    row = {"weighting": weighting, "folded": len(folded), "merged": merged, **asdict(graphs.cost(file, path, compared))}
-    energies = report.table["gate"].map(errors)
-    return row | {"exactness": report.error, "file": path.name}, report.table.assign(
-        weighting=weighting, energy_error=energies
-    )
+    row = {"weighting": weighting, "folded": len(constants), "merged": merged}
+    row |= asdict(graphs.cost(file, path, compared)) | {"exactness": report.error, "file": path.name}
+    return row, report.table.assign(weighting=weighting)
 
 
 def _require_known(arguments: argparse.Namespace) -> None:
-    """Refuse what asks for training, or for more than one number of folded gates."""
+    """Refuse what asks for the training of weights, for other constants, or for several numbers of folded gates."""
     asked = {
         "--max-drop": arguments.max_drop is not None,
         "--distill-steps": arguments.distill_steps,
@@ -170,6 +186,9 @@ def _require_known(arguments: argparse.Namespace) -> None:
         "--order": arguments.order != "single",
         "--outputs": arguments.outputs,
     }
+    unknown = set(arguments.weightings) - {*WEIGHTINGS} if set(arguments.weightings) != set(CONSTANTS) else set()
+    if unknown:
+        raise ValueError(f"--weightings {min(unknown)}: an ONNX file is folded by some of {', '.join(WEIGHTINGS)}")
     if given := [name for name, value in asked.items() if value]:
         raise ValueError(f"{', '.join(given)}: not for ONNX files; fold the network as a module, or leave it out")
     if arguments.keep is not None and arguments.keep < 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from stripe.devices import device_of
 from stripe.folding.building import ChannelScale
 from stripe.folding.divergence import CLASSES, Outputs, divergence, kind_of, sounding
 from stripe.folding.exact import scaled_copy
+from stripe.folding.learning import RATE, Learner
 from stripe.folding.tensors import outputs_of
 from stripe.folding.uses import Array, Constants, GateUse, Sums, weighted_mean
 from stripe.gates import Gate, read_gates
@@ -24,7 +25,6 @@ from stripe.messages import Progress
 from stripe.recipe import LEARNING_STEPS
 
 PIECE = 32  # samples whose gradients are computed at once, which bounds the memory
-RATE = 0.01  # of learning them, in units of a gate's usual value, and of what it usually gives
 
 
 # ---- averages ----
@@ -74,6 +74,7 @@ def foretell(
     loader: Iterable[Sequence[Any]],
     *,
     kind: str | None = None,
+    normalisers: Collection[str] = (),
     seed: int = 0,
     progress: Progress = iter,
 ) -> dict[str, Forecast]:
@@ -86,11 +87,12 @@ def foretell(
         images: a small batch as `find_gates` takes it.
         loader: batches (images, ...).
         kind: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
+        normalisers: as `find_gates` takes them.
         seed: of the random signs.
         progress: wraps the batches.
     """
     kind = kind or kind_of(model, images)
-    scaled = Scaled(model, gates, images)
+    scaled = Scaled(model, gates, images, normalisers)
     generator = torch.Generator().manual_seed(seed)
     sums = {gate.name: Sums() for gate in gates}
     foretold = dict.fromkeys(sums, 0.0)
@@ -140,14 +142,16 @@ def _array(tensor: Tensor) -> Array:
 class Scaled:
     """A copy of a network whose gates are given from outside, per channel or per sample and channel, with gradients."""
 
-    def __init__(self, model: nn.Module, gates: Sequence[Gate], images: Images) -> None:
-        """Take the gates out of a copy of the network.
+    def __init__(
+        self, model: nn.Module, gates: Sequence[Gate], images: Images, normalisers: Collection[str] = ()
+    ) -> None:
+        """Take the gates out of a copy of the network; `images` and `normalisers` are as `find_gates` takes them.
 
         Raises:
             ValueError: a gate cannot be taken out.
         """
         start = {gate.name: np.stack([np.full(gate.channels, 0.5), np.ones(gate.channels)]) for gate in gates}
-        self.model, self._scales = scaled_copy(model, start, images)
+        self.model, self._scales = scaled_copy(model, start, images, normalisers)
         self.gates = list(gates)
         self.model.requires_grad_(False)
 
@@ -186,6 +190,7 @@ def learn_constants(
     steps: int = LEARNING_STEPS,
     rate: float = RATE,
     kind: str | None = None,
+    normalisers: Collection[str] = (),
     progress: Progress = iter,
 ) -> dict[str, Array]:
     """Learn a scale and a shift per channel for gates that are constant together; returns (2, C) by gate, for `fold`.
@@ -202,6 +207,7 @@ def learn_constants(
         steps: how many, a batch each.
         rate: the first learning rate, in units of a gate's root mean square constant, and of what it gives.
         kind: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
+        normalisers: as `find_gates` takes them.
         progress: wraps the steps.
 
     Raises:
@@ -209,42 +215,25 @@ def learn_constants(
         FloatingPointError: the divergence is no longer finite.
     """
     kind = kind or kind_of(model, images)
-    scaled = Scaled(model, gates, images)
+    scaled = Scaled(model, gates, images, normalisers)
     device = device_of(model)
-    freed = [_Free(gate, uses[gate.name], device) for gate in gates]
-    optimizer = torch.optim.Adam([tensor for each in freed for tensor in (each.value, each.shift)], lr=rate)
+    learner = Learner(gates, uses, steps, rate)
     for step, batch in zip(progress(range(steps)), endless(loader), strict=False):
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        optimizer.zero_grad()
+        now = {
+            name: torch.tensor(pair, dtype=torch.float32, device=device).requires_grad_()
+            for name, pair in learner.now().items()
+        }
+        values, shifts = ({name: pair[i] for name, pair in now.items()} for i in (0, 1))
         for piece in batch.to(device).split(PIECE):
             with torch.no_grad():
                 wanted = outputs_of(model, piece)
-            now = [(each.gate.name, *each.now()) for each in freed]
-            values, shifts = ({name: pair[i] for name, *pair in now} for i in (0, 1))
             found = scaled.run(piece, values, shifts)
             loss = divergence(kind, found, wanted) * len(piece) / len(batch)
             if not loss.isfinite():
                 raise FloatingPointError(f"the divergence is {loss.item()} in step {step} of learning: lower its rate")
             loss.backward()
-        optimizer.step()
-    return {each.gate.name: _array(torch.stack(each.now())) for each in freed}
-
-
-class _Free:
-    """A gate's constant and shift while they are learned, as steps away from the energy constant in their own units."""
-
-    def __init__(self, gate: Gate, use: GateUse, device: torch.device) -> None:
-        self.gate = gate
-        start = use.constant("energy")
-        self._start = torch.tensor(start, dtype=torch.float32, device=device)
-        self._unit = float(np.sqrt(np.mean(start**2))) or 1.0
-        self._given = torch.tensor(np.sqrt(use.result), dtype=torch.float32, device=device)
-        self.value = torch.zeros_like(self._start, requires_grad=True)
-        self.shift = torch.zeros_like(self._start, requires_grad=gate.form != "additive")
-
-    def now(self) -> tuple[Tensor, Tensor]:
-        """Return the constant and the shift as they are, (C,) each."""
-        return self._start + self._unit * self.value, self._given * self.shift
+        learner.step({name: _array(pair.grad) for name, pair in now.items() if pair.grad is not None})
+    return learner.now()
 
 
 def endless(loader: Iterable[Sequence[Any]]) -> Iterator[Any]:

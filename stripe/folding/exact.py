@@ -66,7 +66,10 @@ def fold(
 
 
 def scaled_copy(
-    model: nn.Module, constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], images: Images
+    model: nn.Module,
+    constants: Mapping[Any, Tensor | np.ndarray[Any, Any]],
+    images: Images,
+    normalisers: Collection[str] = (),
 ) -> tuple[nn.Module, dict[str, ChannelScale]]:
     """Return a copy in which each gate in `constants` is a ChannelScale of its own, and these by the gates' names.
 
@@ -76,7 +79,9 @@ def scaled_copy(
     model = uncompiled(model)
     exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
     with torch.no_grad(), in_double():
-        original, constant, _ = _at_constants(exact, find_gates(exact, images), constants, images)
+        original, constant, _ = _at_constants(
+            exact, find_gates(exact, images, normalisers=normalisers), constants, images
+        )
         plan = [Merge(map, "kept" if map.ops & constant.needed else "unused") for map in constant.alone()]
         scaled, merges, _ = original.merged(plan)
     cast_like(scaled, model)

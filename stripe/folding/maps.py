@@ -43,7 +43,7 @@ class Constants:
         self._graph = graph
         self._products = {product_op(graph, gate): gate for gate in gates}
         self.operands = {op: op.args[FACTORS[op.name][product_of(g).operand]] for op, g in self._products.items()}
-        self._placed = {op: _placed_map(g, vectors[g.name], op.outputs[0].shape) for op, g in self._products.items()}
+        self._placed = {op: placed_map(g, vectors[g.name], op.outputs[0].shape) for op, g in self._products.items()}
         self.needed = self._reached()
 
     def maps(self, weights: Weights) -> Iterator[AffineMap]:
@@ -173,7 +173,7 @@ def product_op(graph: Trace, gate: Gate) -> Op:
     return alike[product.ordinal]
 
 
-def _placed_map(gate: Gate, constant: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+def placed_map(gate: Gate, constant: Array, shape: Sequence[int]) -> tuple[Array, Array]:
     """Return scale and shift of the map that a product of `shape` is at a constant (C,), or (2, C) with a shift."""
     vector, shift = constant if constant.ndim == 2 else (constant, np.zeros_like(constant))
     scale, shift = (np.ones_like(vector), vector + shift) if gate.form == "additive" else (vector, shift)

@@ -184,10 +184,14 @@ def study(
     measure = _measure(measure, kind, judges["validation"](original))
     uses = measure_gates(model, gates, calibration, progress=progress)
     energy = {gate: use.constant("energy") for gate, use in uses.items()}
-    forecasts = foretell(model, gates, energy, images, calibration, kind=kind, progress=progress)
+    asked: Any = {"kind": kind, "normalisers": normalisers, "progress": progress}
+    forecasts = foretell(model, gates, energy, images, calibration, **asked)
     foretold = {gate: each.divergence for gate, each in forecasts.items()}
-    learn = partial(learn_constants, model, steps=learning_steps, kind=kind, progress=progress)
-    constants = _Constants(gates, uses, forecasts, means, lambda some: learn(some, uses, images, calibration))
+
+    def learn(some: Sequence[Gate]) -> Constants:
+        return learn_constants(model, some, uses, images, calibration, steps=learning_steps, **asked)
+
+    constants = _Constants(gates, uses, forecasts, means, learn)
     damages, names = _order(order, model, gates, uses, foretold, judges["validation"].negative, progress)
     allowed = None if keep is not None else max_drop
     trials = _Trials(model, images, names, constants, judges, measure, allowed, callback, normalisers)

@@ -23,9 +23,10 @@ from stripe.graphs.comparing import Cost, cost  # noqa: E402
 from stripe.graphs.file import GraphFile, open_graph  # noqa: E402
 from stripe.graphs.folding import fold  # noqa: E402
 from stripe.graphs.inputs import Batch, Batches, read_inputs  # noqa: E402
+from stripe.graphs.learning import learn_constants  # noqa: E402
 from stripe.graphs.recording import explain_gates, find_gates, measure_gates, record  # noqa: E402
 
 __all__ = [
-    "Batch", "Batches", "Cost", "GraphFile", "cost", "explain_gates", "find_gates", "fold", "measure_gates",
-    "open_graph", "read_inputs", "record",
+    "Batch", "Batches", "Cost", "GraphFile", "cost", "explain_gates", "find_gates", "fold",
+    "learn_constants", "measure_gates", "open_graph", "read_inputs", "record",
 ]  # fmt: skip

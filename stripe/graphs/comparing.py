@@ -14,6 +14,8 @@ from stripe.graphs.inputs import Batch, Inputs
 from stripe.graphs.recording import Path, opened, samples_of
 from stripe.graphs.trace import run
 
+TINY = 1e-30  # the least probability that is told from 0
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -50,13 +52,13 @@ def cost(original: Path | GraphFile, other: Path | GraphFile, inputs: Inputs | I
         norms = np.linalg.norm(a.reshape(count, -1), axis=1) * np.linalg.norm(b.reshape(count, -1), axis=1)
         cosines = (a * b).reshape(count, -1).sum(1) / np.where(norms > 0, norms, 1.0)
         classes = a.ndim == 2 and a.shape[1] > 1
-        judged = (float((a.argmax(1) == b.argmax(1)).sum()), _divergences(a, b).sum()) if classes else (0.0, 0.0)
+        judged = (float((a.argmax(1) == b.argmax(1)).sum()), divergences(a, b).sum()) if classes else (0.0, 0.0)
         sums += [count, ((a - b) ** 2).sum(), (a**2).sum(), cosines.sum(), *judged]
     if not sums[0]:
         raise ValueError("there are no inputs to compare on: give at least one sample")
-    count, wrong, squares, cosines, agreements, divergences = sums.tolist()
+    count, wrong, squares, cosines, agreements, away = sums.tolist()
     relative = float(np.sqrt(wrong / squares)) if squares else float(wrong > 0)
-    rates = (agreements / count, divergences / count) if classes else (None, None)
+    rates = (agreements / count, away / count) if classes else (None, None)
     return Cost(int(count), relative, cosines / count, *rates)
 
 
@@ -64,17 +66,22 @@ def _rows(output: Tensor, count: int) -> Array:
     return np.asarray(output, np.float64)[:count]
 
 
-def _divergences(a: Array, b: Array) -> Array:
-    p, q = (_probabilities(each) for each in (a, b))
-    tiny = 1e-30
-    divergences: Array = (p * (np.log(p + tiny) - np.log(q + tiny))).sum(1)
-    return divergences
+def divergences(a: Array, b: Array) -> Array:
+    """Return the KL divergence of the class probabilities b (N, classes) from those of a, per sample, in nats."""
+    p, q = (probabilities(each) for each in (a, b))
+    found: Array = (p * (np.log(p + TINY) - np.log(q + TINY))).sum(1)
+    return found
 
 
-def _probabilities(output: Array) -> Array:
+def probabilities(output: Array) -> Array:
     """Return class probabilities: the output, where its rows are some, else its softmax."""
-    if (output >= 0).all() and np.allclose(output.sum(1), 1.0, atol=1e-3):
+    if are_probabilities(output):
         return output
     exponentials: Array = np.exp(output - output.max(1, keepdims=True))
     shares: Array = exponentials / exponentials.sum(1, keepdims=True)
     return shares
+
+
+def are_probabilities(output: Tensor) -> bool:
+    """Whether the rows of an output (N, classes) are class probabilities already."""
+    return bool((output >= 0).all() and np.allclose(output.sum(1), 1.0, atol=1e-3))

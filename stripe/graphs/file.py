@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -296,3 +296,27 @@ def rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
         for i, name in enumerate(node.input):
             if name == old:
                 node.input[i] = new
+
+
+def replace_node(graph: onnx.GraphProto, made: str, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put nodes in the place of the one that makes a tensor."""
+    position = next(i for i, node in enumerate(graph.node) if made in node.output)
+    graph.node.pop(position)
+    for i, node in enumerate(nodes):
+        graph.node.insert(position + i, node)
+
+
+def prune(graph: onnx.GraphProto) -> None:
+    """Take out the nodes, weights and descriptions that the outputs no longer need."""
+    needed = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update([*node.input, *captured(node)])
+            kept.append(node)
+    copies = onnx.GraphProto(node=reversed(kept))
+    del graph.node[:]
+    graph.node.extend(copies.node)
+    for field in (graph.initializer, graph.value_info, graph.sparse_initializer):
+        for each in [each for each in field if getattr(each, "name", None) not in needed and hasattr(each, "name")]:
+            field.remove(each)

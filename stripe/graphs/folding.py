@@ -18,7 +18,7 @@ from stripe.folding.report import FoldReport, table_of
 from stripe.gate import Gate, name_of
 from stripe.gates.rules import candidates_of
 from stripe.graphs.checking import Reference
-from stripe.graphs.file import FLOATS, GraphFile, Tensor, captured, referenced, rename
+from stripe.graphs.file import FLOATS, GraphFile, Tensor, captured, prune, referenced, rename, replace_node
 from stripe.graphs.inputs import Batch, Inputs, first_of
 from stripe.graphs.operators import run_again
 from stripe.graphs.recording import SEARCHED, Path, opened, operands, samples_of
@@ -42,9 +42,10 @@ def fold(
     *,
     normalisers: Sequence[str] = (),
 ) -> FoldReport:
-    """Write an ONNX file in which gates are the vectors (C,) of `constants`, merged into weights where that is exact.
+    """Write an ONNX file in which gates are the vectors of `constants`, merged into weights where that is exact.
 
-    The keys of `constants` are gates or their names. All samples of `inputs` are sent through the folded file and the
+    The keys of `constants` are gates or their names; a vector is (C,), or (2, C) with a shift, which is added to what
+    the gate gives, as `learn_constants` returns it. All samples of `inputs` are sent through the folded file and the
     one with constant gates; the report's `error` is their largest difference over the largest output. Weights keep
     their types, and opset, metadata and inputs are as they were. A gate without an exact merge becomes a product with
     its constant.
@@ -88,8 +89,11 @@ def _checked(file: GraphFile, gates: Sequence[Gate], constants: Mapping[Any, Arr
     for name, vector in vectors.items():
         if name not in channels:
             raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(channels)}")
-        if vector.shape != (channels[name],):
-            raise ValueError(f"the constant of gate {name!r} has shape {vector.shape}; expected ({channels[name]},)")
+        if vector.shape not in ((channels[name],), (2, channels[name])):
+            raise ValueError(
+                f"the constant of gate {name!r} has shape {vector.shape}; expected ({channels[name]},), or"
+                f" (2, {channels[name]}) with a shift"
+            )
         if not np.isfinite(vector).all():
             raise ValueError(f"the constant of gate {name!r} is not finite in {(~np.isfinite(vector)).sum()} channels")
     return vectors
@@ -164,13 +168,20 @@ class _Original:
         added = {}
         for gate in self.gates:
             node, attention, _ = operands(self.file, gate)
-            name = f"{gate.name}.constant"
-            shape = next(value.shape for value, tensor in self.graph.names.items() if tensor == node.output[0])
-            added[name] = placed(gate, self.vectors[gate.name], shape[:1] and (1, *shape[1:])).astype(
-                self._type_of(attention)
-            )
-            rename([each for each in proto.graph.node if node.output[0] in each.output], attention, name)
-        _prune(proto.graph)
+            made, name = node.output[0], f"{gate.name}.constant"
+            shape = next(value.shape for value, tensor in self.graph.names.items() if tensor == made)
+            scale, *shift = np.atleast_2d(self.vectors[gate.name])
+            added[name] = placed(gate, scale, shape).astype(self._type_of(attention))
+            product = next(each for each in proto.graph.node if made in each.output)
+            rename([product], attention, name)
+            if shift:
+                added[f"{name}.shift"] = placed(gate, shift[0], shape).astype(self._type_of(made))
+                scaled = onnx.NodeProto()
+                scaled.CopyFrom(product)
+                scaled.output[0] = f"{made}.unshifted"
+                sum_ = helper.make_node("Add", [scaled.output[0], f"{name}.shift"], [made])
+                replace_node(proto.graph, made, [scaled, sum_])
+        prune(proto.graph)
         return self.file.with_proto(proto, added)
 
     def _type_of(self, tensor: str) -> np.dtype[Any]:
@@ -217,7 +228,7 @@ class _Original:
             else:
                 _take_out(proto.graph, x, y)
                 stands_for[y] = x
-        _prune(proto.graph)
+        prune(proto.graph)
         used = referenced(proto.graph)
         return self.file.with_proto(proto, {name: array for name, array in changed.items() if name in used})
 
@@ -232,7 +243,7 @@ class _Original:
             constants[f"{y}.{op.lower()}"] = field.astype(kind)
             nodes.append(helper.make_node(op, [taken, f"{y}.{op.lower()}"], [made], name=made))
             taken = made
-        _replace(graph, y, nodes)
+        replace_node(graph, y, nodes)
         return constants
 
 
@@ -245,29 +256,5 @@ def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _take_out(graph: onnx.GraphProto, x: str, y: str) -> None:
     """Let whatever takes `y` take `x`; where its name is needed, `y` is a copy of `x`."""
     needed = any(output.name == y for output in graph.output) or any(y in captured(node) for node in graph.node)
-    _replace(graph, y, [helper.make_node("Identity", [x], [y], name=y)] if needed else [])
+    replace_node(graph, y, [helper.make_node("Identity", [x], [y], name=y)] if needed else [])
     rename((node for node in graph.node if y not in node.output), y, x)
-
-
-def _replace(graph: onnx.GraphProto, made: str, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Put nodes in the place of the one that makes a tensor."""
-    position = next(i for i, node in enumerate(graph.node) if made in node.output)
-    graph.node.pop(position)
-    for i, node in enumerate(nodes):
-        graph.node.insert(position + i, node)
-
-
-def _prune(graph: onnx.GraphProto) -> None:
-    """Take out the nodes, weights and descriptions that the outputs no longer need."""
-    needed = {output.name for output in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update([*node.input, *captured(node)])
-            kept.append(node)
-    copies = onnx.GraphProto(node=reversed(kept))
-    del graph.node[:]
-    graph.node.extend(copies.node)
-    for field in (graph.initializer, graph.value_info, graph.sparse_initializer):
-        for each in [each for each in field if getattr(each, "name", None) not in needed and hasattr(each, "name")]:
-            field.remove(each)

@@ -178,6 +178,12 @@ def _snake(name: str) -> str:
 
 
 # ---- runs ----
+def shapes_of(file: GraphFile, inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Run the network and return the shapes of its inputs, its weights and whatever its nodes make, by name."""
+    weights = {tensor.name: tuple(tensor.dims) for tensor in file.graph.initializer}
+    return weights | {name: array.shape for name, array in inputs.items()} | _probe(file, inputs)[0]
+
+
 def _probe(file: GraphFile, inputs: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
     """Run the network and return every tensor's shape, and the values of those that say how an operator works."""
     weights = {tensor.name for tensor in file.graph.initializer}

@@ -1,0 +1,457 @@
+"""Gradients in an ONNX graph: nodes that carry them from its outputs back to tensors inside, run by onnxruntime."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from stripe.graphs.file import Tensor
+
+Shape = tuple[int, ...]
+OLDEST_OPSET = 11
+"""Before it, numbers that the nodes below take as inputs were attributes."""
+
+
+@dataclass(eq=False)
+class Backward:
+    """Appends nodes to a graph.
+
+    `shapes` are those of its tensors in one run, `weight` gives the entries of an initialiser by its name, and `wanted`
+    are the tensors whose gradients are asked for.
+    """
+
+    graph: onnx.GraphProto
+    opset: int
+    shapes: Mapping[str, Shape]
+    weight: Callable[[str], Tensor]
+    dtype: np.dtype[Any]
+    wanted: Sequence[str]
+    _live: set[str] = field(default_factory=set)
+    _count: int = 0
+
+    def gradients(self, seeds: Mapping[str, str]) -> dict[str, str]:
+        """Return the names of the wanted tensors' gradients, given the names of those of the outputs.
+
+        Raises:
+            ValueError: an operator on the way whose gradient is not known here.
+        """
+        self._live = set(self.wanted)
+        nodes = list(self.graph.node)
+        for node in nodes:
+            if self._live.intersection(node.input):
+                self._live.update(node.output)
+        found = defaultdict[str, list[str]](list)
+        for name, seed in seeds.items():
+            found[name].append(seed)
+        for node in reversed(nodes):
+            if not self._live.intersection(node.input) or not any(found[name] for name in node.output):
+                continue
+            rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+            if rule is None:
+                raise ValueError(f"constants cannot be learned through {node.op_type} ({node.output[0]!r})")
+            outputs = [self.total(found[name]) if found[name] else "" for name in node.output]
+            for position, gradient in rule(Step(self, node, outputs)):
+                if self.is_live(node.input[position]):
+                    found[node.input[position]].append(gradient)
+        return {name: self.total(found[name]) if found[name] else self.op("Mul", name, 0.0) for name in self.wanted}
+
+    def is_live(self, name: str) -> bool:
+        """Whether a tensor depends on one that is wanted."""
+        return name in self._live
+
+    def op(self, kind: str, *inputs: str | float | Sequence[int] | Tensor, **attributes: Any) -> str:
+        """Append a node; numbers, lists of integers and arrays among its inputs become constants."""
+        names = [each if isinstance(each, str) else self._constant(each) for each in inputs]
+        name = self._name(kind)
+        self.graph.node.append(helper.make_node(kind, names, [name], name=name, **attributes))
+        return name
+
+    def total(self, names: Sequence[str]) -> str:
+        """Return the sum of some tensors of one shape."""
+        return names[0] if len(names) == 1 else self.op("Sum", *names)
+
+    def summed(self, name: str, axes: Sequence[int]) -> str:
+        """Sum a tensor over some axes, which it keeps."""
+        if not axes:
+            return name
+        if self.opset < 13:
+            return self.op("ReduceSum", name, axes=[*axes], keepdims=1)
+        return self.op("ReduceSum", name, [*axes], keepdims=1)
+
+    def like(self, gradient: str, shape: Shape, name: str) -> str:
+        """Sum a gradient of `shape` over whatever the tensor was broadcast along."""
+        own = self.shapes[name]
+        lead = len(shape) - len(own)
+        axes = [d for d, n in enumerate(shape) if d < lead or own[d - lead] == 1 < n]
+        summed = self.summed(gradient, axes)
+        return self.op("Reshape", summed, self.op("Shape", name)) if lead else summed
+
+    def _constant(self, value: Any) -> str:
+        array = np.asarray(value)
+        name = self._name("constant")
+        kept = array.astype(np.int64 if array.dtype.kind == "i" else self.dtype)
+        self.graph.initializer.append(numpy_helper.from_array(kept, name))
+        return name
+
+    def _name(self, kind: str) -> str:
+        self._count += 1
+        return f"gradient {self._count}, {kind.lower()}"
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A node to go back through, with the gradients of its outputs, "" for one that nothing depends on."""
+
+    back: Backward
+    node: onnx.NodeProto
+    gradients: Sequence[str]
+
+    @property
+    def g(self) -> str:
+        """The gradient of its first output."""
+        return self.gradients[0]
+
+    @property
+    def x(self) -> str:
+        """Its first input."""
+        return str(self.node.input[0])
+
+    @property
+    def y(self) -> str:
+        """Its first output."""
+        return str(self.node.output[0])
+
+    def shape(self, name: str) -> Shape:
+        """Return a tensor's shape."""
+        return self.back.shapes[name]
+
+    def live(self) -> list[tuple[int, str]]:
+        """Return position and name of the inputs that need a gradient."""
+        return [(i, name) for i, name in enumerate(self.node.input) if name and self.back.is_live(name)]
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """Return an attribute."""
+        found = next((each for each in self.node.attribute if each.name == name), None)
+        value = default if found is None else helper.get_attribute_value(found)
+        return value.decode() if isinstance(value, bytes) else value
+
+    def require(self, fits: bool, what: str) -> None:
+        """Refuse an operator in a form that is not known here."""
+        if not fits:
+            raise ValueError(f"constants cannot be learned through {self.node.op_type} with {what} ({self.y!r})")
+
+
+Gradients = Iterator[tuple[int, str]]
+Rule = Callable[[Step], Gradients]
+
+
+# ---- functions of one tensor ----
+def _pointwise(slope: Callable[[Step], str]) -> Rule:
+    """Return the rule of a function whose slope is a tensor of the shape of its input."""
+
+    def rule(step: Step) -> Gradients:
+        step.require(all(i == 0 for i, _ in step.live()), "parameters that depend on the input")
+        yield 0, step.back.op("Mul", step.g, slope(step))
+
+    return rule
+
+
+def _leaky(step: Step) -> str:
+    op = step.back.op
+    below = step.node.input[1] if step.node.op_type == "PRelu" else float(step.attribute("alpha", 0.01))
+    positive = op("Sign", op("Relu", step.x))
+    return op("Add", positive, op("Mul", op("Sub", 1.0, positive), below))
+
+
+def _unchanged(step: Step) -> str:
+    """1 where the function gives its input back, else 0."""
+    op = step.back.op
+    return op("Sub", 1.0, op("Sign", op("Abs", op("Sub", step.y, step.x))))
+
+
+def _within(step: Step, y: str) -> str:
+    """1 where a function of values in [0, 1] is at neither end, else 0."""
+    op = step.back.op
+    return op("Sign", op("Mul", y, op("Sub", 1.0, y)))
+
+
+def _hard_swish(step: Step) -> str:
+    op = step.back.op
+    gate = op("HardSigmoid", step.x, alpha=1 / 6, beta=0.5)
+    return op("Add", gate, op("Mul", op("Mul", step.x, 1 / 6), _within(step, gate)))
+
+
+def _sigmoid(step: Step) -> str:
+    op = step.back.op
+    return op("Mul", step.y, op("Sub", 1.0, step.y))
+
+
+def _tanh(step: Step) -> str:
+    op = step.back.op
+    return op("Sub", 1.0, op("Mul", step.y, step.y))
+
+
+def _erf(step: Step) -> str:
+    op = step.back.op
+    return op("Mul", op("Exp", op("Neg", op("Mul", step.x, step.x))), 2 / np.sqrt(np.pi))
+
+
+def _hard_sigmoid(step: Step) -> str:
+    return step.back.op("Mul", _within(step, step.y), float(step.attribute("alpha", 0.2)))
+
+
+def _softmax(step: Step) -> Gradients:
+    op, dims = step.back.op, len(step.shape(step.x))
+    axis = step.attribute("axis", 1 if step.back.opset < 13 else -1) % dims
+    step.require(step.back.opset >= 13 or axis == dims - 1, "several axes")
+    weighted = op("Mul", step.g, step.y)
+    yield 0, op("Sub", weighted, op("Mul", step.y, step.back.summed(weighted, [axis])))
+
+
+# ---- arithmetic ----
+def _sum(step: Step) -> Gradients:
+    for i, name in step.live():
+        yield i, step.back.like(step.g, step.shape(step.y), name)
+
+
+def _difference(step: Step) -> Gradients:
+    for i, name in step.live():
+        yield i, step.back.like(step.back.op("Neg", step.g) if i else step.g, step.shape(step.y), name)
+
+
+def _negated(step: Step) -> Gradients:
+    yield 0, step.back.op("Neg", step.g)
+
+
+def _product(step: Step) -> Gradients:
+    for i, name in step.live():
+        yield i, step.back.like(step.back.op("Mul", step.g, step.node.input[1 - i]), step.shape(step.y), name)
+
+
+def _quotient(step: Step) -> Gradients:
+    op = step.back.op
+    for i, name in step.live():
+        over = op("Div", step.g, step.node.input[1])
+        yield i, step.back.like(op("Neg", op("Mul", over, step.y)) if i else over, step.shape(step.y), name)
+
+
+def _power(step: Step) -> Gradients:
+    op, exponent = step.back.op, step.node.input[1]
+    step.require(not step.back.is_live(exponent), "an exponent that depends on the input")
+    slope = op("Mul", exponent, op("Pow", step.x, op("Sub", exponent, 1.0)))
+    yield 0, step.back.like(op("Mul", step.g, slope), step.shape(step.y), step.x)
+
+
+def _bounded(step: Step) -> Gradients:
+    """Min and Max of a tensor and numbers."""
+    op, live = step.back.op, step.live()
+    step.require(len(live) == 1 and step.shape(live[0][1]) == step.shape(step.y), "several that depend on the input")
+    [(i, name)] = live
+    yield i, op("Mul", step.g, op("Sub", 1.0, op("Sign", op("Abs", op("Sub", step.y, name)))))
+
+
+# ---- layers ----
+@dataclass(frozen=True)
+class _Window:
+    """How a convolution or a pool moves over space."""
+
+    kernel: list[int]
+    strides: list[int]
+    dilations: list[int]
+    pads: list[int]
+
+    @classmethod
+    def of(cls, step: Step, kernel: Sequence[int], wide: Sequence[int], narrow: Sequence[int]) -> _Window:
+        """Read it off a node that goes from `wide` to `narrow`."""
+        n = len(kernel)
+        strides, dilations = (list(step.attribute(name, [1] * n)) for name in ("strides", "dilations"))
+        auto = step.attribute("auto_pad", "NOTSET")
+        pads = list(step.attribute("pads", [0] * 2 * n))
+        if auto in ("SAME_UPPER", "SAME_LOWER"):
+            reached = cls([*kernel], strides, dilations, pads)._reached(narrow)
+            both = [max(r - w, 0) for r, w in zip(reached, wide, strict=True)]
+            less, more = [b // 2 for b in both], [b - b // 2 for b in both]
+            pads = less + more if auto == "SAME_UPPER" else more + less
+        return cls([*kernel], strides, dilations, pads)
+
+    @property
+    def attributes(self) -> dict[str, list[int]]:
+        """The window as attributes of a node."""
+        return {"kernel_shape": self.kernel, "strides": self.strides, "dilations": self.dilations, "pads": self.pads}
+
+    def rest(self, wide: Sequence[int], narrow: Sequence[int]) -> list[int]:
+        """Return what is left of `wide` at its end, which the window never reaches."""
+        reached, n = self._reached(narrow), len(self.kernel)
+        return [w - r + self.pads[i] + self.pads[n + i] for i, (w, r) in enumerate(zip(wide, reached, strict=True))]
+
+    def _reached(self, narrow: Sequence[int]) -> list[int]:
+        """Return how far the window goes, pads and all, to make `narrow`."""
+        sizes = zip(narrow, self.strides, self.dilations, self.kernel, strict=True)
+        return [(m - 1) * s + d * (k - 1) + 1 for m, s, d, k in sizes]
+
+
+def _weighted(step: Step) -> tuple[str, Shape, int]:
+    """Return a layer's weight, its shape and its groups; ValueError where more than its input needs a gradient."""
+    step.require(all(i == 0 for i, _ in step.live()), "weights that depend on the input")
+    weight = step.node.input[1]
+    return weight, step.shape(weight), step.attribute("group", 1)
+
+
+def _convolution(step: Step) -> Gradients:
+    weight, shape, group = _weighted(step)
+    wide, narrow = step.shape(step.x)[2:], step.shape(step.y)[2:]
+    window = _Window.of(step, shape[2:], wide, narrow)
+    yield 0, _spread(step, step.g, weight, window, group)
+
+
+def _spread(step: Step, g: str, weight: str | Tensor, window: _Window, group: int) -> str:
+    """Send what a window gave back to where it came from."""
+    rest = window.rest(step.shape(step.x)[2:], step.shape(step.y)[2:])
+    return step.back.op("ConvTranspose", g, weight, group=group, output_padding=rest, **window.attributes)
+
+
+def _transposed_convolution(step: Step) -> Gradients:
+    weight, shape, group = _weighted(step)
+    step.require(step.attribute("auto_pad", "NOTSET") == "NOTSET" and not step.attribute("output_shape"), "auto_pad")
+    window = _Window.of(step, shape[2:], step.shape(step.y)[2:], step.shape(step.x)[2:])
+    yield 0, step.back.op("Conv", step.g, weight, group=group, **window.attributes)
+
+
+def _norm(step: Step) -> Gradients:
+    step.require(all(i == 0 for i, _ in step.live()) and not step.attribute("training_mode", 0), "batch statistics")
+    weight, variance = (step.back.weight(step.node.input[i]).astype(np.float64) for i in (1, 4))
+    scale = weight / np.sqrt(variance + step.attribute("epsilon", 1e-5))
+    yield 0, step.back.op("Mul", step.g, scale.reshape(-1, *[1] * (len(step.shape(step.x)) - 2)))
+
+
+def _gemm(step: Step) -> Gradients:
+    step.require(not step.attribute("transA", 0), "transA")
+    back = step.back
+    for i, name in step.live():
+        step.require(i != 1, "weights that depend on the input")
+        if i == 0:
+            alpha, turned = step.attribute("alpha", 1.0), 1 - step.attribute("transB", 0)
+            yield 0, back.op("Gemm", step.g, step.node.input[1], alpha=alpha, transB=turned)
+        else:
+            scaled = back.op("Mul", step.g, float(step.attribute("beta", 1.0)))
+            yield 2, back.like(scaled, step.shape(step.y), name)
+
+
+def _matmul(step: Step) -> Gradients:
+    shapes = [step.shape(name) for name in step.node.input]
+    step.require(min(map(len, shapes)) >= 2, "vectors")
+
+    def turned(i: int) -> str:
+        order = [*range(len(shapes[i]))]
+        return step.back.op("Transpose", step.node.input[i], perm=[*order[:-2], order[-1], order[-2]])
+
+    for i, name in step.live():
+        made = step.back.op("MatMul", turned(0), step.g) if i else step.back.op("MatMul", step.g, turned(1))
+        yield i, step.back.like(made, (*step.shape(step.y)[:-2], *shapes[i][-2:]), name)
+
+
+# ---- pools ----
+def _mean(step: Step) -> Gradients:
+    """ReduceMean, ReduceSum and GlobalAveragePool."""
+    x, dims, op = step.shape(step.x), len(step.shape(step.x)), step.back.op
+    axes = [*range(2, dims)]
+    if step.node.op_type != "GlobalAveragePool":
+        given = step.attribute("axes") if len(step.node.input) < 2 else step.back.weight(step.node.input[1]).tolist()
+        axes = [d % dims for d in given or range(dims)]
+    kept = [1 if d in axes else n for d, n in enumerate(x)]
+    g = step.g
+    if len(step.shape(step.y)) < dims:
+        g = op("Reshape", g, [-1 if d == 0 and n != 1 else n for d, n in enumerate(kept)])
+    count = 1.0 if step.node.op_type == "ReduceSum" else float(np.prod([x[d] for d in axes]))
+    yield 0, op("Expand", op("Mul", g, 1 / count), op("Shape", step.x))
+
+
+def _max_pool(step: Step) -> Gradients:
+    """Every entry of a window that is its largest has the gradient: ties all have it."""
+    op, x, y = step.back.op, step.shape(step.x), step.shape(step.y)
+    step.require(not step.attribute("ceil_mode", 0), "ceil_mode")
+    window = _Window.of(step, step.attribute("kernel_shape"), x[2:], y[2:])
+    size = int(np.prod(window.kernel))
+    each = np.tile(np.eye(size).reshape(size, 1, *window.kernel), (x[1], 1, *[1] * len(window.kernel)))
+    repeated = np.ones((x[1] * size, 1, *[1] * len(window.kernel)))
+    entries = op("Conv", step.x, each, group=x[1], **window.attributes)
+    largest, g = (op("Conv", name, repeated, group=x[1]) for name in (step.y, step.g))
+    is_largest = op("Sub", 1.0, op("Sign", op("Abs", op("Sub", entries, largest))))
+    yield 0, _spread(step, op("Mul", g, is_largest), each, window, x[1])
+
+
+def _average_pool(step: Step) -> Gradients:
+    x, y = step.shape(step.x), step.shape(step.y)
+    window = _Window.of(step, step.attribute("kernel_shape"), x[2:], y[2:])
+    whole = not step.attribute("ceil_mode", 0) and (step.attribute("count_include_pad", 0) or not any(window.pads))
+    step.require(bool(whole), "windows of several sizes")
+    yield 0, _spread(step, step.g, np.ones((x[1], 1, *window.kernel)) / np.prod(window.kernel), window, x[1])
+
+
+def _resize(step: Step) -> Gradients:
+    x, y, op = step.shape(step.x), step.shape(step.y), step.back.op
+    times = [wide // n for n, wide in zip(x, y, strict=True)]
+    ways = step.attribute("coordinate_transformation_mode", "half_pixel"), step.attribute("nearest_mode", "")
+    repeats = (
+        step.attribute("mode", "nearest") == "nearest"
+        and (ways[0] in ("half_pixel", "pytorch_half_pixel") or ways == ("asymmetric", "floor"))
+        and times[:2] == [1, 1]
+        and all(n * t == wide for n, t, wide in zip(x, times, y, strict=True))
+    )
+    step.require(repeats or step.node.op_type == "Upsample", "anything but whole repeats")
+    pooled = op("AveragePool", step.g, kernel_shape=times[2:], strides=times[2:])
+    yield 0, op("Mul", pooled, float(np.prod(times)))
+
+
+# ---- moves ----
+def _reshaped(step: Step) -> Gradients:
+    yield 0, step.back.op("Reshape", step.g, step.back.op("Shape", step.x))
+
+
+def _passed(step: Step) -> Gradients:
+    yield 0, step.g
+
+
+def _transpose(step: Step) -> Gradients:
+    order = step.attribute("perm") or [*range(len(step.shape(step.x)))][::-1]
+    yield 0, step.back.op("Transpose", step.g, perm=[int(d) for d in np.argsort(order)])
+
+
+def _concat(step: Step) -> Gradients:
+    axis = step.attribute("axis") % len(step.shape(step.y))
+    ends = np.cumsum([step.shape(name)[axis] for name in step.node.input]).tolist()
+    for i, name in step.live():
+        yield i, step.back.op("Slice", step.g, [ends[i] - step.shape(name)[axis]], [ends[i]], [axis])
+
+
+def _split(step: Step) -> Gradients:
+    axis = step.attribute("axis", 0) % len(step.shape(step.x))
+    pairs = zip(step.gradients, step.node.output, strict=True)
+    parts = [gradient or step.back.op("Mul", output, 0.0) for gradient, output in pairs]
+    yield 0, step.back.op("Concat", *parts, axis=axis)
+
+
+RULES: dict[str, Rule] = {
+    "Relu": _pointwise(lambda step: step.back.op("Sign", step.y)),
+    "LeakyRelu": _pointwise(_leaky), "PRelu": _pointwise(_leaky), "Clip": _pointwise(_unchanged),
+    "Abs": _pointwise(lambda step: step.back.op("Sign", step.x)), "HardSwish": _pointwise(_hard_swish),
+    "HardSigmoid": _pointwise(_hard_sigmoid), "Sigmoid": _pointwise(_sigmoid), "Tanh": _pointwise(_tanh),
+    "Exp": _pointwise(lambda step: step.y), "Log": _pointwise(lambda step: step.back.op("Reciprocal", step.x)),
+    "Sqrt": _pointwise(lambda step: step.back.op("Div", 0.5, step.y)), "Erf": _pointwise(_erf),
+    "Softplus": _pointwise(lambda step: step.back.op("Sigmoid", step.x)),
+    "Reciprocal": _pointwise(lambda step: step.back.op("Neg", step.back.op("Mul", step.y, step.y))),
+    "Softmax": _softmax, "Add": _sum, "Sum": _sum, "Sub": _difference, "Neg": _negated, "Mul": _product,
+    "Div": _quotient, "Pow": _power, "Max": _bounded, "Min": _bounded, "Conv": _convolution,
+    "ConvTranspose": _transposed_convolution,
+    "BatchNormalization": _norm, "Gemm": _gemm, "MatMul": _matmul, "GlobalAveragePool": _mean, "ReduceMean": _mean,
+    "ReduceSum": _mean, "MaxPool": _max_pool, "AveragePool": _average_pool, "Resize": _resize, "Upsample": _resize,
+    "Reshape": _reshaped, "Flatten": _reshaped, "Squeeze": _reshaped, "Unsqueeze": _reshaped, "Identity": _passed,
+    "Dropout": _passed, "Cast": _passed, "Transpose": _transpose, "Concat": _concat, "Split": _split,
+}  # fmt: skip
+"""By operator, the gradients of its inputs."""
