@@ -143,6 +143,7 @@ class RunWriter:
         except BaseException:
             with suppress(OSError, ValueError):  # what stays is cleared when the run is next opened for writing
                 if self._rank == 0:
+                    self._confirm()  # what is there now may be another writer's, which took over
                     self._directory.clear(number)
             raise
 

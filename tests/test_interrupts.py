@@ -1,0 +1,157 @@
+"""Ctrl-C at random moments of every command: exit code 130, no stray file, nothing cut, no process left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from stripe.cli import COMMANDS
+from stripe.store import check_run
+from tests.runs import listing
+
+ROOT = Path(__file__).parents[1]
+TRIED = "commands interrupted (SIGINT) at random moments: exit code 130, no stray file, what is there is whole"
+TRAIN = "train --dataset digits --depth 8 --block-name basicblock --module senet --train-samples 60 --train-batch 20"
+TRAIN += " --val-samples 10 --epochs 3 --record 20 --squeeze --workers 0 -c run"
+LAST = "../../trained/run/checkpoints/last.pt"
+DATA = "--train-samples 60 --test-samples 20 --batch 20"
+WORDS = {
+    "train": TRAIN,
+    "collect": f"collect --ckpt {LAST} {LAST.replace('last', 'epoch=0001')} --samples 20 --batch 5 --out run",
+    "stats": "stats ../../trained/run --json a.json --csv a.csv",
+    "check": "check damaged --repair",
+    "figures": "figures ../../trained/run --gates layer1.0 --out figures",
+    "validate": f"validate --ckpt {LAST} --run ../../trained/run --steps 5 {DATA} --out out",
+    "fold": f"fold --ckpt {LAST} --run ../../trained/run --learning-steps 3 --samples 20 {DATA} --onnx --out out",
+    "report": "report ../../trained/run --out page.html",
+    "demo": "demo --epochs 1 --asr-epochs 1 --steps 2 --train-samples 60 --out run --figures figures --json a.json",
+}
+SWIFT = ["collect", "stats", "check", "report"]  # what the fast tests interrupt
+
+
+class Commands:
+    """Lets tests/interrupted.py run commands, each in a folder of its own."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self._process, self.folder = process, folder
+        self._count = 0
+        self.undisturbed: dict[str, tuple[float, Path]] = {}
+
+    def run(self, name: str, words: str, seconds: float | None = None) -> tuple[dict[str, Any], Path]:
+        """Run a command, interrupted after so many seconds; return how it ended and the folder it was given."""
+        folder = self.folder / name
+        (folder / "work").mkdir(parents=True)
+        (folder / "temporary").mkdir()
+        if words.startswith("check"):
+            damaged = shutil.copytree(self.folder / "trained/run", folder / "work/damaged")
+            part = damaged / "attention/epoch=0002/part-0000-000.parquet"
+            part.write_bytes(part.read_bytes()[:-50])
+        request = {"words": words.split(), "folder": str(folder), "seconds": seconds}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline()), folder
+
+    def calm(self, name: str) -> tuple[float, Path]:
+        """Return how long a command takes that nobody interrupts, and its folder."""
+        if name not in self.undisturbed:
+            ended, folder = self.run(f"{name}-undisturbed", WORDS[name])
+            assert ended["code"] == 0, (folder / "said").read_text()
+            self.undisturbed[name] = ended["seconds"], folder
+        return self.undisturbed[name]
+
+    def interrupt(self, name: str, chance: random.Random) -> bool:
+        """Interrupt a command at a random moment and look at what it left; tell whether it was before its end."""
+        seconds, calm = self.calm(name)
+        self._count += 1
+        ended, folder = self.run(f"{name}-{self._count}", WORDS[name], chance.uniform(0, seconds))
+        said = (folder / "said").read_text()
+        assert_clean(folder, calm)
+        assert not ended["left"]
+        if ended["code"] != 130:  # it had ended its work before
+            assert (ended["code"], said) == (0, (calm / "said").read_text()), said
+            assert listing(folder).keys() == listing(calm).keys()
+        else:
+            assert said.endswith("interrupted: what was finished is valid and kept\n"), said
+            assert "Traceback" not in said
+        shutil.rmtree(folder)
+        return ended["code"] == 130
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.interrupted"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        made = Commands(process, tmp_path_factory.mktemp("interrupted"))
+        ended, folder = made.run("training", TRAIN)
+        assert ended["code"] == 0, (folder / "said").read_text()
+        (folder / "work").rename(made.folder / "trained")
+        yield made
+        process.stdin.close()
+
+
+def read_image(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    ".png": read_image,
+    ".json": lambda path: json.loads(path.read_text()),
+    ".csv": lambda path: pd.read_csv(path, on_bad_lines="error"),
+    ".pt": lambda path: torch.load(path, weights_only=True),
+}
+
+
+def assert_clean(folder: Path, calm: Path) -> None:
+    """Every file is one that an undisturbed command leaves, and whole; temporary folders are empty."""
+    found, expected = listing(folder / "work"), listing(calm / "work")
+    assert not list((folder / "temporary").iterdir())
+    assert {name for name in found if not re.search(r"\.lock$|\.damaged/", name)} <= expected.keys()
+    for name, content in found.items():
+        path = folder / "work" / name
+        if name.endswith((".html", ".svg", ".onnx", ".safetensors")):
+            assert content == expected[name]
+        elif ".damaged" not in path.parts:
+            READERS.get(path.suffix, lambda path: path)(path)
+    for manifest in (folder / "work").rglob("run.json"):
+        if "damaged" not in str(manifest):
+            run = check_run(manifest.parent)
+            assert (run.whole, run.unnamed, run.interrupted) == (True, (), ())
+
+
+def test_the_commands_are_all_there_are():
+    assert WORDS.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", SWIFT)
+def test_ctrl_c_leaves_nothing_half_done(commands, record_property, name):
+    record_property(TRIED, int(commands.interrupt(name, random.Random(0))))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", WORDS)
+def test_ctrl_c_at_any_moment_leaves_nothing_half_done(commands, record_property, name):
+    chance, interrupted = random.Random(name), 0
+    while interrupted < 9:
+        interrupted += commands.interrupt(name, chance)
+    record_property(TRIED, interrupted)
