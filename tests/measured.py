@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ DECLARED: dict[str, list[Any]] = {
 
 def declared(chance: random.Random) -> bytes:
     network = {key: chance.choice(DECLARED[key]) for key in chance.sample(sorted(DECLARED), chance.randint(1, 3))}
-    state = WEIGHTS | {f"extra.{i}": torch.zeros(chance.choice([0, 1])) for i in range(chance.choice([0, 2_000]))}
+    state = WEIGHTS | {f"extra.{i}": torch.zeros(chance.choice([0, 1])) for i in range(chance.choice([0, 0, 0, 2_000]))}
     return saved(checkpoint(state_dict=state, description={"model": NETWORK | network}))
 
 
@@ -158,19 +159,25 @@ def two_directories(bomb: bytes, honest: bytes) -> bytes:
     return bomb + record + honest[:-22] + locator + honest[-22:]
 
 
-def broken_safetensors(chance: random.Random) -> bytes:
-    if chance.random() < 0.5:
-        return mutated(SAFE, chance)
-    tensors = {
-        f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(chance.choice([5, 60_000]))
-    }
+@cache
+def long_header(count: int) -> bytes:
+    tensors = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}
     header = json.dumps(tensors).encode()
     return struct.pack("<Q", len(header)) + header
 
 
+def broken_safetensors(chance: random.Random) -> bytes:
+    return mutated(SAFE, chance) if chance.random() < 0.5 else long_header(chance.choice([5, 60_000]))
+
+
+@cache
+def many_entries(count: int) -> bytes:
+    return archive({f"archive/data/{i}": b"" for i in range(count)} | entries_of(saved({})))
+
+
 def crowded(chance: random.Random) -> bytes:
     """An archive of very many entries."""
-    return archive({f"archive/data/{i}": b"" for i in range(chance.choice([10, 60_000]))} | entries_of(saved({})))
+    return many_entries(chance.choice([10, 60_000]))
 
 
 MAKERS: list[tuple[Callable[[random.Random], bytes], int]] = [

@@ -50,7 +50,8 @@ class Commands:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process, self.folder = process, folder
         self._count = 0
-        self.undisturbed: dict[str, tuple[float, Path]] = {}
+        self._undisturbed: dict[str, Path] = {}
+        self._seconds: dict[str, float] = {}  # in which a command is interrupted
 
     def run(self, name: str, words: str, seconds: float | None = None) -> tuple[dict[str, Any], Path]:
         """Run a command, interrupted after so many seconds; return how it ended and the folder it was given."""
@@ -68,28 +69,30 @@ class Commands:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline()), folder
 
-    def calm(self, name: str) -> tuple[float, Path]:
-        """Return how long a command takes that nobody interrupts, and its folder."""
-        if name not in self.undisturbed:
-            ended, folder = self.run(f"{name}-undisturbed", WORDS[name])
-            assert ended["code"] == 0, (folder / "said").read_text()
-            self.undisturbed[name] = ended["seconds"], folder
-        return self.undisturbed[name]
+    def undisturbed(self, name: str) -> Path:
+        """Return the folder of a command that nobody interrupts."""
+        if name not in self._undisturbed:
+            ended, self._undisturbed[name] = self.run(f"{name}-undisturbed", WORDS[name])
+            self._seconds[name] = ended["seconds"]
+            assert ended["code"] == 0, (self._undisturbed[name] / "said").read_text()
+        return self._undisturbed[name]
 
     def interrupt(self, name: str, chance: random.Random) -> bool:
         """Interrupt a command at a random moment and look at what it left; tell whether it was before its end."""
-        seconds, calm = self.calm(name)
+        whole = self.undisturbed(name)
         self._count += 1
-        ended, folder = self.run(f"{name}-{self._count}", WORDS[name], chance.uniform(0, seconds))
+        ended, folder = self.run(f"{name}-{self._count}", WORDS[name], chance.uniform(0, self._seconds[name]))
         said = (folder / "said").read_text()
-        assert_clean(folder, calm)
+        assert_clean(folder, whole)
         assert not ended["left"]
-        if ended["code"] != 130:  # it had ended its work before
-            assert (ended["code"], said) == (0, (calm / "said").read_text()), said
-            assert listing(folder).keys() == listing(calm).keys()
-        else:
+        if ended["code"] == 130:
             assert said.endswith("interrupted: what was finished is valid and kept\n"), said
             assert "Traceback" not in said
+        else:  # its work was done before
+            assert ended["code"] == 0, said
+            assert said.count("\n") == (whole / "said").read_text().count("\n")
+            assert listing(folder).keys() == listing(whole).keys()
+            self._seconds[name] *= 0.8
         shutil.rmtree(folder)
         return ended["code"] == 130
 
@@ -122,9 +125,9 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def assert_clean(folder: Path, calm: Path) -> None:
+def assert_clean(folder: Path, whole: Path) -> None:
     """Every file is one that an undisturbed command leaves, and whole; temporary folders are empty."""
-    found, expected = listing(folder / "work"), listing(calm / "work")
+    found, expected = listing(folder / "work"), listing(whole / "work")
     assert not list((folder / "temporary").iterdir())
     assert {name for name in found if not re.search(r"\.lock$|\.damaged/", name)} <= expected.keys()
     for name, content in found.items():
