@@ -27,12 +27,13 @@ RUN_LENGTH = 10  # interleavings in a run, then another begins
 INTERLEAVED = "interleavings of two writers: every published epoch is there, or its writer was refused"
 
 
-@pytest.fixture
-def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["ENOSYS"])
+def without_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system of a cluster or network that has no locks."""
+    number = getattr(errno, request.param)
 
     def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
 
@@ -182,6 +183,7 @@ def claim_of(folder: Path, **holder: object) -> Path:
     return path
 
 
+@pytest.mark.parametrize("without_flock", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"], indirect=True)
 def test_a_claim_that_looks_stale_says_so(tmp_path, without_flock):
     run = record(tmp_path / "run", 1)
     claim = claim_of(run)
@@ -225,16 +227,14 @@ def test_a_writer_that_was_taken_over_publishes_nothing(tmp_path, without_flock)
 
 def test_a_writer_that_was_taken_over_leaves_alone_what_the_other_one_writes(tmp_path, without_flock):
     slow = writer(tmp_path / "run")
-    with pytest.raises(BlockingIOError, match="taken over"), slow.epoch(5) as rows:
-        rows.append(np.arange(4), None, vectors(4))
-        [claim] = (tmp_path / "run").glob(f"{locks.CLAIM}*")
-        claim.unlink()
-        other = writer(tmp_path / "run")
-        recording = other.epoch(6)
-        with sizes_of(28 * 4, 2**20):  # what is appended goes to the disk at once
-            recording.__enter__().append(np.arange(8), None, vectors(8))
-    recording.__exit__(None, None, None)
-    other.close()
+    recording = slow.epoch(5)
+    recording.__enter__().append(np.arange(4), None, vectors(4))
+    [claim] = (tmp_path / "run").glob(f"{locks.CLAIM}*")
+    claim.unlink()
+    with sizes_of(28 * 4, 2**20), writer(tmp_path / "run") as other, other.epoch(6) as rows:
+        rows.append(np.arange(8), None, vectors(8))  # goes to the disk at once
+        with pytest.raises(BlockingIOError, match="taken over"):
+            recording.__exit__(None, None, None)
     assert open_run(tmp_path / "run").epochs == [6]
     assert check_run(tmp_path / "run").whole
 
