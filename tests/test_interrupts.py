@@ -7,8 +7,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,8 +128,9 @@ READERS: dict[str, Callable[[Path], object]] = {
 def assert_clean(folder: Path, whole: Path) -> None:
     """Every file is one that an undisturbed command leaves, and whole; temporary folders are empty."""
     found, expected = listing(folder / "work"), listing(whole / "work")
+    before = {f"damaged/{name}" for name in listing(whole.parent / "trained/run")}
     assert not list((folder / "temporary").iterdir())
-    assert {name for name in found if not re.search(r"\.lock$|\.damaged/", name)} <= expected.keys()
+    assert {name for name in found if not re.search(r"\.lock$|\.damaged/", name)} <= expected.keys() | before
     for name, content in found.items():
         path = folder / "work" / name
         if name.endswith((".html", ".svg", ".onnx", ".safetensors")):
@@ -156,3 +159,46 @@ def test_ctrl_c_at_any_moment_leaves_nothing_half_done(commands, record_property
     while interrupted < 9:
         interrupted += commands.interrupt(name, chance)
     record_property(TRIED, interrupted)
+
+
+LOADING = ["-m stripe stats run", "scripts/report.py run --out page.html", "scripts/fold.py --ckpt none.pt --out out"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("words", LOADING)
+def test_ctrl_c_while_libraries_are_loaded(commands, tmp_path, record_property, words):
+    """Before a line of ours runs, Python ends by the signal itself, which shells tell as 130 too."""
+    shutil.copytree(commands.folder / "trained/run", tmp_path / "run")
+    before, chance, interrupted = listing(tmp_path), random.Random(words), 0
+    command = [sys.executable, *words.replace("scripts", str(ROOT / "scripts")).split()]
+    seconds, usual, _ = started(command, tmp_path)
+    (tmp_path / "page.html").unlink(missing_ok=True)
+    while interrupted < 7:
+        _, code, said = started(command, tmp_path, chance.uniform(0, seconds))
+        if code == usual:  # its work was done before
+            seconds *= 0.8
+            (tmp_path / "page.html").unlink(missing_ok=True)
+            continue
+        interrupted += 1
+        assert code in (130, -signal.SIGINT), said
+        assert "bug" not in said
+        assert ("Traceback" in said) <= (code < 0)
+        assert listing(tmp_path) == before
+    record_property(TRIED, interrupted)
+
+
+def started(command: list[str], folder: Path, seconds: float | None = None) -> tuple[float, int, str]:
+    """Start a process, interrupted after so many seconds; return how long it took, its exit code and stderr."""
+    began, pipe = time.monotonic(), subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=folder, stdout=pipe, stderr=pipe, text=True, preexec_fn=_heed_signals
+    ) as process:
+        if seconds is not None:
+            time.sleep(seconds)
+            process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    return time.monotonic() - began, process.returncode, said
+
+
+def _heed_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
