@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import stripe
 from stripe.cli import main
 
-PATIENCE = 60.0  # seconds after which a command that does not end is killed
+PATIENCE = 300.0  # seconds after which a command that does not end is killed
 
 
 def load_everything() -> None:

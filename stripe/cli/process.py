@@ -4,11 +4,13 @@ Exit codes: what the command returns; 2 for bad input, after one line on stderr;
 after Ctrl-C; 141, silently, when the reader of stdout has gone, as in `stripe stats RUN | head -1`.
 """
 
+import _thread
 import argparse
 import os
 import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +90,13 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
         interrupts.append(number)
         raise KeyboardInterrupt
 
+    def not_raised(found: Any) -> None:
+        if found.exc_type is KeyboardInterrupt:  # Ctrl-C in a finaliser, where Python ignores errors: once more
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            sys.__unraisablehook__(found)
+
+    sys.unraisablehook = not_raised
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not of a job in the background
             signal.signal(signal.SIGINT, interrupt)
