@@ -4,6 +4,7 @@ torch's reader runs no code of a file, but it unpacks archives that grow and bui
 So what a file names and how large it says to be is looked at first, and what came of it is measured afterwards.
 """
 
+import io
 import pickle
 import re
 import struct
@@ -119,8 +120,7 @@ def _survey_archive(path: Path, survey: Survey, room: int) -> None:
             raise ValueError(f"{damaged} does not have its checksum")
         for entry, name in zip(entries, names, strict=True):
             if name.endswith("data.pkl"):
-                with archive.open(entry) as file:
-                    survey.look(file)
+                survey.look(io.BytesIO(archive.read(entry)))
 
 
 def _plain_name(name: str) -> bool:

@@ -5,7 +5,6 @@ Usage: python -m tests.measured FOLDER FIRST COUNT
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import pickle
@@ -16,6 +15,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from stripe.models import create_model, load_checkpoint
 NETWORK = {"arch": "resnet", "depth": 11, "module": "senet"}
 WEIGHTS = create_model(**NETWORK).state_dict()
 FORBIDDEN = {"os.system", "os.exec", "os.posix_spawn", "os.mkdir", "subprocess.Popen"}
+LONGEST = 1500  # characters of a refusal
 events: list[str] = []
 
 
@@ -106,7 +107,7 @@ DECLARED: dict[str, list[Any]] = {
 
 def declared(chance: random.Random) -> bytes:
     network = {key: chance.choice(DECLARED[key]) for key in chance.sample(sorted(DECLARED), chance.randint(1, 3))}
-    state = WEIGHTS | {f"extra.{i}": torch.zeros(chance.choice([0, 1])) for i in range(chance.choice([0, 2_000]))}
+    state = WEIGHTS | {f"extra.{i}": torch.zeros(chance.choice([0, 1])) for i in range(chance.choice([0, 0, 0, 2_000]))}
     return saved(checkpoint(state_dict=state, description={"model": NETWORK | network}))
 
 
@@ -158,23 +159,29 @@ def two_directories(bomb: bytes, honest: bytes) -> bytes:
     return bomb + record + honest[:-22] + locator + honest[-22:]
 
 
-def broken_safetensors(chance: random.Random) -> bytes:
-    if chance.random() < 0.5:
-        return mutated(SAFE, chance)
-    tensors = {
-        f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(chance.choice([5, 60_000]))
-    }
+@cache
+def long_header(count: int) -> bytes:
+    tensors = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}
     header = json.dumps(tensors).encode()
     return struct.pack("<Q", len(header)) + header
 
 
+def broken_safetensors(chance: random.Random) -> bytes:
+    return mutated(SAFE, chance) if chance.random() < 0.5 else long_header(chance.choice([5, 60_000]))
+
+
+@cache
+def many_entries(count: int) -> bytes:
+    return archive({f"archive/data/{i}": b"" for i in range(count)} | entries_of(saved({})))
+
+
 def crowded(chance: random.Random) -> bytes:
     """An archive of very many entries."""
-    return archive({f"archive/data/{i}": b"" for i in range(chance.choice([10, 60_000]))} | entries_of(saved({})))
+    return many_entries(chance.choice([10, 60_000]))
 
 
 MAKERS: list[tuple[Callable[[random.Random], bytes], int]] = [
-    (broken, 30), (broken_pickle, 30), (odd_weights, 30), (declared, 30), (copying, 5), (exponential, 1), (hidden, 10),
+    (broken, 35), (broken_pickle, 40), (odd_weights, 30), (declared, 15), (copying, 5), (exponential, 1), (hidden, 10),
     (broken_safetensors, 20), (crowded, 1),
 ]  # fmt: skip
 
@@ -184,34 +191,37 @@ def megabytes(field: str) -> float:
     return int(Path("/proc/self/status").read_text().partition(field)[2].split()[0]) / 1024
 
 
-def peak_of(path: Path) -> tuple[float, bool]:
-    """Return the memory above the start that reading takes, and whether it was read."""
+def peak_of(path: Path) -> tuple[float, str]:
+    """Return the memory above the start that reading takes, and why it was refused; "" where it was read."""
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before, read = megabytes("VmRSS:"), False
-    with contextlib.suppress(ValueError, OSError):
+    before, refusal = megabytes("VmRSS:"), ""
+    try:
         load_checkpoint(path)
-        read = True
-    return megabytes("VmHWM:") - before, read
+    except (ValueError, OSError) as error:
+        refusal = str(error)
+    return megabytes("VmHWM:") - before, refusal
 
 
 def main(folder: Path, first: int, count: int) -> dict[str, Any]:
     load_checkpoint("timm:lcnet_050")  # the libraries take memory once
     makers, shares = zip(*MAKERS, strict=True)
     worst: dict[str, float] = {}
-    refused = 0
+    refused, unclear = 0, []
     sys.addaudithook(lambda name, _: events.append(name) if name in FORBIDDEN or name.startswith("socket.") else None)
     for seed in range(first, first + count):
         chance = random.Random(seed)
         [make] = chance.choices(makers, shares)
         path = folder / ("a.safetensors" if make is broken_safetensors else "a.pt")
         path.write_bytes(make(chance))
-        peak, read = peak_of(path)
-        refused += not read
+        peak, refusal = peak_of(path)
+        refused += bool(refusal)
+        if not refusal.isprintable() or len(refusal) > LONGEST:
+            unclear.append(refusal)
         excess = peak - 4 * path.stat().st_size / 2**20
         if excess > worst.get(make.__name__, -1e9):
             worst[make.__name__] = excess
             sys.stderr.write(f"{make.__name__} {seed}: {excess:.0f} MB beyond 4 times the file\n")
-    return {"tried": count, "refused": refused, "worst": worst, "events": events}
+    return {"tried": count, "refused": refused, "unclear": unclear, "worst": worst, "events": events}
 
 
 if __name__ == "__main__":

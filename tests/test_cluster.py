@@ -17,10 +17,11 @@ import pandas as pd
 import pytest
 
 from stripe.cli import main
-from stripe.cluster import connect, moments_on, summarize_on
+from stripe.cluster import _gathered, connect, moments_on, summarize_on
 from stripe.gate import Gate
 from stripe.stats import summarize
 from stripe.store import RunWriter, open_run
+from tests.runs import refused
 
 distributed = pytest.importorskip("distributed")
 
@@ -138,6 +139,13 @@ def test_a_worker_killed_midway_changes_nothing(tmp_path, cluster, client, recor
         os.kill(victim, 0)
     client.wait_for_workers(2, timeout=60)  # the nanny puts another in its place
     record_property("a Dask worker killed midway", 1)
+
+
+def test_a_cluster_that_loses_its_workers_again_and_again_is_one_line(cluster, client, monkeypatch):
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
+    with refused(OSError, "the cluster lost its work", "look at the memory and logs of its workers"):
+        _gathered(client, [client.submit(os._exit, 1)])
+    client.wait_for_workers(2, timeout=60)
 
 
 def test_the_command_writes_the_local_table(tmp_path, cluster):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from tests.runs import (
     record,
     refused,
     several_ranks,
+    sizes_of,
     vectors,
     writer,
 )
@@ -323,6 +325,21 @@ def test_a_killed_recording_shows_nothing_and_frees_the_run(tmp_path):
     assert open_run(tmp_path).epochs == [1]
     assert open_run(record(tmp_path, 3)).epochs == [1, 3]
     assert not (tmp_path / ".unfinished").exists()
+
+
+def test_an_interruption_while_the_writing_thread_starts_leaves_nothing(tmp_path, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with sizes_of(28 * 4, 2**20), pytest.raises(KeyboardInterrupt):
+        record(tmp_path, 1, samples=20)
+    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+        thread.join(10)
+    assert listing(tmp_path).keys() == {".lock", "run.json"}
 
 
 def test_two_writers_in_one_process(tmp_path):

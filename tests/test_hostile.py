@@ -441,7 +441,7 @@ def test_a_script_in_a_hub_folder_is_not_run(tmp_path, hub):
 
 # ---- fuzzing -----------------------------------------------------------------------------------------------
 
-CASES = 1200  # of each of these tests
+CASES = 600  # of each of these tests
 many = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 tried = 0
 
@@ -473,49 +473,6 @@ def place(tmp_path, record_property):
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"a.pt", "a.safetensors"}
     assert tried >= CASES
     record_property("checkpoints mutated or made up: read, or refused in one line; no code run", tried)
-
-
-@pytest.fixture(scope="module")
-def bases():
-    from safetensors.torch import save
-
-    return {
-        "zip": saved(checkpoint()),
-        "legacy": saved(checkpoint(), **legacy),
-        "pickle": saved(checkpoint()),
-        "safetensors": save(weights()),
-    }
-
-
-places = st.one_of(st.integers(0, 900), st.integers(-3000, -1), st.integers(0, 10**6))
-edits = st.lists(st.tuples(places, st.integers(0, 255)), max_size=8)
-
-
-def mutated(content, changes, cut):
-    content = bytearray(content)
-    for position, byte in changes:
-        content[position % len(content)] = byte
-    return bytes(content if cut is None else content[: len(content) * cut // 100])
-
-
-@pytest.mark.slow
-def test_mutated_checkpoints_are_read_or_refused(place, bases):
-    @many
-    @given(st.sampled_from(sorted(bases)), edits, st.one_of(st.none(), st.none(), st.integers(0, 99)))
-    def check(kind, changes, cut):
-        if kind == "pickle":  # inside an archive whose checksums are right
-
-            def edit(name, data):
-                return name, mutated(data, changes, cut) if name.endswith(".pkl") else data
-
-            content = rezipped(checkpoint(), edit=edit)
-        else:
-            content = mutated(bases[kind], changes, cut)
-        path = place / ("a.safetensors" if kind == "safetensors" else "a.pt")
-        path.write_bytes(content)
-        refused_or_read(path)
-
-    check()
 
 
 KEYS = sorted(ResNet(11, module="senet").state_dict())

@@ -254,6 +254,7 @@ def test_the_input_is_the_networks_own(tmp_path):
 def own_module(tmp_path, monkeypatch):
     """A module of the user's own in the current directory, which leaves a mark when it is imported."""
     code = "import pathlib, torch\npathlib.Path('imported').touch()\ndef build():\n    return torch.nn.Linear(2, 3)\n"
+    code += "def elsewhere():\n    import os\n    os.chdir('/')\n    return build()\n"
     (tmp_path / "networks_of_mine.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "networks_of_mine", raising=False)
@@ -269,6 +270,12 @@ def test_a_factory_of_the_users_own(own_module):
     torch.save(torch.nn.Linear(2, 3).state_dict(), "weights.pt")
     loaded = load_checkpoint("weights.pt", arch="networks_of_mine:build")
     assert torch.equal(loaded.weight, torch.load("weights.pt")["weight"])
+    assert sys.path == path
+
+
+def test_a_factory_may_change_the_directory(own_module):
+    path = list(sys.path)
+    assert load_checkpoint("networks_of_mine:elsewhere")(torch.zeros(1, 2)).shape == (1, 3)
     assert sys.path == path
 
 

@@ -184,6 +184,35 @@ def test_ctrl_c_is_130():
     assert said == "interrupted: what was finished is valid and kept\n"
 
 
+LOST = """
+import _thread, signal, sys, time
+from stripe import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finalised:
+    def __del__(self):
+        _thread.interrupt_main()
+        time.sleep(0)
+def run(arguments):
+    {how}
+    time.sleep(20)
+    print("went on")
+cli.COMMANDS["stats"].run = run
+sys.argv = ["stripe", "stats", "x"]
+sys.exit(cli.main())
+"""
+WAYS = {
+    "in a finaliser": "Finalised()",
+    "turned into another error": "exec('try: _thread.interrupt_main(); time.sleep(9)\\nfinally: raise RuntimeError')",
+}
+
+
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+def test_ctrl_c_is_130_where_libraries_lose_it(how):
+    done = subprocess.run([sys.executable, "-c", LOST.format(how=how)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted: what was finished is valid and kept\n"
+
+
 @pytest.mark.parametrize("script", ["benchmark.py", "study.py"])
 def test_scripts_end_as_commands_do(script):
     words = {

@@ -17,7 +17,7 @@ import pytest
 from stripe import load_example, report, stats
 from stripe.cli import main
 from stripe.gate import Gate
-from stripe.report.content import MAX_RECORDS, MAX_TEXT, address, document, learned_vectors, plain, spread
+from stripe.report.content import MAX_TEXT, address, document, learned_vectors, plain, spread
 from stripe.report.panels import choose, pack, quantise
 from stripe.store import Run, RunWriter, open_run
 from tests.runs import record, writer
@@ -210,6 +210,26 @@ def test_the_worst_case_leaves_something_to_see(run, monkeypatch):
     assert choice.rows >= 50
 
 
+def test_no_table_of_a_file_takes_the_page_beyond_its_limit(run, monkeypatch):
+    records = [{f"column {i}": "x" * 300 for i in range(40)}] * 500
+    page = report.render(run, fold={f"table {i}": records for i in range(6)})
+    assert 1_000_000 < len(page) <= report.LIMIT
+    tables = content_of(page)["fold"]["tables"]
+    assert {len(table["rows"]) for table in tables} == {100}
+    assert {table["note"] for table in tables} == {"Shown: the first 100 of 500 rows."}
+    assert content_of(page)["heatmaps"]
+
+
+def test_gates_that_do_not_fit_on_a_page_are_refused_and_heatmaps_give_way_first(run, monkeypatch):
+    least = len(report.render(run, fold=None)) - len(json.dumps(content_of(report.render(run))["heatmaps"]))
+    monkeypatch.setattr(report, "RESERVE", 0)
+    monkeypatch.setattr(report, "LIMIT", least + 100)
+    assert content_of(report.render(run))["heatmaps"] is None
+    monkeypatch.setattr(report, "LIMIT", least // 2)
+    with pytest.raises(ValueError, match=r"a page of \d+ gates .* record fewer gates"):
+        report.render(run)
+
+
 def test_images_are_the_same_at_every_epoch_that_holds_them(tmp_path):
     path, values = tmp_path / "run", np.arange(36, dtype=np.float32).reshape(12, 3)
     ids = {1: np.arange(12)[::-1], 2: np.arange(12) + 100, 3: np.arange(12)}
@@ -284,14 +304,16 @@ def test_a_foreign_validation_is_refused(run, change, words):
 
 
 def test_any_records_become_a_table():
-    found = document({"measure": "accuracy", "rows": [{"gate": "a", "drop": 0.123456}, {"gate": "b", "into": ["x"]}]})
+    found = document(
+        {"measure": "accuracy", "rows": [{"gate": "a", "drop": 0.123456}, {"gate": "b", "into": ["x"]}]}, 500
+    )
     assert found["facts"] == [["measure", "accuracy"]]
     [table] = found["tables"]
     assert table["columns"] == ["gate", "drop", "into"]
     assert table["rows"] == [["a", 0.12346, None], ["b", None, '["x"]']]
     assert table["note"] == ""
-    long = document({"rows": [{str(i): i for i in range(50)}] * (MAX_RECORDS + 1)})["tables"][0]
-    assert (len(long["rows"]), len(long["columns"])) == (MAX_RECORDS, 40)
+    long = document({"rows": [{str(i): i for i in range(50)}] * 501}, 500)["tables"][0]
+    assert (len(long["rows"]), len(long["columns"])) == (500, 40)
     assert long["note"] == "Shown: the first 500 of 501 rows and the first 40 of 50 columns."
 
 

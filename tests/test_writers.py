@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,69 +19,144 @@ import pytest
 from stripe import figures, locks, report
 from stripe.cli import main
 from stripe.store import RunWriter, check_run, open_run
-from tests.runs import record, refused, vectors, writer
+from stripe.store.directory import Directory
+from tests.runs import record, refused, sizes_of, vectors, writer
 from tests.test_s3 import objects, proxy, run_path, server  # noqa: F401
 
+RUN_LENGTH = 10  # interleavings in a run, then another begins
 INTERLEAVED = "interleavings of two writers: every published epoch is there, or its writer was refused"
 
 
-@pytest.fixture
-def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["ENOSYS"])
+def without_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system of a cluster or network that has no locks."""
+    number = getattr(errno, request.param)
 
     def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def step_by_step(path: str | Path, epoch: int, published: list[int]) -> Any:
-    """Record an epoch in steps; another writer may do some of its own between them."""
-    run = writer(path)
-    yield
-    try:
-        with run.epoch(epoch) as rows:
-            yield
-            rows.append(np.arange(4), None, vectors(4, seed=epoch))
-            yield
-        published.append(epoch)
-        yield
-    finally:
-        run.close()
+class Turns:
+    """Lets threads take turns in an order of a seed's, one storage operation at a time; keeps their clock as well."""
+
+    def __init__(self, seed: int) -> None:
+        self._chance, self._time = random.Random(seed), 0.0
+        self._changed = threading.Condition()
+        self._waiting: list[int | None] = []  # the threads that have work left, in order of their beginning
+        self._next: int | None = None
+
+    def run(self, *works: Callable[[], None]) -> None:
+        """Run functions, a thread for each, to their ends."""
+        self._waiting = [None] * len(works)
+        threads = [threading.Thread(target=self._one, args=each) for each in enumerate(works)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _one(self, place: int, work: Callable[[], None]) -> None:
+        with self._changed:
+            self._waiting[place] = threading.get_ident()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: None not in self._waiting)
+            self._next = self._waiting[0]
+        try:
+            self.step()
+            work()
+        finally:
+            with self._changed:
+                self._waiting.remove(threading.get_ident())
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._next = self._chance.choice(self._waiting) if self._waiting else None
+        self._changed.notify_all()
+
+    def step(self) -> None:
+        """Wait until it is this thread's turn again; threads that help another one are let through."""
+        me = threading.get_ident()
+        if me in self._waiting:
+            with self._changed:
+                if self._next == me:
+                    self._hand_over()
+                self._changed.wait_for(lambda: self._next == me)
+
+    def sleep(self, seconds: float) -> None:
+        self._time += seconds
+        self.step()
+
+    def monotonic(self) -> float:
+        return self._time
+
+    def before(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        """Take a step before an operation."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.step()
+            return operation(*arguments, **options)
+
+        return call
+
+
+class Stepping:
+    """Arrow's file system, with a step before every operation."""
+
+    def __init__(self, files: Any, turns: Turns) -> None:
+        self._files, self._turns = files, turns
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._files, name)
+        return self._turns.before(value) if callable(value) else value
 
 
 def interleave(path: str | Path, seed: int) -> int:
     """Let two writers record in an order of the seed's; return how many were refused."""
-    chance, published, refusals = random.Random(seed), [], 0
-    waiting = [step_by_step(path, 2 * seed + k, published) for k in range(2)]
-    while waiting:
-        steps = chance.choice(waiting)
+    published, refusals, turns, prepare = [], [], Turns(seed), Directory.__init__
+    head_start = random.Random(-seed).randrange(80)  # of the first writer, in steps
+
+    def init(self: Directory, path: Any) -> None:
+        prepare(self, path)
+        self.files = Stepping(self.files, turns)
+
+    def work(epoch: int) -> None:
+        for _ in range(head_start * (epoch % 2)):
+            turns.step()
         try:
-            next(steps)
-        except StopIteration:
-            waiting.remove(steps)
+            with writer(path) as run, run.epoch(epoch) as rows:
+                rows.append(np.arange(4), None, vectors(4, seed=epoch))
+            published.append(epoch)
         except BlockingIOError:
-            waiting.remove(steps)
-            refusals += 1
-    assert set(published) <= set(open_run(path).epochs)
-    assert len(published) + refusals == 2
-    return refusals
+            refusals.append(epoch)
 
-
-def interleave_all(path: str | Path, count: int, record_property: Callable[[str, object], None]) -> None:
+    before = open_run(path).epochs if seed % RUN_LENGTH else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(locks, "PATIENCE", 0.0)  # the other writer waits in this same thread
-        refusals = [interleave(path, seed) for seed in range(count)]
+        patch.setattr(Directory, "__init__", init)
+        patch.setattr(locks, "time", turns)
+        for name in ("put", "renewed", "read", "remove"):
+            patch.setattr(locks.FolderClaims, name, turns.before(getattr(locks.FolderClaims, name)))
+        turns.run(lambda: work(2 * seed), lambda: work(2 * seed + 1))
+    assert open_run(path).epochs == [*before, *sorted(published)]
+    assert {*published, *refusals} == {2 * seed, 2 * seed + 1}
+    return len(refusals)
+
+
+def interleave_all(path: str | Path, count: int, record_property: Callable[[str, object], None]) -> list[str]:
+    """Let pairs of writers record into runs that begin anew now and then; return the runs."""
+    runs = [f"{path}-{number}" for number in range(-(-count // RUN_LENGTH))]
+    refusals = [interleave(runs[seed // RUN_LENGTH], seed) for seed in range(count)]
     assert 0 < sum(refusals) < count  # some met, some did not
-    run = open_run(path)
-    for epoch in run.epochs:
-        np.testing.assert_array_equal(run.attention("layer1.0.se", epoch), vectors(4, seed=epoch)["layer1.0.se"])
-    check = check_run(path)
-    assert (check.whole, check.unnamed, check.interrupted) == (True, (), ())
+    for each in runs:
+        run, check = open_run(each), check_run(each)
+        for epoch in run.epochs:
+            np.testing.assert_array_equal(run.attention("layer1.0.se", epoch), vectors(4, seed=epoch)["layer1.0.se"])
+        assert (check.whole, check.unnamed, check.interrupted) == (True, (), ())
     record_property(INTERLEAVED, count)
+    return runs
 
 
-COUNTS = [20, pytest.param(200, marks=pytest.mark.exhaustive)]
+COUNTS = [10, pytest.param(200, marks=pytest.mark.exhaustive)]
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -91,14 +167,14 @@ def test_two_writers_of_a_local_run(tmp_path, record_property, count):
 @pytest.mark.parametrize("count", COUNTS)
 def test_two_writers_where_there_is_no_flock(tmp_path, record_property, without_flock, count):
     interleave_all(tmp_path / "run", count, record_property)
-    assert not list((tmp_path / "run").glob(f"{locks.CLAIM}*"))
+    assert not list(tmp_path.rglob(f"{locks.CLAIM}*"))
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_two_writers_of_a_run_in_a_bucket(run_path, record_property, count):  # noqa: F811
     path = f"{run_path.partition('[')[0]}-{count}"
-    interleave_all(path, count, record_property)
-    assert not [name for name in objects(path) if locks.CLAIM in name]
+    for run in interleave_all(path, count, record_property):
+        assert not [name for name in objects(run) if locks.CLAIM in name]
 
 
 def claim_of(folder: Path, **holder: object) -> Path:
@@ -107,6 +183,7 @@ def claim_of(folder: Path, **holder: object) -> Path:
     return path
 
 
+@pytest.mark.parametrize("without_flock", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"], indirect=True)
 def test_a_claim_that_looks_stale_says_so(tmp_path, without_flock):
     run = record(tmp_path / "run", 1)
     claim = claim_of(run)
@@ -146,6 +223,20 @@ def test_a_writer_that_was_taken_over_publishes_nothing(tmp_path, without_flock)
         record(run, 6, samples=4)
     slow.close()
     assert open_run(run).epochs == [6]
+
+
+def test_a_writer_that_was_taken_over_leaves_alone_what_the_other_one_writes(tmp_path, without_flock):
+    slow = writer(tmp_path / "run")
+    recording = slow.epoch(5)
+    recording.__enter__().append(np.arange(4), None, vectors(4))
+    [claim] = (tmp_path / "run").glob(f"{locks.CLAIM}*")
+    claim.unlink()
+    with sizes_of(28 * 4, 2**20), writer(tmp_path / "run") as other, other.epoch(6) as rows:
+        rows.append(np.arange(8), None, vectors(8))  # goes to the disk at once
+        with pytest.raises(BlockingIOError, match="taken over"):
+            recording.__exit__(None, None, None)
+    assert open_run(tmp_path / "run").epochs == [6]
+    assert check_run(tmp_path / "run").whole
 
 
 def test_a_claim_is_renewed_while_its_writer_works(tmp_path, without_flock, monkeypatch):

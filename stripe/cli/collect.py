@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, ONNX too, or timm:NAME[:pretrained], torchvision:NAME[:pretrained], package.module:FACTORY",
+        help="files, ONNX too, or timm:NAME[:pretrained], torchvision:NAME[:pretrained], or package.module:FACTORY, "
+        "whose code is run",
     )
     network.add_argument(
         "--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME, ...:FACTORY"

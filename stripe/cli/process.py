@@ -4,14 +4,16 @@ Exit codes: what the command returns; 2 for bad input, after one line on stderr;
 after Ctrl-C; 141, silently, when the reader of stdout has gone, as in `stripe stats RUN | head -1`.
 """
 
+import _thread
 import argparse
 import os
 import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dis import opmap
 from types import TracebackType
@@ -40,6 +42,7 @@ def dispatch(
     *,
     packages: tuple[str, ...] = ("stripe",),
     interrupted: str = INTERRUPTED,
+    interrupts: Sequence[int] = (),
 ) -> int:
     """Parse the command line and run the command; return the exit code, see above.
 
@@ -48,19 +51,23 @@ def dispatch(
         run: does the work and returns the exit code; None is 0.
         packages: whose `raise` statements refuse bad input.
         interrupted: what to say after Ctrl-C.
+        interrupts: holds something once there was a Ctrl-C, which libraries may lose or turn into an error of theirs.
     """
     arguments = argparse.Namespace()
     try:
         with redirect_stdout(_Printable(sys.stdout)):
             try:
                 arguments = parse()
-                return run(arguments) or 0
+                code = run(arguments) or 0
             finally:
                 sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    except Exception as error:
+        if interrupts:
+            raise KeyboardInterrupt
+        return code
+    except (KeyboardInterrupt, Exception) as error:
+        if interrupts or not isinstance(error, Exception):
+            print(interrupted, file=sys.stderr)
+            return 130
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return 141
         line = refusal(error, packages)
@@ -77,10 +84,28 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
     Threads of gloo, which a group's end does not join, now and then need Python while it shuts down: the process
     aborts, and the job, whose work is done, counts as failed.
     """
-    keep_memory()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
-    code = dispatch(*words, **choices)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C has nothing left to interrupt
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    def not_raised(found: Any) -> None:
+        if found.exc_type is KeyboardInterrupt:  # Ctrl-C in a finaliser, where Python ignores errors: once more
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            sys.__unraisablehook__(found)
+
+    sys.unraisablehook = not_raised
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not of a job in the background
+            signal.signal(signal.SIGINT, interrupt)
+        keep_memory()
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
+        code = dispatch(*words, interrupts=interrupts, **choices)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C has nothing left to interrupt
+    except KeyboardInterrupt:  # between two of these lines
+        code = 130
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()

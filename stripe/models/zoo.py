@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -291,13 +292,15 @@ def _named_model(spec: str) -> nn.Module:
 def _made_model(spec: str) -> nn.Module:
     """Import "package.module:FACTORY", from the current directory too, and call the factory."""
     module, _, factory = spec.partition(":")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         model = getattr(importlib.import_module(module), factory)()
     except Exception as error:  # the user's code fails as it likes
         raise ValueError(f"cannot build '{spec}': {type(error).__name__}: {one_line(error)}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        with suppress(ValueError):
+            sys.path.remove(here)
     if not isinstance(model, nn.Module):
         raise ValueError(f"cannot build '{spec}': it returned {type(model).__name__}; expected a torch.nn.Module")
     return model

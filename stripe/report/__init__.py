@@ -20,6 +20,7 @@ from stripe.messages import Progress
 from stripe.plots.drawing import HEATMAP
 from stripe.recipe import SETTLED_DRIFT
 from stripe.report.content import (
+    RECORDS,
     about,
     address,
     describe_gates,
@@ -28,6 +29,7 @@ from stripe.report.content import (
     learned_vectors,
     read_beside,
     shown_epochs,
+    tables_of,
 )
 from stripe.report.panels import sample_panels
 from stripe.store import Run
@@ -61,7 +63,8 @@ def render(
         progress: wraps the iterators over epochs.
 
     Raises:
-        ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold.
+        ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold; gates
+            that do not fit on a page.
 
     Example:
         >>> import stripe
@@ -71,19 +74,28 @@ def render(
     """
     learned = learned_vectors(run, validation)
     epoch = validation["epoch"] if validation else max(run.epochs, default=0)
-    content = {
-        "run": address(run.path),
-        "epochs": shown_epochs(run),
-        "tolerance": tolerance,
-        "stripe_epoch": epoch,
-        "gates": describe_gates(run, learned, epoch, tolerance=tolerance, progress=progress),
-        "colors": base64.b64encode(HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
-        "validation": validation and judged(validation),
-        "fold": fold and document(fold),
-        "about": about(run, command),
-    }
-    room = LIMIT - len(_page(content).encode()) - RESERVE
-    return _page(content | {"heatmaps": sample_panels(run, room, progress=progress)})
+    tables = tables_of(run, progress)
+    colors = base64.b64encode(HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode()
+    for most in RECORDS:
+        content = {
+            "run": address(run.path),
+            "epochs": shown_epochs(run, most),
+            "tolerance": tolerance,
+            "stripe_epoch": epoch,
+            "gates": describe_gates(run, tables, learned, stripe_epoch=epoch, tolerance=tolerance, most=most),
+            "colors": colors,
+            "validation": validation and judged(validation, most),
+            "fold": fold and document(fold, most),
+            "about": about(run, command, most),
+        }
+        room = LIMIT - len(_page(content).encode()) - RESERVE
+        if room >= 0:
+            page = _page(content | {"heatmaps": sample_panels(run, room, progress=progress)})
+            return page if len(page.encode()) <= LIMIT else _page(content | {"heatmaps": None})
+    raise ValueError(
+        f"a page of {len(run.gates)} gates of run '{run.path}' takes {LIMIT - room} bytes; expected at most {LIMIT}: "
+        "record fewer gates, or draw its figures"
+    )
 
 
 def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:

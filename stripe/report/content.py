@@ -16,8 +16,8 @@ from stripe import stats
 from stripe.files import read_text
 from stripe.store import Run
 
-MAX_EPOCHS = 400  # points of a curve
-MAX_RECORDS, MAX_COLUMNS, MAX_TEXT = 500, 40, 300  # of a table from a file, its columns, and a text
+RECORDS = (500, 100, 20, 4)  # of a table from a file, and points of a curve, by how little room there is
+MAX_COLUMNS, MAX_TEXT = 40, 300  # of such a table, and characters of a text
 CURVES = ("strength", "strength_low", "strength_high", "std", "drift")
 LAST = (*CURVES, "cv", "sample_share", "label_share", "rank")
 
@@ -51,22 +51,22 @@ def numbers(values: Iterable[float]) -> list[Plain]:
 # ---- gates -----------------------------------------------------------------------------------------------
 
 
-def shown_epochs(run: Run) -> list[int]:
+def shown_epochs(run: Run, most: int) -> list[int]:
     """Return the epochs of the curves."""
-    return [run.epochs[i] for i in spread(len(run.epochs), MAX_EPOCHS)]
+    return [run.epochs[i] for i in spread(len(run.epochs), most)]
 
 
 def describe_gates(
     run: Run,
+    tables: Mapping[str, pd.DataFrame],
     learned: Learned,
-    stripe_epoch: int,
     *,
+    stripe_epoch: int,
     tolerance: float,
-    progress: Callable[[Iterable[Any]], Iterable[Any]],
+    most: int,
 ) -> list[dict[str, Any]]:
     """Return what the page knows of each gate: figures of the last epoch, curves, its stripe and learned vector."""
-    gates, shown = [], spread(len(run.epochs), MAX_EPOCHS)
-    tables = _tables(run, progress)
+    gates, shown = [], spread(len(run.epochs), most)
     stripes = run.moments([stripe_epoch])
     for gate in run.gates:
         table, stripe = tables[gate.name], stripes[stripe_epoch, gate.name]
@@ -87,7 +87,7 @@ def describe_gates(
     return gates
 
 
-def _tables(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, pd.DataFrame]:
+def tables_of(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, pd.DataFrame]:
     """Return each gate's rows of summarize."""
     last = run.epochs[-1:]  # whose ranks are told
     rows = stats.tabulate(
@@ -154,34 +154,35 @@ def address(path: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def judged(validation: Mapping[str, Any]) -> dict[str, Any]:
+def judged(validation: Mapping[str, Any], most: int) -> dict[str, Any]:
     """Turn a validation into tables and facts, without its vectors and with the verdict beside the gate."""
     gates = validation.get("gates")
     rows = [row for row in gates if isinstance(row, dict)] if isinstance(gates, list) else []
     first = [{key: row[key] for key in ("gate", "verdict") if key in row} | row for row in rows]
-    return document({key: first if key == "gates" else each for key, each in validation.items() if key != "learned"})
+    told = {key: first if key == "gates" else each for key, each in validation.items() if key != "learned"}
+    return document(told, most)
 
 
-def document(content: Mapping[str, Any]) -> dict[str, Any]:
+def document(content: Mapping[str, Any], most: int) -> dict[str, Any]:
     """Turn plain JSON into tables, one for each list of records, and facts, a line for each other value."""
     facts: list[list[Plain]] = []
     tables = []
     for key, value in content.items():
         if isinstance(value, list) and value and all(isinstance(record, dict) for record in value):
-            tables.append(_table(key, value))
+            tables.append(_table(key, value, most))
         elif isinstance(value, dict):
             facts += [[plain(f"{key}: {name}"), plain(each)] for name, each in value.items()]
         else:
             facts.append([plain(key), plain(value)])
-    return {"facts": facts[:MAX_RECORDS], "tables": tables}
+    return {"facts": facts[:most], "tables": tables[:most]}
 
 
-def _table(title: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _table(title: str, records: Sequence[Mapping[str, Any]], most: int) -> dict[str, Any]:
     columns = list(dict.fromkeys(name for record in records for name in record))
-    rows = [[plain(record.get(name)) for name in columns[:MAX_COLUMNS]] for record in records[:MAX_RECORDS]]
+    rows = [[plain(record.get(name)) for name in columns[:MAX_COLUMNS]] for record in records[:most]]
     cut = []
-    if len(records) > MAX_RECORDS:
-        cut.append(f"the first {MAX_RECORDS} of {len(records)} rows")
+    if len(records) > most:
+        cut.append(f"the first {most} of {len(records)} rows")
     if len(columns) > MAX_COLUMNS:
         cut.append(f"the first {MAX_COLUMNS} of {len(columns)} columns")
     return {
@@ -192,7 +193,7 @@ def _table(title: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def about(run: Run, command: str) -> list[dict[str, Any]]:
+def about(run: Run, command: str, most: int) -> list[dict[str, Any]]:
     """Return how the run was made, as titled facts."""
     manifest = run.manifest
     recorded = "attention and squeeze" if manifest.squeeze else "attention"
@@ -207,4 +208,4 @@ def about(run: Run, command: str) -> list[dict[str, Any]]:
     }
     sections = {"run": what, "model": run.model, "data": run.data, "seeds": manifest.seeds}
     sections |= {"versions": manifest.versions, "this page": {"command": command} if command else {}}
-    return [{"title": title, **document(content)} for title, content in sections.items() if content]
+    return [{"title": title, **document(content, most)} for title, content in sections.items() if content]

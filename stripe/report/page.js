@@ -367,7 +367,7 @@ function setUpHeatmap() {
   if (!heat) {
     byId("heat").hidden = true;
     byId("no-heat").hidden = false;
-    byId("no-heat").textContent = "No heatmap: this run was recorded as moments alone and holds no row per image. " +
+    byId("no-heat").textContent = "No heatmap: this run was recorded as moments alone and holds no row per image, or the page has no room left. " +
       "Stripes and curves below are of all images.";
     return;
   }

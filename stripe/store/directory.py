@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import posixpath
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pyarrow as pa
 from pyarrow import fs
 
 from stripe import locks
@@ -105,14 +107,25 @@ class Directory:
             raise ValueError(f"run '{self.path}': {error}") from error
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Replace run.json by one rename, after everything it names is on the disk."""
-        staged = f".{MANIFEST}"
+        """Replace run.json, after everything it names is on the disk."""
+        with self.replacing(MANIFEST, staged=f".{MANIFEST}") as stream:
+            stream.write(manifest.to_json().encode())
+
+    @contextmanager
+    def replacing(self, name: str, *, staged: str) -> Iterator[pa.NativeFile]:
+        """Give a stream to write the file ``staged``, which takes the place of ``name`` at the end by one rename."""
         with self.writing():
-            with self.files.open_output_stream(staged) as stream:
-                stream.write(manifest.to_json().encode())
-            self.sync(staged)
-            self.files.move(staged, MANIFEST)
-            self.sync("")
+            stream = self.files.open_output_stream(staged)
+            try:
+                with stream:
+                    yield stream
+                self.sync(staged)
+                self.files.move(staged, name)
+                self.sync(posixpath.dirname(name))
+            except BaseException:
+                with suppress(OSError):
+                    self.files.delete_file(staged)
+                raise
 
     def files_in(self, folder: str) -> list[fs.FileInfo]:
         """List the files under ``folder``, by path; none when there is no such folder."""

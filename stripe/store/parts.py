@@ -116,14 +116,13 @@ def parquet_writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
 
 def write_moments(directory: Directory, name: str, moments: Mapping[str, Moments]) -> int:
     """Write moments beside a part that is in its place, by rename; return the CRC-32 of the file's footer."""
-    staged = f"{name}.new"
     with directory.writing():
         directory.files.create_dir(posixpath.dirname(name), recursive=True)
-        with directory.files.open_output_stream(staged) as sink, parquet_writer(sink, MOMENTS_SCHEMA) as writer:
-            writer.write_table(to_table(moments))
-        directory.sync(staged)
-        directory.files.move(staged, name)
-        directory.sync(posixpath.dirname(name))
+    with (
+        directory.replacing(name, staged=f"{name}.new") as sink,
+        parquet_writer(sink, MOMENTS_SCHEMA) as writer,
+    ):
+        writer.write_table(to_table(moments))
     with directory.files.open_input_file(name) as stream:
         return zlib.crc32(read_footer(stream))
 

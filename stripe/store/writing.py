@@ -132,6 +132,7 @@ class RunWriter:
             self._barrier()
             staged = f"{STAGING}/{epoch_name(number)}/part-{self._rank:04d}"
             with PartWriter(self._directory, self._manifest, staged) as parts, ThreadPoolExecutor(1) as thread:
+                thread.submit(int).result()  # one that is interrupted while it starts would not be waited for
                 rows = EpochWriter(self._manifest, parts, thread)
                 yield rows
                 rows.finish()
@@ -143,6 +144,7 @@ class RunWriter:
         except BaseException:
             with suppress(OSError, ValueError):  # what stays is cleared when the run is next opened for writing
                 if self._rank == 0:
+                    self._confirm()  # what is there now may be another writer's, which took over
                     self._directory.clear(number)
             raise
 
