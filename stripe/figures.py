@@ -240,13 +240,14 @@ BESIDE = {"metrics.csv": _each_of_metrics, "validation.json": _each_of_validatio
 def _each_learned(
     learned: Mapping[str, npt.ArrayLike], stripes: Mapping[str, stats.Moments], r: Mapping[str, float]
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw the learned vector of every gate in `stripes` over its stripe, then all in one scatter."""
+    """Draw the learned vector of every gate in `stripes` over its stripe, then all there are in one scatter."""
     for gate, stripe in stripes.items():
         title = f"{gate}, r = {r[gate]:.2f}"
         ax = plots.learned_over_stripe(learned[gate], stripe.mean, stripe.std, title=title)
         yield file_name("learned", gate), _figure_of(ax)
     pairs = {gate: (learned[gate], stripe.mean) for gate, stripe in stripes.items()}
-    yield "learned-scatter", _figure_of(plots.learned_scatter(pairs))
+    if pairs:
+        yield "learned-scatter", _figure_of(plots.learned_scatter(pairs))
 
 
 # ---- the reference's log ---------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_evaluation_puts_every_flag_back(parts):
 
 
 def test_evaluation_needs_samples():
-    with pytest.raises(ValueError, match="gave no samples"):
+    with pytest.raises(ValueError, match="gave no sample with a label"):
         evaluate(network(), [])
 
 

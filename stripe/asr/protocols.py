@@ -28,7 +28,7 @@ from stripe.gate import Gate
 from stripe.gates import isolate, read_gates, replace_gates
 from stripe.gates.hooks import modules_by_path
 from stripe.stats.verdicts import aligned, energy_distance, shuffled_misalignments
-from stripe.training import logits_of
+from stripe.training import UNKNOWN_LABEL, logits_of
 
 PSI_RATE = 0.05  # Adam's learning rate for psi
 ATTENTION_RATE = 1e-3  # and for the attention's weights, where they are trained too
@@ -65,7 +65,7 @@ def _train(task: Task, network: nn.Module, psis: Mapping[str, Psi]) -> None:
         vectors = {name: psi.learned_vector() for name, psi in psis.items()}
         with replace_gates(network, task.gates, vectors), task.precision:
             logits = logits_of(network(images))
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN_LABEL)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

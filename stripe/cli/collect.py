@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, ONNX too, or timm:NAME[:pretrained], torchvision:NAME[:pretrained], or package.module:FACTORY, "
-        "whose code is run",
+        help=f"files, ONNX too, or {options.NETWORKS}",
     )
     network.add_argument(
         "--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME, ...:FACTORY"
@@ -79,7 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
     if graphs.are_graphs(arguments.ckpt):
         return graphs.collect(arguments, _contents(arguments), _gates)
     from stripe.data import Loader
-    from stripe.models import read_checkpoint
     from stripe.recorder import Recorder
     from stripe.training import processes
 
@@ -89,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     share["workers"] = arguments.workers
     begun, loader, loaded = _begun(arguments), None, None
     for epoch, spec in _unrecorded(arguments, begun, tell=process.is_main_process):
-        checkpoint = read_checkpoint(spec, arguments.arch)
+        checkpoint = options.read_network(spec, arguments.arch)
         preprocessing = _preprocessing(arguments, checkpoint)
         uri = options.dataset(arguments, spec, checkpoint.description)
         if loader is None or (uri, preprocessing) != loaded:
@@ -250,9 +248,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _read_candidates(arguments: argparse.Namespace, spec: str) -> list[Candidate]:
-    from stripe.models import read_checkpoint
-
-    checkpoint = read_checkpoint(spec, arguments.arch)
+    checkpoint = options.read_network(spec, arguments.arch)
     return _candidates(arguments, checkpoint, _searched(arguments, spec, checkpoint))
 
 

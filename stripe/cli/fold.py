@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     network = parser.add_argument_group("network")
     network.add_argument(
-        "--ckpt", required=True, metavar="PATH", help="file, ONNX too, timm:NAME, torchvision:NAME[:pretrained]"
+        "--ckpt", required=True, metavar="PATH", help=f"a file, ONNX too, or {options.NETWORKS}"
     )
     network.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
     network.add_argument(
@@ -161,10 +161,8 @@ def run(arguments: argparse.Namespace) -> int:
     if graphs.is_graph(arguments.ckpt):
         return graphs.fold(arguments)
     from stripe import figures, folding, plots
-    from stripe.models import read_checkpoint
-
     _check(arguments)
-    checkpoint = read_checkpoint(arguments.ckpt, arguments.arch)
+    checkpoint = options.read_network(arguments.ckpt, arguments.arch)
     data = _load(arguments, checkpoint)
     print(options.told(arguments.ckpt, data.training, data.validation, data.test), flush=True)
     measured = data.training.take(min(arguments.samples, len(data.training)))

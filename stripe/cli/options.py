@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     import torch
 
     from stripe.data import ImageSet
+    from stripe.models import Checkpoint
     from stripe.store import Run
 
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 LINE = 110  # letters of a line of a legend
+NETWORKS = "timm:NAME[:pretrained], torchvision:NAME[:pretrained], hf:NAME_OR_DIR, package.module:FACTORY (its code runs)"
 DATASETS = "digits, cifar10, cifar100, stl10, imagefolder:DIR, hf:NAME_OR_DIR"
 
 
@@ -112,6 +114,17 @@ def network_name(description: Mapping[str, Any]) -> str:
     """Write create_model's arguments, or what else describes a network, in one line."""
     chosen = {key: value for key, value in description.items() if value is not None and value is not False}
     return ", ".join(str(value) if key == "arch" else f"{key} {value}" for key, value in chosen.items()) or "unknown"
+
+
+# ---- networks --------------------------------------------------------------------------------------------
+def read_network(spec: object, arch: str | None = None) -> Checkpoint:
+    """Read a network as `stripe.models.read_checkpoint` does, and say of a factory that its code runs."""
+    from stripe.models import is_factory, read_checkpoint
+
+    for named in (str(spec), arch or ""):
+        if is_factory(named) and not Path(named).exists():
+            print(f"running the code of {named}, which builds the network", flush=True)
+    return read_checkpoint(str(spec), arch)
 
 
 # ---- what several commands share -------------------------------------------------------------------------

@@ -57,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="resume also with another network, seed, data set or split; images held out now may have been trained on",
     )
-    files.add_argument("-e", "--evaluate", action="store_true", help="only test the checkpoint of --resume")
+    files.add_argument(
+        "-e",
+        "--evaluate",
+        action="store_true",
+        help=f"only test the network of --resume, which may be {options.NETWORKS} too",
+    )
     files.add_argument("--record", type=options.positive, metavar="N", help="record N images' attention every epoch")
     files.add_argument("--record-split", default="test", help="the split those images come from")
     files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
@@ -109,9 +114,7 @@ def _dataset(arguments: argparse.Namespace) -> str:
         )
     if arguments.dataset is not None:
         return str(arguments.dataset)
-    from stripe.models import read_checkpoint
-
-    return options.dataset(arguments, arguments.resume, read_checkpoint(arguments.resume).description)
+    return options.dataset(arguments, arguments.resume, options.read_network(arguments.resume).description)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -202,10 +205,9 @@ def _tell_changes(arguments: argparse.Namespace, recipe: Recipe, description: di
 
 def _test(arguments: argparse.Namespace) -> int:
     from stripe.data import Loader, load_images
-    from stripe.models import read_checkpoint
     from stripe.training import evaluate
 
-    checkpoint = read_checkpoint(arguments.resume)
+    checkpoint = options.read_network(arguments.resume)
     preprocessing = options.preprocessing(checkpoint.description)
     images = load_images(arguments.dataset, "test", data_dir=arguments.data_dir, **preprocessing)
     device = options.device(arguments)

@@ -17,7 +17,7 @@ EXAMPLE = "--ckpt runs/se/checkpoints/last.pt --run runs/probe --dataset hf:../s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--ckpt", required=True, metavar="PATH", help="the trained network that the run recorded")
+    parser.add_argument("--ckpt", required=True, metavar="PATH", help=f"the trained network that the run recorded: a file, or {options.NETWORKS}")
     parser.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
     parser.add_argument("--run", dest="run_path", required=True, metavar="RUN", help="directory of its run")
     options.add_data(parser)
@@ -58,11 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     from stripe import figures
     from stripe.asr.validation import validate
     from stripe.data import Loader, load_images
-    from stripe.models import load_checkpoint, read_checkpoint
+    from stripe.models import load_checkpoint
     from stripe.store import open_run
 
     run = open_run(arguments.run_path)
-    checkpoint = read_checkpoint(arguments.ckpt, arguments.arch)
+    checkpoint = options.read_network(arguments.ckpt, arguments.arch)
     epoch = checkpoint.epoch if arguments.epoch is None and checkpoint.epoch in run.epochs else arguments.epoch
     preprocessing = options.preprocessing(checkpoint.description)
     uri, device = options.dataset(arguments, arguments.ckpt, checkpoint.description), options.device(arguments)

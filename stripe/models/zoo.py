@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from stripe.models.resnet import BLOCKS, WIDTHS, ResNet, block_of, depth_of
 
 ARCHITECTURES: dict[str, type[ResNet]] = {"resnet": ResNet}
 HUBS = ("timm:", "torchvision:")
+HUGGING_FACE = "hf:"
 IMAGENET: dict[str, Any] = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 """Input of a torchvision network without published weights."""
 
@@ -82,8 +83,8 @@ def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkp
 
     Args:
         path_or_spec: a file (this project's .pt, the reference code's .pth.tar, .safetensors), or
-            "timm:NAME[:pretrained]", "torchvision:NAME[:pretrained]", or "package.module:FACTORY", which is
-            imported, from the current directory too, and called without arguments.
+            "timm:NAME[:pretrained]", "torchvision:NAME[:pretrained]", "hf:NAME_OR_DIR" of transformers, or
+            "package.module:FACTORY", which is imported, from the current directory too, and called without arguments.
         arch: the network the file's weights belong to, named likewise; None takes the file's word, or reads a
             CIFAR ResNet from its keys.
 
@@ -281,26 +282,68 @@ def _hub_model(spec: str, **options: Any) -> nn.Module:
 
 
 def _is_name(spec: str) -> bool:
-    return spec.startswith(HUBS) or _FACTORY.fullmatch(spec) is not None
+    return spec.startswith((*HUBS, HUGGING_FACE)) or is_factory(spec)
+
+
+def is_factory(spec: str) -> bool:
+    """Tell whether a network is named as "package.module:FACTORY", whose code runs when it is loaded."""
+    return not spec.startswith((*HUBS, HUGGING_FACE)) and _FACTORY.fullmatch(spec) is not None
 
 
 def _named_model(spec: str) -> nn.Module:
-    """Build what a user (never a file) named: a network of create_model, or of a factory of the user's own."""
+    """Build what a user (never a file) named: a network of create_model, of transformers, or of the user's factory."""
+    if spec.startswith(HUGGING_FACE):
+        return _hugging_face_model(spec)
     return create_model(spec) if spec.startswith(HUBS) or ":" not in spec else _made_model(spec)
 
 
-def _made_model(spec: str) -> nn.Module:
-    """Import "package.module:FACTORY", from the current directory too, and call the factory."""
-    module, _, factory = spec.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
+def _hugging_face_model(spec: str) -> nn.Module:
+    """Load the network that a directory of `save_pretrained`, or a name on the hub, holds; no code in it runs."""
     try:
-        model = getattr(importlib.import_module(module), factory)()
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"'{spec}' needs transformers: pip install 'stripe-observation[hub]'") from error
+    target = str(Path(spec.removeprefix(HUGGING_FACE)).expanduser())
+    try:
+        config = transformers.AutoConfig.from_pretrained(target, trust_remote_code=False)
+        [declared] = config.architectures or ["AutoModel"]
+        kind = getattr(transformers, declared, transformers.AutoModel)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            kind = transformers.AutoModel
+        model: nn.Module = kind.from_pretrained(target)
+    except Exception as error:  # what a directory holds fails in many ways
+        raise ValueError(f"cannot build '{spec}': {one_line(error)}") from error
+    return model
+
+
+def _hugging_face_input(spec: str) -> dict[str, Any]:
+    """Return the size, mean and std of a network's images, as far as its image processor tells."""
+    from transformers import AutoImageProcessor
+
+    data: dict[str, Any] = {}
+    with suppress(Exception):  # networks of text and sound have none, and some networks of images
+        processor = AutoImageProcessor.from_pretrained(str(Path(spec.removeprefix(HUGGING_FACE)).expanduser()))
+        size = getattr(processor, "crop_size", None) or processor.size
+        data["size"] = size.get("height") or size["shortest_edge"]
+        data |= {"mean": list(processor.image_mean), "std": list(processor.image_std)}
+    return data
+
+
+def _made_model(spec: str) -> nn.Module:
+    """Import "package.module:FACTORY", from the current directory too, and call the factory.
+
+    It may change the directory and the path of imports while it runs, and nothing of that stays.
+    """
+    module, _, factory = spec.partition(":")
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        with chdir("."):
+            model = getattr(importlib.import_module(module), factory)()
     except Exception as error:  # the user's code fails as it likes
         raise ValueError(f"cannot build '{spec}': {type(error).__name__}: {one_line(error)}") from error
     finally:
-        with suppress(ValueError):
-            sys.path.remove(here)
+        sys.path[:] = before
     if not isinstance(model, nn.Module):
         raise ValueError(f"cannot build '{spec}': it returned {type(model).__name__}; expected a torch.nn.Module")
     return model
@@ -316,6 +359,8 @@ def _describe(model: nn.Module, spec: str) -> dict[str, Any]:
         data = {"size": config["input_size"][-1], "mean": list(config["mean"]), "std": list(config["std"])}
     elif spec.startswith("torchvision:"):
         data = _torchvision_input(spec.split(":")[1])
+    elif spec.startswith(HUGGING_FACE):
+        data = _hugging_face_input(spec)
     return {"model": {"arch": spec}, "data": data}
 
 

@@ -36,6 +36,7 @@ from stripe.recipe import PRECISIONS, Recipe
 from stripe.resuming import CHECKPOINTS, METRICS, changes, read_resumable, require_same, sole_training
 from stripe.training.callbacks import Callback
 
+UNKNOWN_LABEL = -1
 REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
 
 
@@ -69,7 +70,7 @@ class TrainingBatches(Batches, Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross entropy and top-1 accuracy in percent over a number of samples."""
+    """Mean cross entropy and top-1 accuracy in percent over a number of samples, those whose label is known."""
 
     loss: float
     accuracy: float
@@ -91,7 +92,8 @@ def processes(cpu: bool = False) -> PartialState:
 def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Evaluation:
     """Evaluate in eval mode on the model's device; several processes add up their parts.
 
-    Every module's training flag is put back. Raises ValueError when there is no sample.
+    Labels of -1 are unknown, and their samples are left out. Every module's training flag is put back. Raises
+    ValueError when there is no sample with a label.
 
     Example:
         >>> import torch
@@ -135,10 +137,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return (summed loss, correct predictions, samples) of a batch, shape (3,); the loss is differentiable."""
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    """Return (summed loss, correct predictions, labelled samples) of a batch, (3,); the loss is differentiable."""
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=UNKNOWN_LABEL)
     correct = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss, correct.float(), torch.ones_like(loss) * len(labels)])
+    return torch.stack([loss, correct.float(), (labels != UNKNOWN_LABEL).sum().to(loss)])
 
 
 def _evaluation(scores: list[Tensor]) -> Evaluation:
@@ -151,7 +153,10 @@ def _evaluation(scores: list[Tensor]) -> Evaluation:
         totals = reduce(totals.to(team.device), "sum")
     loss, correct, samples = totals.tolist()
     if samples == 0:
-        raise ValueError("the loader gave no samples to score: expected at least one batch")
+        raise ValueError(
+            "the loader gave no sample with a label to score: expected at least one batch with labels other than "
+            f"{UNKNOWN_LABEL}, which stands for an unknown one"
+        )
     return Evaluation(loss / samples, 100 * correct / samples, int(samples))
 
 
@@ -377,7 +382,7 @@ def _finite_loss(scores: Tensor, epoch: int, rate: float) -> float:
             f"training loss is {loss} in epoch {epoch} at learning rate {rate:.3g}: "
             "lower the learning rate, resuming from last.pt if there is one"
         )
-    return float(loss / samples)
+    return float(loss / max(samples, 1))
 
 
 # ---- files -------------------------------------------------------------------------------------------------

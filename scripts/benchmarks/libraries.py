@@ -1,0 +1,188 @@
+"""Networks of other people's libraries, of random weights, each with an input (3, ...) that suits it.
+
+Nothing is downloaded. A library that is not installed is a ModuleNotFoundError, which names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stripe.models import read_checkpoint
+
+SAMPLES = 3
+SIZE = 224  # of images for a network that does not tell its own
+WORDS = 16  # of a text
+SECONDS = 16_000  # values of a second of sound
+
+
+def build(spec: str) -> tuple[nn.Module, Any]:
+    """Build LIBRARY:NAME; return the network in eval mode, and an input for it, one or a mapping by name.
+
+    Raises:
+        KeyError: no such library is known here.
+        ModuleNotFoundError: the library is not installed.
+    """
+    library, _, name = spec.partition(":")
+    package, make = LIBRARIES[library]
+    import_module(package)
+    torch.manual_seed(0)
+    network, given = make(name)
+    return network.eval(), given
+
+
+def library_version(spec: str) -> str | None:
+    """Return the version of the library that a network comes from; None where nothing tells."""
+    package, _ = LIBRARIES[spec.partition(":")[0]]
+    return version(DISTRIBUTIONS.get(package, package))
+
+
+def _pixels(*size: int, channels: int = 3) -> Tensor:
+    return torch.rand(SAMPLES, channels, *size)
+
+
+def _by_stripe(library: str) -> Callable[[str], tuple[nn.Module, Any]]:
+    """Return a builder of what `stripe.models` knows by name, with images of the network's own size."""
+
+    def make(name: str) -> tuple[nn.Module, Any]:
+        checkpoint = read_checkpoint(f"{library}:{name}")
+        size = checkpoint.description.get("data", {}).get("size", SIZE)
+        return checkpoint.model, _pixels(size, size)
+
+    return make
+
+
+def _torchvision(name: str) -> tuple[nn.Module, Any]:
+    """Images for a classifier, a list of them for a detector, frames for a network of videos."""
+    from torchvision import models
+
+    kind = models.get_model_builder(name).__module__.split(".")[2]
+    options = {"weights": None, "weights_backbone": None} if kind in ("detection", "segmentation") else {}
+    if not options and kind != "video":
+        return _by_stripe("torchvision")(name)
+    network = models.get_model(name, **options)
+    if kind == "detection":
+        return network, ([*_pixels(320, 320)],)
+    return network, _pixels(16, 112, 112) if kind == "video" else _pixels(96, 128)
+
+
+def _segmentation(name: str) -> tuple[nn.Module, Any]:
+    """DECODER/ENCODER, or DECODER/ENCODER/ATTENTION of the decoder."""
+    import segmentation_models_pytorch
+
+    decoder, encoder, *attention = name.split("/")
+    options = {"decoder_attention_type": attention[0]} if attention else {}
+    make = getattr(segmentation_models_pytorch, decoder)
+    return make(encoder_name=encoder, encoder_weights=None, **options), _pixels(96, 128)
+
+
+def _efficientnet(name: str) -> tuple[nn.Module, Any]:
+    from efficientnet_pytorch import EfficientNet
+
+    return EfficientNet.from_name(name), _pixels(96, 128)
+
+
+def _pretrainedmodels(name: str) -> tuple[nn.Module, Any]:
+    import pretrainedmodels
+
+    return pretrainedmodels.__dict__[name](pretrained=None), _pixels(SIZE, SIZE)
+
+
+def _pytorchcv(name: str) -> tuple[nn.Module, Any]:
+    """Images of the size that the network tells, or features of sound for one of speech."""
+    from pytorchcv.model_provider import get_model
+
+    network = get_model(name)
+    if not hasattr(network, "in_size"):
+        return network, (torch.randn(SAMPLES, network.in_channels, 64), torch.full((SAMPLES,), 64))
+    return network, _pixels(*network.in_size)
+
+
+def _monai(name: str) -> tuple[nn.Module, Any]:
+    """NETWORK/DIMENSIONS, of volumes or images with one channel."""
+    from monai.networks import nets
+
+    network, _, dimensions = name.partition("/")
+    spatial = int(dimensions)
+    kind = {"spatial_dims": spatial}
+    io = {"in_channels": 1, "out_channels": 2}
+    channels = {"channels": (8, 16, 32), "strides": (2, 2)}
+    options: dict[str, dict[str, Any]] = {
+        "EfficientNetBN": {"model_name": "efficientnet-b0", "pretrained": False, "in_channels": 1},
+        "DenseNet121": io,
+        "SegResNet": io | {"init_filters": 8},
+        "UNet": io | channels,
+        "AttentionUnet": io | channels,
+        "BasicUNet": io | {"features": (8, 8, 16, 32, 64, 8)},
+        "HighResNet": io,
+        "resnet18": {"n_input_channels": 1},
+    }
+    made = getattr(nets, network)(**kind, **options.get(network, {"in_channels": 1}))
+    return made, _pixels(*[64] * spatial, channels=1)
+
+
+def _speechbrain(name: str) -> tuple[nn.Module, Any]:
+    """Features (samples, time, 40) of sound."""
+    module, _, kind = name.rpartition("/")
+    make = getattr(import_module(f"speechbrain.lobes.models.{module}"), kind)
+    small = {"ECAPA_TDNN": {"channels": [64] * 4 + [192], "lin_neurons": 32}, "ContextNet": {"input_shape": (3, 100, 40)}}
+    options = small.get(kind, {"in_channels": 40} if kind == "Xvector" else {})
+    named = () if kind == "ContextNet" else (40,)
+    return make(*(() if kind == "Xvector" else named), **options), torch.randn(SAMPLES, 100, 40)
+
+
+def _torchaudio(name: str) -> tuple[nn.Module, Any]:
+    """Features (samples, time, 64) for a conformer, else sound."""
+    from torchaudio import models
+
+    if name == "Conformer":
+        return models.Conformer(64, 4, 128, 2, 15), (torch.randn(SAMPLES, 50, 64), torch.full((SAMPLES,), 50))
+    if name == "ConvTasNet":
+        return models.ConvTasNet(), torch.randn(SAMPLES, 1, SECONDS // 4)
+    return getattr(models, name)(), torch.randn(SAMPLES, SECONDS // 2)
+
+
+def _transformers(name: str) -> tuple[nn.Module, Any]:
+    """Any small network of images, text or sound from its configuration, called by the name of its input."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**_CONFIGS.get(name, {}))
+    network = transformers.AutoModel.from_config(config)
+    given = {
+        "pixel_values": lambda: _pixels(96, 96) if name not in _WITH_SIZE else _pixels(224, 224),
+        "input_ids": lambda: torch.randint(1, 100, (SAMPLES, WORDS)),
+        "input_values": lambda: torch.randn(SAMPLES, SECONDS // 2),
+    }[network.main_input_name]()
+    return network, {network.main_input_name: given}
+
+
+_SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+_WITH_SIZE = ("ViT", "Swin")
+_CONFIGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("Bert", "Roberta", "Electra", "FNet", "Wav2Vec2", "Hubert", "WavLM", "ViT"), _SMALL),
+    "GPT2": {"n_layer": 2, "n_embd": 64, "n_head": 4},
+    "DistilBert": {"n_layers": 2, "dim": 64, "n_heads": 4, "hidden_dim": 128},
+    "EfficientNet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 96, "hidden_dim": 1280},
+    "RegNet": {"layer_type": "y"},
+}
+
+LIBRARIES: dict[str, tuple[str, Callable[[str], tuple[nn.Module, Any]]]] = {
+    "timm": ("timm", _by_stripe("timm")),
+    "torchvision": ("torchvision", _torchvision),
+    "transformers": ("transformers", _transformers),
+    "smp": ("segmentation_models_pytorch", _segmentation),
+    "efficientnet_pytorch": ("efficientnet_pytorch", _efficientnet),
+    "pretrainedmodels": ("pretrainedmodels", _pretrainedmodels),
+    "pytorchcv": ("pytorchcv", _pytorchcv),
+    "monai": ("monai", _monai),
+    "speechbrain": ("speechbrain", _speechbrain),
+    "torchaudio": ("torchaudio", _torchaudio),
+}
+"""By prefix, the package to import and what builds a network of it."""
+
+DISTRIBUTIONS = {"segmentation_models_pytorch": "segmentation-models-pytorch"}
