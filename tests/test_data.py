@@ -637,7 +637,7 @@ def test_hold_out_leaves_two_on_each_side(samples):
 
 @pytest.mark.parametrize(
     "constants",
-    [{"mean": (0.5,) * 3}, {"std": (0.5,) * 3}, {"mean": (0.5,), "std": (0.5,)}, PLAIN | {"std": (0, 1, 1)}],
+    [{"mean": (0.5,) * 3}, {"std": (0.5,) * 3}, {"mean": (0.5,) * 3, "std": (0.5,)}, PLAIN | {"std": (0, 1, 1)}],
 )
 def test_unusable_constants(constants):
     with pytest.raises(ValueError, match="expected three values each, std above 0"):

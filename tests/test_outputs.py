@@ -25,12 +25,14 @@ class Gated(nn.Module):
     def __init__(self, form):
         super().__init__()
         torch.manual_seed(0)
-        self.convolution, self.linear, self.head, self.form = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), nn.Linear(6, 10), form
+        self.convolution, self.linear, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), nn.Linear(6, 10)
+        self.form = form
     def forward(self, images):
         features = self.convolution(images)
         features = features * self.linear(features.mean((2, 3))).sigmoid()[..., None, None]
         scores = self.head(F.relu(features).mean((2, 3)))
-        return {"tuple": (scores,), "mapping": {"logits": scores}, "auxiliary": {"out": scores, "aux": features}}[self.form]
+        auxiliary = {"out": scores, "aux": features}
+        return {"tuple": (scores,), "mapping": {"logits": scores}, "auxiliary": auxiliary}[self.form]
 
 def a_tuple():
     return Gated("tuple")

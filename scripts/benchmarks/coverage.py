@@ -1,80 +1,116 @@
-"""Find the gates of many networks and compare their numbers with those expected."""
+"""Find the gates of many networks and compare their numbers with those expected.
+
+Expected is what the list says, read in the authors' code. Beside it, without any rule of stripe's, the calls of modules
+of the authors' attention classes are counted in one forward pass, where the list names these classes.
+"""
 
 import argparse
 import time
 import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.libraries import LIBRARIES, build, library_version
 from benchmarks.timing import Result, Row
-
-SIZE = 224  # of images for a network that does not tell its own
-IMAGES = 3
 
 
 @dataclass(frozen=True)
 class Network:
-    """A line of --models: what to load, and how many gates it has."""
+    """A line of --models: what to load, how many gates it has, and the classes, by name, of which each call is one."""
 
     spec: str
     expected: int
+    classes: tuple[str, ...] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --models."""
     parser.add_argument(
-        "--models", type=Path, required=True, metavar="FILE", help="lines of a network and its number of gates; # notes"
+        "--models",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="lines of a network, its number of gates, and the classes that have them; # notes",
     )
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Look at every network, whatever becomes of the others."""
+    """Look at every network, whatever becomes of the others; those of libraries that are not installed are skipped."""
     networks = read_networks(arguments.models)
     width = max(len(network.spec) for network in networks)
-    print(f"{'network':{width}}  found  expected  verdict")
+    print(f"{'network':{width}}  found  expected  counted  verdict")
     rows = []
     for network in networks:
         rows.append(cover(network))
-        found, expected, verdict = (rows[-1][key] for key in ("found", "expected", "verdict"))
-        print(f"{network.spec:{width}}  {'-' if found is None else found:>5}  {expected:>8}  {verdict}", flush=True)
-    wrong = sum(row["verdict"] != "ok" for row in rows)
-    print(f"{len(rows) - wrong} of {len(rows)} networks as expected")
+        found, counted, verdict = (
+            "-" if rows[-1][key] is None else rows[-1][key] for key in ("found", "counted", "verdict")
+        )
+        print(f"{network.spec:{width}}  {found:>5}  {network.expected:>8}  {counted:>7}  {verdict}", flush=True)
+    tried = [row for row in rows if not row["verdict"].startswith(SKIPPED)]
+    wrong = sum(row["verdict"] != "ok" for row in tried)
+    left_out = f", {len(rows) - len(tried)} skipped" if len(tried) < len(rows) else ""
+    print(f"{len(tried) - wrong} of {len(tried)} networks as expected{left_out}")
     return Result(rows, wrong > 0)
 
 
+SKIPPED = "skipped: "
+
+
 def read_networks(path: Path) -> list[Network]:
-    """Read lines such as `timm:seresnet50 16  # note`; ValueError names the line that is none."""
+    """Read lines such as `timm:seresnet50 16 SEModule  # note`; ValueError names the line that is none."""
     networks = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if words and (len(words) != 2 or not words[1].isdecimal()):
-            raise ValueError(f"{path}, line {number}: '{line.strip()}'; expected a network and its number of gates")
-        if words:
-            networks.append(Network(words[0], int(words[1])))
+        spec, count, *classes = line.partition("#")[0].split() or ("", "")
+        if spec and (not count.isdecimal() or spec.partition(":")[0] not in LIBRARIES):
+            raise ValueError(
+                f"{path}, line {number}: '{line.strip()}'; expected a network, its number of gates and the classes "
+                f"that have them, and the network to be of {', '.join(LIBRARIES)}"
+            )
+        if spec:
+            networks.append(Network(spec, int(count), tuple(classes)))
     if not networks:
         raise ValueError(f"{path} names no network; expected lines of a network and its number of gates")
     return networks
 
 
 def cover(network: Network) -> Row:
-    """Count the gates of one network at its own input size; what fails is its verdict."""
-    import torch
-
+    """Count the gates of one network; what fails is its verdict."""
     import stripe
 
-    found, seconds, verdict = None, None, "ok"
+    found, counted, seconds, verdict = None, None, None, "ok"
     try:
-        checkpoint = stripe.models.read_checkpoint(network.spec)
-        size = checkpoint.description.get("data", {}).get("size", SIZE)
-        images = torch.rand(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
-        start = time.perf_counter()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # find_gates says why a network has none
-            found = len(stripe.find_gates(checkpoint.model, images))
-        seconds = time.perf_counter() - start
-        if found != network.expected:
+            warnings.simplefilter("ignore")  # of old libraries, and find_gates says why a network has none
+            model, given = build(network.spec)
+            start = time.perf_counter()
+            found = len(stripe.find_gates(model, given))
+            seconds = time.perf_counter() - start
+            counted = calls(model, given, network.classes) if network.classes else None
+        if found != network.expected or counted not in (None, network.expected):
             verdict = "mismatch"
+    except ModuleNotFoundError as error:
+        verdict = f"{SKIPPED}{error.name} is not installed"
     except Exception as error:  # a network that cannot be built or run must not hide the others
         verdict = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    row = {"case": network.spec, "seconds": seconds, "found": found, "expected": network.expected}
-    return row | {"verdict": verdict}
+    row = {"case": network.spec, "seconds": seconds, "found": found, "expected": network.expected, "counted": counted}
+    version = None if verdict.startswith(SKIPPED) else library_version(network.spec)
+    return row | {"classes": " ".join(network.classes), "version": version, "verdict": verdict}
+
+
+def calls(model: Any, given: Any, classes: Sequence[str]) -> int:
+    """Count how often modules of these classes are called in one forward pass."""
+    import torch
+
+    made: list[None] = []
+    with ExitStack() as hooks, torch.inference_mode():
+        for module in model.modules():
+            if type(module).__name__ in classes:
+                hooks.callback(module.register_forward_pre_hook(lambda *_: made.append(None)).remove)
+        if isinstance(given, dict):
+            model(**given)
+        else:
+            model(*given) if isinstance(given, tuple) else model(given)
+    return len(made)

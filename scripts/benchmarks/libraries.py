@@ -5,7 +5,7 @@ Nothing is downloaded. A library that is not installed is a ModuleNotFoundError,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -73,40 +73,27 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
 
 def _segmentation(name: str) -> tuple[nn.Module, Any]:
     """DECODER/ENCODER, or DECODER/ENCODER/ATTENTION of the decoder."""
-    import segmentation_models_pytorch
-
     decoder, encoder, *attention = name.split("/")
     options = {"decoder_attention_type": attention[0]} if attention else {}
-    make = getattr(segmentation_models_pytorch, decoder)
+    make = getattr(import_module("segmentation_models_pytorch"), decoder)
     return make(encoder_name=encoder, encoder_weights=None, **options), _pixels(96, 128)
 
 
 def _efficientnet(name: str) -> tuple[nn.Module, Any]:
-    from efficientnet_pytorch import EfficientNet
-
-    return EfficientNet.from_name(name), _pixels(96, 128)
+    return import_module("efficientnet_pytorch").EfficientNet.from_name(name), _pixels(96, 128)
 
 
 def _pretrainedmodels(name: str) -> tuple[nn.Module, Any]:
-    import pretrainedmodels
-
-    return pretrainedmodels.__dict__[name](pretrained=None), _pixels(SIZE, SIZE)
+    return import_module("pretrainedmodels").__dict__[name](pretrained=None), _pixels(SIZE, SIZE)
 
 
 def _pytorchcv(name: str) -> tuple[nn.Module, Any]:
-    """Images of the size that the network tells, or features of sound for one of speech."""
-    from pytorchcv.model_provider import get_model
-
-    network = get_model(name)
-    if not hasattr(network, "in_size"):
-        return network, (torch.randn(SAMPLES, network.in_channels, 64), torch.full((SAMPLES,), 64))
+    network = import_module("pytorchcv.model_provider").get_model(name)
     return network, _pixels(*network.in_size)
 
 
 def _monai(name: str) -> tuple[nn.Module, Any]:
     """NETWORK/DIMENSIONS, of volumes or images with one channel."""
-    from monai.networks import nets
-
     network, _, dimensions = name.partition("/")
     spatial = int(dimensions)
     kind = {"spatial_dims": spatial}
@@ -119,10 +106,9 @@ def _monai(name: str) -> tuple[nn.Module, Any]:
         "UNet": io | channels,
         "AttentionUnet": io | channels,
         "BasicUNet": io | {"features": (8, 8, 16, 32, 64, 8)},
-        "HighResNet": io,
         "resnet18": {"n_input_channels": 1},
     }
-    made = getattr(nets, network)(**kind, **options.get(network, {"in_channels": 1}))
+    made = getattr(import_module("monai.networks.nets"), network)(**kind, **options.get(network, {"in_channels": 1}))
     return made, _pixels(*[64] * spatial, channels=1)
 
 
@@ -130,31 +116,30 @@ def _speechbrain(name: str) -> tuple[nn.Module, Any]:
     """Features (samples, time, 40) of sound."""
     module, _, kind = name.rpartition("/")
     make = getattr(import_module(f"speechbrain.lobes.models.{module}"), kind)
-    small = {"ECAPA_TDNN": {"channels": [64] * 4 + [192], "lin_neurons": 32}, "ContextNet": {"input_shape": (3, 100, 40)}}
-    options = small.get(kind, {"in_channels": 40} if kind == "Xvector" else {})
-    named = () if kind == "ContextNet" else (40,)
-    return make(*(() if kind == "Xvector" else named), **options), torch.randn(SAMPLES, 100, 40)
+    options: dict[str, dict[str, Any]] = {
+        "ECAPA_TDNN": {"input_size": 40, "channels": [64] * 4 + [192], "lin_neurons": 32},
+        "ContextNet": {"input_shape": (SAMPLES, 40, 40)},
+        "Xvector": {"in_channels": 40},
+    }
+    return make(**options[kind]), torch.randn(SAMPLES, 40, 40)
 
 
 def _torchaudio(name: str) -> tuple[nn.Module, Any]:
     """Features (samples, time, 64) for a conformer, else sound."""
-    from torchaudio import models
-
+    models = import_module("torchaudio.models")
     if name == "Conformer":
         return models.Conformer(64, 4, 128, 2, 15), (torch.randn(SAMPLES, 50, 64), torch.full((SAMPLES,), 50))
-    if name == "ConvTasNet":
-        return models.ConvTasNet(), torch.randn(SAMPLES, 1, SECONDS // 4)
-    return getattr(models, name)(), torch.randn(SAMPLES, SECONDS // 2)
+    sound = torch.randn(SAMPLES, SECONDS // 4)
+    return getattr(models, name)(), sound[:, None] if name in ("ConvTasNet", "Wav2Letter") else sound
 
 
 def _transformers(name: str) -> tuple[nn.Module, Any]:
     """Any small network of images, text or sound from its configuration, called by the name of its input."""
-    import transformers
-
+    transformers = import_module("transformers")
     config = getattr(transformers, f"{name}Config")(**_CONFIGS.get(name, {}))
     network = transformers.AutoModel.from_config(config)
     given = {
-        "pixel_values": lambda: _pixels(96, 96) if name not in _WITH_SIZE else _pixels(224, 224),
+        "pixel_values": lambda: _pixels(96, 96),
         "input_ids": lambda: torch.randint(1, 100, (SAMPLES, WORDS)),
         "input_values": lambda: torch.randn(SAMPLES, SECONDS // 2),
     }[network.main_input_name]()
@@ -162,9 +147,10 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
 
 
 _SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
-_WITH_SIZE = ("ViT", "Swin")
 _CONFIGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("Bert", "Roberta", "Electra", "FNet", "Wav2Vec2", "Hubert", "WavLM", "ViT"), _SMALL),
+    **dict.fromkeys(("Bert", "Roberta", "Electra", "FNet", "Wav2Vec2", "Hubert", "WavLM"), _SMALL),
+    "ViT": _SMALL | {"image_size": 96},
+    "Swin": {"image_size": 96, "window_size": 3, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2]},
     "GPT2": {"n_layer": 2, "n_embd": 64, "n_head": 4},
     "DistilBert": {"n_layers": 2, "dim": 64, "n_heads": 4, "hidden_dim": 128},
     "EfficientNet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 96, "hidden_dim": 1280},

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_data(data, split="test")
     data.add_argument("--size", type=options.positive, metavar="N", help="side of the images (default: the network's)")
     data.add_argument("--samples", type=options.positive, metavar="N", help="images to record (default: all)")
+    data.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be decoded, and say so")
     options.add_loading(data)
     options.add_device(data)
     graphs.add_arguments(parser)
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
             contents=contents,
             description=_described(checkpoint, arguments.arch),
             data=loader.images.describe(),
+            files=loader.images.files,
             seeds={"manualSeed": seed} if type(seed := checkpoint.description.get("seed")) is int else {},
             overwrite=arguments.overwrite,
             allow_mixed=arguments.allow_mixed,
@@ -189,7 +191,14 @@ def _preprocessing(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dic
 def _images(arguments: argparse.Namespace, uri: str, samples: int | None, preprocessing: Mapping[str, Any]) -> ImageSet:
     from stripe.data import load_images
 
-    return load_images(uri, arguments.split, samples=samples, data_dir=arguments.data_dir, **preprocessing)
+    return load_images(
+        uri,
+        arguments.split,
+        samples=samples,
+        data_dir=arguments.data_dir,
+        skip_broken=arguments.skip_broken,
+        **preprocessing,
+    )
 
 
 def _searched(arguments: argparse.Namespace, spec: str, checkpoint: Checkpoint) -> Tensor:
@@ -205,8 +214,8 @@ def _searched(arguments: argparse.Namespace, spec: str, checkpoint: Checkpoint) 
     if arguments.dataset or options.named_dataset(checkpoint.description):
         uri = options.dataset(arguments, spec, checkpoint.description)
         return next(iter(Loader(_images(arguments, uri, SEARCHED, preprocessing), SEARCHED)))[0]
-    size = preprocessing.get("size", SIZE)
-    return torch.randn(SEARCHED, 3, size, size, generator=torch.Generator().manual_seed(0))
+    size, channels = preprocessing.get("size", SIZE), preprocessing.get("channels", 3)
+    return torch.randn(SEARCHED, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 # ---- gates ----

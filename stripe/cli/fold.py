@@ -75,9 +75,7 @@ TRACED = 3  # images on which the network is traced and exported
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     network = parser.add_argument_group("network")
-    network.add_argument(
-        "--ckpt", required=True, metavar="PATH", help=f"a file, ONNX too, or {options.NETWORKS}"
-    )
+    network.add_argument("--ckpt", required=True, metavar="PATH", help=f"a file, ONNX too, or {options.NETWORKS}")
     network.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
     network.add_argument(
         "--run", dest="run_path", metavar="RUN", help="take the mean constants from this run's stripes"
@@ -161,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     if graphs.is_graph(arguments.ckpt):
         return graphs.fold(arguments)
     from stripe import figures, folding, plots
+
     _check(arguments)
     checkpoint = options.read_network(arguments.ckpt, arguments.arch)
     data = _load(arguments, checkpoint)

@@ -216,6 +216,8 @@ def _images(arguments: argparse.Namespace, file: GraphFile) -> Iterator[Batch]:
     fixed = info[2].dim_value if len(info) == 4 else 0
     size = getattr(arguments, "size", None) or fixed or None
     given = {"size": size, "mean": arguments.mean, "std": arguments.std}
+    given["channels"] = 1 if len(info) == 4 and info[1].dim_value == 1 else None
+    given["skip_broken"] = getattr(arguments, "skip_broken", None)
     images = load_images(
         arguments.dataset,
         getattr(arguments, "split", "train"),

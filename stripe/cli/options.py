@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 LINE = 110  # letters of a line of a legend
-NETWORKS = "timm:NAME[:pretrained], torchvision:NAME[:pretrained], hf:NAME_OR_DIR, package.module:FACTORY (its code runs)"
+NETWORKS = (
+    "timm:NAME[:pretrained], torchvision:NAME[:pretrained], hf:NAME_OR_DIR, package.module:FACTORY (its code runs)"
+)
 DATASETS = "digits, cifar10, cifar100, stl10, imagefolder:DIR, hf:NAME_OR_DIR"
 
 
@@ -221,9 +223,9 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
 
 
 def preprocessing(description: dict[str, Any]) -> dict[str, Any]:
-    """Return the size, mean and std that a network was trained with, as arguments of load_images."""
+    """Return size, channels, mean and std of a network's images, as far as they are known, for load_images."""
     data = description.get("data", {})
-    return {key: data[key] for key in ("size", "mean", "std") if key in data}
+    return {key: data[key] for key in ("size", "channels", "mean", "std") if key in data}
 
 
 def progress(description: str) -> Progress:

@@ -295,6 +295,7 @@ def _recording(
         squeeze=arguments.squeeze,
         description=description["model"],
         data=images.describe(),
+        files=images.files,
         seeds={"manualSeed": arguments.manualSeed},
         overwrite=arguments.resume is not None,
         allow_mixed=arguments.allow_changed,

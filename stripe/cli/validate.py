@@ -17,7 +17,12 @@ EXAMPLE = "--ckpt runs/se/checkpoints/last.pt --run runs/probe --dataset hf:../s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--ckpt", required=True, metavar="PATH", help=f"the trained network that the run recorded: a file, or {options.NETWORKS}")
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        metavar="PATH",
+        help=f"the trained network that the run recorded: a file, or {options.NETWORKS}",
+    )
     parser.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
     parser.add_argument("--run", dest="run_path", required=True, metavar="RUN", help="directory of its run")
     options.add_data(parser)

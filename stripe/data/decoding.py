@@ -26,6 +26,8 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none tha
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow refuses what is twice as large by itself
 
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+
 Reader = Callable[[Tensor], list[tuple[str, str | BytesIO]]]  # rows to the names and files of their images
 
 
@@ -36,6 +38,7 @@ class Encoded:
     read: Reader
     rows: Tensor  # int64 (N,), positions in the split
     size: int
+    channels: int = 3
 
     def __getitem__(self, positions: Tensor) -> Encoded:
         """Return the selected images, still encoded."""
@@ -43,27 +46,42 @@ class Encoded:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Shape of the decoded images, (N, 3, size, size)."""
-        return len(self.rows), 3, self.size, self.size
+        """Shape of the decoded images, (N, channels, size, size)."""
+        return len(self.rows), self.channels, self.size, self.size
 
     def decode(self) -> Tensor:
-        """Decode to uint8 (N, 3, size, size): shorter side resized to `size`, centre cropped.
+        """Decode to uint8 (N, channels, size, size): shorter side resized to `size`, centre cropped.
 
         A broken image raises ValueError with its name.
         """
-        strip = Image.new("RGB", (self.size, self.size * len(self.rows)))  # one below the other
+        mode = MODES[self.channels]
+        strip = Image.new(mode, (self.size, self.size * len(self.rows)))  # one below the other
         for number, (name, file) in enumerate(self.read(self.rows)):
             with open_image(name, file) as image:
-                strip.paste(_square(_eight_bits(image), self.size), (0, self.size * number))
-        pixels = np.asarray(strip).reshape(-1, self.size, self.size, 3)
+                strip.paste(_square(_eight_bits(image, mode), self.size), (0, self.size * number))
+        pixels = np.asarray(strip).reshape(-1, self.size, self.size, self.channels)
         return torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def readable(self) -> tuple[Tensor, list[str]]:
+        """Decode every image once; return the positions of those that can be decoded, and the names of the others."""
+        good: list[int] = []
+        broken: list[str] = []
+        with ThreadPoolExecutor() as pool:
+            for part in torch.split(torch.arange(len(self.rows)), DECODED_AT_ONCE):
+                named = self.read(self.rows[part])
+                for position, (name, _), whole in zip(part.tolist(), named, pool.map(_is_whole, named), strict=True):
+                    if whole:
+                        good.append(position)
+                    else:
+                        broken.append(name)
+        return torch.tensor(good, dtype=torch.int64), broken
 
 
 @dataclass(frozen=True, eq=False)
 class Resized:
     """Images kept at their own size until a batch needs them at `size`; indexing selects, `decode` resizes."""
 
-    stored: Tensor  # uint8 (N, 3, h, w)
+    stored: Tensor  # uint8 (N, channels, h, w)
     size: int
 
     def __getitem__(self, positions: Tensor) -> Resized:
@@ -72,22 +90,22 @@ class Resized:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Shape of the resized images, (N, 3, size, size)."""
-        return len(self.stored), 3, self.size, self.size
+        """Shape of the resized images, (N, channels, size, size)."""
+        return len(self.stored), self.stored.shape[1], self.size, self.size
 
     def decode(self) -> Tensor:
-        """Resize to uint8 (N, 3, size, size)."""
+        """Resize to uint8 (N, channels, size, size)."""
         return F.interpolate(self.stored, (self.size, self.size), mode="bilinear", antialias=True)
 
 
-Images = Tensor | Encoded | Resized  # uint8 (N, 3, H, W), in memory or to be decoded batch by batch
+Images = Tensor | Encoded | Resized  # uint8 (N, channels, H, W), in memory or to be decoded batch by batch
 
 
-def sized(stored: Tensor | Reader, rows: Tensor, size: int) -> Images:
-    """Take the images of some rows as (N, 3, size, size), where need be by decoding."""
+def sized(stored: Tensor | Reader, rows: Tensor, size: int, channels: int = 3) -> Images:
+    """Take the images of some rows as (N, channels, size, size), where need be by decoding."""
     if not isinstance(stored, Tensor):
-        return Encoded(stored, rows, size)
-    images = stored[rows]
+        return Encoded(stored, rows, size, channels)
+    images = stored[rows] if channels == 3 else _grey(stored[rows])
     if images.shape[2:] == (size, size):
         return images
     if size == 1:  # an internal assertion of torch fails
@@ -140,13 +158,28 @@ def open_image(name: str, file: str | BytesIO) -> Iterator[Image.Image]:
         raise ValueError(f"broken image '{name}' ({error}): replace or remove it") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return an image as RGB with 8 bits a channel: of 16-bit grey, which `convert` clips, the higher 8."""
+def _is_whole(named: tuple[str, str | BytesIO]) -> bool:
+    try:
+        with open_image(*named) as image:
+            _eight_bits(image, "L")
+    except ValueError:
+        return False
+    return True
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Return uint8 (N, 1, H, W) of images in colour, by the weights of ITU-R 601, rounded as Pillow does."""
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(1, 3, 1, 1)
+    return (((images * weights).sum(1, keepdim=True) + 2**15) >> 16).to(torch.uint8)
+
+
+def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image in a mode of 8 bits a channel: of 16-bit grey, which `convert` clips, the higher 8."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits, mode {image.mode}: expected 8 or 16 bits a channel")
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stripe.data.decoding import Images, in_memory, open_image, sized
+from stripe.data.decoding import MODES, Encoded, Images, in_memory, open_image, sized
 from stripe.data.normalisation import checked_constants, statistics
 from stripe.data.sources import Split, open_source
+from stripe.messages import listing
 
 LARGEST_SIZE = 2048  # pixels; a side beyond is no network's input
 LARGEST_NATURAL_SIZE = 224  # encoded images are shrunk to this side unless the caller says otherwise
@@ -29,13 +31,15 @@ class ImageSet:
     Attributes:
         uri: where the images come from.
         split: their split.
-        images: uint8 (N, 3, H, W), or `Encoded` or `Resized` when they are too many to hold in memory.
+        images: uint8 (N, channels, H, W), or `Encoded` or `Resized` when they are too many to hold in memory.
         labels: int64 (N,), -1 where the source does not know.
         sample_ids: int64 (N,), each sample's position in the whole split, the same in every subset.
         classes: class names by label.
         mean: per channel, for pixels in 0..1.
         std: per channel, for pixels in 0..1.
         flip: whether a mirrored image still belongs to its class.
+        files: of a folder of images, the file of each sample id, relative to the folder; else nothing.
+        skipped: names of the images that were left out because they are broken.
     """
 
     uri: str
@@ -47,6 +51,8 @@ class ImageSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
+    files: Mapping[int, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -80,6 +86,7 @@ class ImageSet:
             images=self.images[positions],
             labels=self.labels[positions],
             sample_ids=self.sample_ids[positions],
+            files={row: self.files[row] for row in self.sample_ids[positions].tolist() if self.files},
         )
 
 
@@ -92,6 +99,8 @@ def load_images(
     data_dir: str | Path = "data",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    channels: int | None = None,
+    skip_broken: bool = False,
 ) -> ImageSet:
     """Load a split of a data set, small ones into memory.
 
@@ -105,6 +114,8 @@ def load_images(
         mean: with `std`, another network's normalisation, per channel in 0..1; by default CIFAR's published
             constants or those of the set's own training split.
         std: see `mean`.
+        channels: 3 for colour, 1 for grey, into which images in colour are turned; by default as many as `mean` has.
+        skip_broken: leave out images that cannot be decoded, for which all are decoded first, and warn of their number.
 
     Raises:
         FileNotFoundError: the data are not there.
@@ -122,22 +133,28 @@ def load_images(
     split = _existing(split, source.splits, uri)
     reference = "train" if "train" in source.splits else split
     open_split = functools.cache(source.open)
-    size = size or source.size or _natural_size(open_split(reference), uri, reference)
+    size = size or source.size or _natural_size(open_split(reference), uri, reference, skip_broken=skip_broken)
+    channels = channels or (len(mean) if isinstance(mean, Sequence) else 3)
+    if channels not in [*MODES]:
+        raise ValueError(f"images of {channels!s:.80} channels: expected 1, for grey, or 3, for colour")
 
     part = open_split(split)
     _check_labels(part, uri, split)
-    rows = _spread(len(part.labels), samples, uri, split)
-    images = in_memory(sized(part.stored, rows, size), uri)
+    usable, skipped = _usable(part, uri, split, skip_broken=skip_broken)
+    rows = usable[_spread(len(usable), samples, uri, split)]
+    images = in_memory(sized(part.stored, rows, size, channels), uri)
     if mean is not None or std is not None:
-        constants = checked_constants(mean, std)
-    elif source.constants is not None:
+        constants = checked_constants(mean, std, channels)
+    elif source.constants is not None and channels == 3:
         constants = source.constants
-    elif split == reference and len(rows) == len(part.labels):
+    elif split == reference and len(rows) == len(usable):
         constants = statistics(images, uri)
     else:
         whole = open_split(reference)
-        constants = statistics(sized(whole.stored, torch.arange(len(whole.labels)), size), uri)
-    return ImageSet(uri, split, images, part.labels[rows], rows, part.classes, *constants, source.flip)
+        every, _ = (usable, skipped) if split == reference else _usable(whole, uri, reference, skip_broken=skip_broken)
+        constants = statistics(sized(whole.stored, every, size, channels), uri)
+    files = {row: part.files[row] for row in rows.tolist() if part.files}
+    return ImageSet(uri, split, images, part.labels[rows], rows, part.classes, *constants, source.flip, files, skipped)
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:
@@ -153,6 +170,20 @@ def _existing(split: str, splits: Sequence[str], uri: str) -> str:
         if name in splits:
             return name
     raise ValueError(f"unknown split '{split}' of '{uri}': expected one of {', '.join(splits)}")
+
+
+def _usable(part: Split, uri: str, split: str, *, skip_broken: bool) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the rows to choose from, with `skip_broken` those of images that can be decoded, and what is left out."""
+    rows = torch.arange(len(part.labels))
+    if isinstance(part.stored, Tensor) or not skip_broken:
+        return rows, ()
+    usable, broken = Encoded(part.stored, rows, 1).readable()
+    if broken:
+        warnings.warn(
+            f"'{uri}', split '{split}': {len(broken)} of {len(rows)} images are broken and left out: {listing(broken)}",
+            stacklevel=3,
+        )
+    return usable, tuple(broken)
 
 
 def _check_count(available: int, asked: int, uri: str, split: str) -> None:
@@ -180,12 +211,16 @@ def _spread(total: int, samples: int | None, uri: str, split: str) -> Tensor:
     return torch.arange(samples) * total // samples
 
 
-def _natural_size(part: Split, uri: str, split: str) -> int:
+def _natural_size(part: Split, uri: str, split: str, *, skip_broken: bool) -> int:
     """Return the median shorter side of some of the encoded images, LARGEST_NATURAL_SIZE at most."""
     total = len(part.labels)
     assert not isinstance(part.stored, Tensor)
     sides = []
     for name, file in part.stored(_spread(total, min(total, MEASURED_IMAGES), uri, split)):
-        with open_image(name, file) as image:
-            sides.append(min(image.size))
-    return min(LARGEST_NATURAL_SIZE, int(np.median(sides)))
+        try:
+            with open_image(name, file) as image:
+                sides.append(min(image.size))
+        except ValueError:
+            if not skip_broken:
+                raise
+    return min(LARGEST_NATURAL_SIZE, int(np.median(sides))) if sides else LARGEST_NATURAL_SIZE

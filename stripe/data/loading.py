@@ -18,7 +18,7 @@ PADDING = 4  # black pixels around an image before its random crop
 
 
 class Loader:
-    """Batches of (images float32 (n, 3, H, W) normalised, labels int64 (n,), sample ids int64 (n,)).
+    """Batches of (images float32 (n, channels, H, W) normalised, labels int64 (n,), sample ids int64 (n,)).
 
     In training the order and the augmentation (random crop, mirroring where the set allows) follow from the
     seed and epoch alone, so neither a resumed run nor another number of processes changes what a sample looks
@@ -99,7 +99,7 @@ class Loader:
         corners, mirrored, labels = (self._place(each[order]) for each in (corners, mirrored, self.images.labels))
         sample_ids = self.images.sample_ids[order]
         shift, scale = (
-            self._place(255 * torch.tensor(constants).view(1, 3, 1, 1))
+            self._place(255 * torch.tensor(constants).view(1, -1, 1, 1))
             for constants in (self.images.mean, self.images.std)
         )
         rows = order.to(self._held.device) if isinstance(self._held, Tensor) else order

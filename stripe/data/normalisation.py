@@ -25,7 +25,7 @@ def statistics(images: Images, uri: str) -> Constants:
     """
     total, *shape = images.shape
     fitting = min(total, decoding.MEMORY_LIMIT // math.prod(shape))
-    counts = torch.zeros(3, 256, dtype=torch.int64)
+    counts = torch.zeros(shape[0], 256, dtype=torch.int64)
     for _, pixels in decode_all(images[torch.arange(fitting) * total // fitting], uri):
         counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)])
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -33,13 +33,14 @@ def statistics(images: Images, uri: str) -> Constants:
     mean = shares @ values
     std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
     std[counts.count_nonzero(1) == 1] = 1.0
-    return checked_constants(mean.tolist(), std.tolist())
+    return checked_constants(mean.tolist(), std.tolist(), shape[0])
 
 
-def checked_constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> Constants:
-    """Return a given mean and std if they can normalise three channels."""
+def checked_constants(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> Constants:
+    """Return a given mean and std if they can normalise so many channels."""
     given = [*(mean or ()), *(std or ())]
-    usable = len(given) == 6 and all(isinstance(x, Real) and math.isfinite(x) for x in given)
-    if mean is None or std is None or len(mean) != 3 or not usable or not min(std) > 0:
-        raise ValueError(f"mean {mean} and std {std}: expected three values each, std above 0; pass both")
+    usable = len(given) == 2 * channels and all(isinstance(x, Real) and math.isfinite(x) for x in given)
+    if mean is None or std is None or len(mean) != channels or not usable or not min(std) > 0:
+        number = {1: "one value", 3: "three values"}[channels]
+        raise ValueError(f"mean {mean} and std {std}: expected {number} each, std above 0; pass both")
     return tuple(mean), tuple(std)

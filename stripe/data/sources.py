@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,11 +24,12 @@ FOLDER_SPLITS = ("train", "test", "val", "validation")
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split as its source stores it: uint8 (N, 3, H, W) or a reader; labels int64 (N,)."""
+    """One split as its source stores it: uint8 (N, 3, H, W) or a reader; labels int64 (N,); the files, if any."""
 
     stored: Tensor | Reader
     labels: Tensor
     classes: tuple[str, ...]
+    files: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def _open_folder(uri: str, data_dir: str) -> Source:
             return [(found[row][0], found[row][0]) for row in rows.tolist()]
 
         labels = torch.tensor([label for _, label in found], dtype=torch.int64)
-        return Split(read, labels, tuple(classes))
+        files = [os.path.relpath(path, root) for path, _ in found]
+        return Split(read, labels, tuple(classes), files)
 
     return Source(tuple(folders), open_split)
 

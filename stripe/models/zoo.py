@@ -44,8 +44,8 @@ _HUB_NAME = re.compile(r"((timm|torchvision):[\w.]+)(:pretrained)?")
 class Checkpoint:
     """A network and what is known of it: epochs of training (None when unknown) and a description.
 
-    The description is what the writer of a file said, else the network's name ("model") and, where its library
-    tells, the size, mean and std of its input ("data").
+    The description is what the writer of a file said, else the network's name ("model") and of its input ("data") the
+    size, mean and std, where its library tells, and the channels, where it takes one instead of three.
     """
 
     model: nn.Module
@@ -318,11 +318,12 @@ def _hugging_face_model(spec: str) -> nn.Module:
 
 def _hugging_face_input(spec: str) -> dict[str, Any]:
     """Return the size, mean and std of a network's images, as far as its image processor tells."""
-    from transformers import AutoImageProcessor
+    import transformers
 
+    load: Any = transformers.AutoImageProcessor.from_pretrained
     data: dict[str, Any] = {}
     with suppress(Exception):  # networks of text and sound have none, and some networks of images
-        processor = AutoImageProcessor.from_pretrained(str(Path(spec.removeprefix(HUGGING_FACE)).expanduser()))
+        processor = load(str(Path(spec.removeprefix(HUGGING_FACE)).expanduser()))
         size = getattr(processor, "crop_size", None) or processor.size
         data["size"] = size.get("height") or size["shortest_edge"]
         data |= {"mean": list(processor.image_mean), "std": list(processor.image_std)}
@@ -361,7 +362,16 @@ def _describe(model: nn.Module, spec: str) -> dict[str, Any]:
         data = _torchvision_input(spec.split(":")[1])
     elif spec.startswith(HUGGING_FACE):
         data = _hugging_face_input(spec)
+    if _takes_grey(model):
+        data = {key: [sum(value) / len(value)] if isinstance(value, list) else value for key, value in data.items()}
+        data["channels"] = 1
     return {"model": {"arch": spec}, "data": data}
+
+
+def _takes_grey(model: nn.Module) -> bool:
+    """Tell whether a network's first convolution takes one channel."""
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return getattr(next(convolutions, None), "in_channels", 3) == 1
 
 
 def _torchvision_input(name: str) -> dict[str, Any]:

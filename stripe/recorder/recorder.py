@@ -67,6 +67,7 @@ class Recorder:
         description: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         seeds: Mapping[str, Any] | None = None,
+        files: Mapping[int, str] | None = None,
         overwrite: bool = False,
         allow_mixed: bool = False,
         shared: bool | None = None,
@@ -85,6 +86,7 @@ class Recorder:
             description: of the model, plain values, for the manifest.
             data: of the images, plain values, for the manifest.
             seeds: plain values, for the manifest.
+            files: by sample id, the name of the file, where samples are files; `run.files` gives them back.
             overwrite: replace epochs that the run holds.
             allow_mixed: record also another network or other samples than those of the run, which then says so.
             shared: record together with the other processes of torch.distributed's group, as is done by default where
@@ -112,6 +114,7 @@ class Recorder:
             dtype=dtype,
             contents=contents,
             seeds=seeds,
+            files=files,
             overwrite=overwrite,
             allow_mixed=allow_mixed,
             **group.place() if self._together else {},

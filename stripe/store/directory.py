@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import os
 import posixpath
 from collections.abc import Iterator, Mapping
@@ -14,11 +16,13 @@ from pyarrow import fs
 
 from stripe import locks
 from stripe.files import MAX_TEXT_BYTES, UnsafePath, own_path
-from stripe.messages import one_line, require, require_count
+from stripe.messages import listing, one_line, require, require_count
 from stripe.store.local import LocalFiles
 from stripe.store.manifest import FOLDERS, MANIFEST, MOMENTS_FOLDER, PART_NAME, Manifest, epoch_number
 
 STAGING = ".unfinished"
+FILES = "files.csv"  # which file each sample is, where samples are files
+FILES_COLUMNS = ("sample", "file")
 ROOTS = sorted({*FOLDERS.values()})
 
 
@@ -126,6 +130,40 @@ class Directory:
                 with suppress(OSError):
                     self.files.delete_file(staged)
                 raise
+
+    def read_text(self, name: str) -> str | None:
+        """Return a file beside the manifest; None where there is none, ValueError for one of too many bytes."""
+        if not self.holds(name):
+            return None
+        with self.files.open_input_file(name) as stream:
+            require_count(stream.size(), 0, MAX_TEXT_BYTES, f"bytes of {name} of run '{self.path}'")
+            return str(stream.read(), encoding="utf-8")
+
+    def read_files(self) -> dict[int, str]:
+        """Return, by sample id, the names in FILES; ValueError for a file of that name that is no such table."""
+        text = self.read_text(FILES)
+        try:
+            heading, *rows = csv.reader(io.StringIO(text or ",".join(FILES_COLUMNS), newline=""), strict=True)
+            require(tuple(heading) == FILES_COLUMNS, f"columns {listing(heading)}; expected {listing(FILES_COLUMNS)}")
+            return {int(sample): name for sample, name in rows}
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"run '{self.path}': {FILES} is damaged ({one_line(error)}): remove it") from error
+
+    def write_files(self, files: Mapping[int, str]) -> None:
+        """Add names of files by sample id to FILES; ValueError where a sample has another name there."""
+        files = {sample: name.encode(errors="backslashreplace").decode() for sample, name in files.items()}
+        held = self.read_files()
+        other = next((sample for sample, name in files.items() if held.get(sample, name) != name), None)
+        require(
+            other is None,
+            f"run '{self.path}' says that sample {other} is '{held.get(other or 0, '')}', this recording that it is "
+            f"'{files.get(other or 0, '')}': choose another run",
+        )
+        if held | files != held:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([FILES_COLUMNS, *sorted((held | files).items())])
+            with self.replacing(FILES, staged=f".{FILES}") as stream:
+                stream.write(text.getvalue().encode())
 
     def files_in(self, folder: str) -> list[fs.FileInfo]:
         """List the files under ``folder``, by path; none when there is no such folder."""

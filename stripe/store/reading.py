@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from stripe.files import MAX_TEXT_BYTES
 from stripe.gate import Gate, Gates, name_of
-from stripe.messages import listing, one_line, require, require_count
+from stripe.messages import listing, one_line, require
 from stripe.store.directory import Directory, out_of_reach
 from stripe.store.display import run_html
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest, Part
@@ -103,11 +102,15 @@ class Run:
 
     def read_text(self, name: str) -> str | None:
         """Return a file beside the manifest, such as metrics.csv or validation.json; None where there is none."""
-        if not self._directory.holds(name):
-            return None
-        with self._directory.files.open_input_file(name) as stream:
-            require_count(stream.size(), 0, MAX_TEXT_BYTES, f"bytes of {name} of run '{self.path}'")
-            return str(stream.read(), encoding="utf-8")
+        return self._directory.read_text(name)
+
+    @property
+    def files(self) -> dict[int, str]:
+        """By sample id, the file that was recorded, relative to the folder in `data`; empty where none was named.
+
+        So the images of rows can be looked at: ``[run.files[sample] for sample in run.samples(epoch)[rows]]``.
+        """
+        return self._directory.read_files()
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample ids (N,) in the order recorded, rank after rank."""

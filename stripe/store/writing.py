@@ -59,6 +59,7 @@ class RunWriter:
         dtype: str = "float32",
         contents: str = CONTENTS[0],
         seeds: Mapping[str, Any] | None = None,
+        files: Mapping[int, str] | None = None,
         overwrite: bool = False,
         allow_mixed: bool = False,
         rank: int = 0,
@@ -66,10 +67,11 @@ class RunWriter:
     ) -> None:
         """Create the run at ``path``, or continue one that has the same gates, dtype, squeeze, contents and data.
 
-        ``contents`` is one of CONTENTS; ``model``, ``data`` and ``seeds`` are plain JSON values; ``overwrite``
-        lets an epoch replace its earlier recording; ``allow_mixed`` lets epochs be of different networks (by ``model``
-        and ``seeds``) and samples, which the run says of itself ever after. Raises ValueError where the run on disk
-        differs, FileExistsError for a foreign directory, BlockingIOError while another writer has the run.
+        ``contents`` is one of CONTENTS; ``model``, ``data`` and ``seeds`` are plain JSON values; ``files`` names the
+        file of each sample id, where samples are files; ``overwrite`` lets an epoch replace its earlier recording;
+        ``allow_mixed`` lets epochs be of different networks (by ``model`` and ``seeds``) and samples, which the run
+        says of itself ever after. Raises ValueError where the run on disk differs, FileExistsError for a foreign
+        directory, BlockingIOError while another writer has the run.
         """
         wanted = Manifest(
             schema=SCHEMA_VERSION,
@@ -90,6 +92,7 @@ class RunWriter:
             if rank == 0:
                 self._confirm = held.enter_context(self._directory.sole_writer())
                 self._begin(wanted)
+                self._directory.write_files(files or {})
             barrier()
             self._manifest = self._directory.read_manifest()
             self._held = held.pop_all()
