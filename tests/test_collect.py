@@ -78,7 +78,8 @@ def test_explaining_tells_what_was_rejected(factory, capsys):
     assert collect("--ckpt", f"{factory}:plain", "--explain", "--size", 16) == 2
     out, error = capsys.readouterr()
     assert "1 products and sums rejected" in out
-    assert out.splitlines()[1].split() == ["site", "op", "shape", "scaled", "reason"]
+    assert out.splitlines()[0] == f"running the code of {factory}:plain, which builds the network"
+    assert out.splitlines()[2].split() == ["site", "op", "shape", "scaled", "reason"]
     assert "(3, 6, 1, 1)".replace("(", "").replace(",", "").replace(")", "") in out
     assert "not normalised" in error
 

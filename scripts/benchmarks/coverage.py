@@ -63,14 +63,14 @@ def read_networks(path: Path) -> list[Network]:
     """Read lines such as `timm:seresnet50 16 SEModule  # note`; ValueError names the line that is none."""
     networks = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
-        spec, count, *classes = line.partition("#")[0].split() or ("", "")
+        spec, count, *classes = [*line.partition("#")[0].split(), "", ""]
         if spec and (not count.isdecimal() or spec.partition(":")[0] not in LIBRARIES):
             raise ValueError(
                 f"{path}, line {number}: '{line.strip()}'; expected a network, its number of gates and the classes "
                 f"that have them, and the network to be of {', '.join(LIBRARIES)}"
             )
         if spec:
-            networks.append(Network(spec, int(count), tuple(classes)))
+            networks.append(Network(spec, int(count), tuple(filter(None, classes))))
     if not networks:
         raise ValueError(f"{path} names no network; expected lines of a network and its number of gates")
     return networks
