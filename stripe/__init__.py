@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         report,
         stats,
         store,
+        tracking,
         training,
     )
     from stripe.examples import load_example
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from stripe.recorder import Recorder, RecorderCallback
     from stripe.store import Run, open_run
     from stripe.timing import interleave
+    from stripe.tracking import Tracker
 
 __version__ = "0.2.0"
 
@@ -46,6 +48,7 @@ _HOMES = {
     "Recorder": "stripe.recorder",
     "RecorderCallback": "stripe.recorder",
     "Run": "stripe.store",
+    "Tracker": "stripe.tracking",
     "find_gates": "stripe.gates",
     "fold": "stripe.folding",
     "interleave": "stripe.timing",
@@ -55,13 +58,14 @@ _HOMES = {
 }
 _ROOMS = (
     "asr", "attention", "checkpoints", "cluster", "data", "examples", "figures", "folding", "gate", "gates", "graphs",
-    "models", "plots", "recipe", "recorder", "report", "stats", "store", "training",
+    "models", "plots", "recipe", "recorder", "report", "stats", "store", "tracking", "training",
 )  # fmt: skip
 
 __all__ = [
-    "Gate", "Recorder", "RecorderCallback", "Run", "asr", "attention", "checkpoints", "cluster", "data", "examples",
-    "figures", "find_gates", "fold", "folding", "gate", "gates", "graphs", "interleave", "keep_memory", "load_example",
-    "models", "open_run", "plots", "recipe", "recorder", "report", "stats", "store", "training",
+    "Gate", "Recorder", "RecorderCallback", "Run", "Tracker", "asr", "attention", "checkpoints", "cluster", "data",
+    "examples", "figures", "find_gates", "fold", "folding", "gate", "gates", "graphs", "interleave", "keep_memory",
+    "load_example", "models", "open_run", "plots", "recipe", "recorder", "report", "stats", "store", "tracking",
+    "training",
 ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from stripe.plots.drawing import RESOLUTION
 from stripe.store import Run, open_run
 
 GATES, EPOCHS, IMAGES = 6, 6, 100  # at most as many are drawn unless gates are named; images are those of the grid
+CLASSES = 10  # lines of the excitation at most
 MAX_NAME = 150  # bytes of a figure's name, of the 255 that most file systems take
 RANGE = 0.005, 0.995  # quantiles of a gate between which its colours in the grid span; the colour bar points beyond
 OVER_EPOCHS = {"grid", "std", "strength-over-epochs", "drift"}  # the figures that compare epochs
@@ -174,6 +175,11 @@ def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tup
     yield "grid", plots.heatmap_grid(grid, limits={gate: _range(grid, gate) for gate in gates})
     moments = run.moments(sorted({run.epochs[0], epoch}), gates)
     yield "std", plots.std_grid({(gate, e): found.std for (e, gate), found in moments.items()})
+    means = {gate: stats.class_means(moments[epoch, gate]) for gate in gates}
+    labels = spread(sorted({label for its in means.values() for label in its}), CLASSES)
+    if len(labels) > 1:
+        panels = {(gate, label): its[label] for gate, its in means.items() for label in labels if label in its}
+        yield "excitation", plots.excitation(panels, title=f"epoch {epoch}")
 
 
 def _first_images(run: Run, gate: str, epoch: int) -> npt.NDArray[np.float32]:

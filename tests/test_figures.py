@@ -193,3 +193,17 @@ def test_figures_go_to_a_directory_of_the_runs_name(example, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert main(["figures", str(example)]) == 0
     assert (tmp_path / "figures/small/grid.png").exists()
+
+
+def test_excitation_is_drawn_where_there_are_classes(tmp_path, example):
+    """Each line is the mean over the images of a class, from the rows; without labels there is no such figure."""
+    assert "excitation" not in drawn(example)
+    values, labels = np.random.default_rng(0).random((30, 5)), np.arange(30) % 3 - 1  # a third is unknown
+    with RunWriter(tmp_path / "labelled", model={}, data={}, gates=[Gate("se", 5)]) as writer:
+        with writer.epoch(20) as rows:
+            for half in (slice(0, 11), slice(11, 30)):
+                rows.append(range(30)[half], labels[half], {"se": values[half]})
+    [ax] = drawn(tmp_path / "labelled")["excitation"].axes
+    for label, line in enumerate(ax.patches):
+        np.testing.assert_allclose(line.get_data().values, values[labels == label].mean(axis=0), rtol=1e-6)
+    assert len(ax.patches) == 2

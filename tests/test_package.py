@@ -42,6 +42,7 @@ ALLOWED = {
     "plots": {"stats"},
     "figures": {"store", "stats", "plots"},
     "report": {"store", "stats", "plots"},
+    "tracking": {"store", "stats", "plots", "figures"},
     "asr.convert": {"attention", "asr.layers", "gates", "folding"},
     "asr.annealing": {"gates"},
     "asr.psi": {"gates", "folding", "stats"},

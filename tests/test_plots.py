@@ -104,6 +104,12 @@ FIGURES: dict[str, Callable[[], Axes | Figure]] = {
         {(LONG.format(g, 0), e): attention(9, 8 * g)[0] for g in range(1, 8) for e in (1, 5, 10, 20)}
     ),
     "std grid, 1 gate": lambda: plots.std_grid({("layer1.se", 3): attention(9, 8)[0]}),
+    "excitation": lambda: plots.excitation(
+        {(f"layer{g}.se", k): attention(30, 64 * g)[k] for g in (1, 2, 3) for k in range(10)}, title="epoch 20"
+    ),
+    "excitation, 7 gates": lambda: plots.excitation(
+        {(LONG.format(g, 0), k): attention(30, 8 * g)[k // 9] for g in range(1, 8) for k in (0, 100)}
+    ),
     "fold": lambda: plots.fold_pareto(folds(6), times(6), title="digits"),
     "fold, 54 gates": lambda: plots.fold_pareto(folds(54), times(54)),
     "fold, no latency": lambda: plots.fold_pareto(folds(6)),
@@ -452,8 +458,21 @@ def test_std_grid_has_a_panel_a_gate_and_a_line_an_epoch_on_one_axis() -> None:
 def test_std_grid_refuses_nothing_and_names_the_bad_panel() -> None:
     with pytest.raises(ValueError, match="panels is empty"):
         plots.std_grid({})
-    with pytest.raises(ValueError, match=r"panels\[\('a', 3\)\] \(1, 2\); expected \(channels,\)"):
+    with pytest.raises(ValueError, match=r"panels\[a, epoch 3\] \(1, 2\); expected \(channels,\)"):
         plots.std_grid({("a", 3): [[1, 2]]})
+
+
+def test_excitation_has_a_panel_a_gate_and_a_line_a_class() -> None:
+    panels = {("a.se", 7): [0.1, 0.2], ("a.se", 0): [0.5, 0.6], ("b.se", 0): [0.4, 0.3, 0.2]}
+    fig = plots.excitation(panels, title="epoch 3")
+    a, b = fig.axes
+    assert (a.get_title(), b.get_title(), fig.get_suptitle()) == ("a", "b", "epoch 3")
+    assert [patch.get_data().values.tolist() for patch in a.patches] == [[0.1, 0.2], [0.5, 0.6]]
+    assert a.patches[1].get_edgecolor() == b.patches[0].get_edgecolor() != a.patches[0].get_edgecolor()
+    assert [line.get_label() for line in fig.legends[0].get_lines()] == ["class 0", "class 7"]
+    assert a.get_ylabel() == "mean attention"
+    with pytest.raises(ValueError, match="panels is empty"):
+        plots.excitation({})
 
 
 def test_learned_vector_lies_over_the_band_in_the_order_of_the_stripe() -> None:

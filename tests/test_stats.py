@@ -1028,3 +1028,20 @@ def test_strength_takes_arrays_and_moments_alike() -> None:
     by_rows, by_moments = stats.stripe_strength(values), stats.stripe_strength(stats.Moments.of(values))
     assert by_rows.strength == pytest.approx(by_moments.strength, rel=1e-12)
     assert by_rows.strength == pytest.approx(0.4014, abs=5e-5), "what the example's table says"
+
+
+def test_class_means_are_pandas_group_means_also_of_merged_parts():
+    values, labels = stripes(90, 7), np.arange(90) % 4 - 1  # a quarter is unknown
+    wanted = pd.DataFrame(values[labels >= 0]).groupby(labels[labels >= 0]).mean()
+    parts = [Moments.of(values[half], labels=labels[half]) for half in (slice(0, 31), slice(31, 90))]
+    for found in (stats.class_means(values, labels), stats.class_means(parts[0].merge(parts[1]))):
+        assert list(found) == wanted.index.tolist() == [0, 1, 2]
+        np.testing.assert_allclose(np.stack([*found.values()]), wanted, rtol=1e-12)
+    assert not np.allclose(found[0], values.mean(axis=0))
+    assert stats.class_means(values, np.full(90, -1)) == {}
+    many = np.arange(stats.CLASSES + 1)  # of more classes no means are kept
+    kept = GateMoments({"se": 2})
+    kept.add({"se": stripes(len(many), 2)}, many, many)
+    assert stats.class_means(kept.moments()["se"]) == {}
+    with pytest.raises(ValueError, match="label of every sample"):
+        stats.class_means(values)

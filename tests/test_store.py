@@ -184,6 +184,15 @@ def test_pandas_polars_and_duckdb_read_a_run(tmp_path, dtype):
     np.testing.assert_array_equal(np.array([row[0] for row in rows], np.float32), expected)
     assert not np.array_equal(expected, run.attention("layer1.0.se", 1))
 
+    # as a number: Polars as it is, the others with one word more
+    assert table.schema["epoch"].is_integer()
+    numbers = frame.astype({"epoch": int})
+    assert (numbers.epoch > 1).sum() == (numbers.epoch + 1 == 13).sum() == len(expected)
+    with pytest.raises(TypeError):
+        _ = frame.epoch > 1
+    query = "select max(epoch + 1) from read_parquet(?, hive_partitioning=true, hive_types={'epoch': INT})"
+    assert duckdb.execute(query, [glob]).fetchall() == [(13,)]
+
 
 def test_values_are_stored_as_designed(tmp_path):
     for dtype, encoding in (("float32", "BYTE_STREAM_SPLIT"), ("float16", "PLAIN")):

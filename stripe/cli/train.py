@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--record", type=options.positive, metavar="N", help="record N images' attention every epoch")
     files.add_argument("--record-split", default="test", help="the split those images come from")
     files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
-    files.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
+    files.add_argument("--tensorboard", action="store_true", help="write metrics and attention for TensorBoard too")
     options.add_json(files)
 
 
@@ -122,6 +122,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from stripe.data import Loader, load_images
     from stripe.models import create_model
+    from stripe.tracking import Tracker
     from stripe.training import TensorBoard, evaluate, fit, processes
 
     device, process = options.device(arguments), processes()
@@ -150,14 +151,17 @@ def _train(arguments: argparse.Namespace) -> int:
     }
     if arguments.resume and process.is_main_process:
         _tell_changes(arguments, recipe, description)
-    callbacks = [_recording(arguments, directory, model, description, share)] if arguments.record else []
-    if process.is_main_process:
-        sets = [training, test] if validation is None else [training, validation, test]
-        print(options.told(options.network_name(network), *sets), flush=True)
-        callbacks.append(_EpochLine(recipe.epochs))
     with ExitStack() as closing:
+        callbacks: list[Any] = []
         if arguments.tensorboard and process.is_main_process:
             callbacks.append(closing.enter_context(TensorBoard(own_path(directory, "tensorboard"))))
+        if arguments.record:
+            tracker = Tracker(*callbacks) if callbacks else None
+            callbacks.append(_recording(arguments, directory, model, description, share, tracker))
+        if process.is_main_process:
+            sets = [training, test] if validation is None else [training, validation, test]
+            print(options.told(options.network_name(network), *sets), flush=True)
+            callbacks.append(_EpochLine(recipe.epochs))
         fit(
             model,
             Loader(training, arguments.train_batch, train=True, seed=arguments.manualSeed, **share),
@@ -269,7 +273,12 @@ def _directory(arguments: argparse.Namespace) -> Path:
 
 
 def _recording(
-    arguments: argparse.Namespace, directory: Path, model: Any, description: dict[str, Any], share: dict[str, Any]
+    arguments: argparse.Namespace,
+    directory: Path,
+    model: Any,
+    description: dict[str, Any],
+    share: dict[str, Any],
+    tracker: Any,
 ) -> Any:
     """Return the callback that records this process's share of the probe set into the run after every epoch."""
     from stripe.data import Loader, load_images
@@ -292,6 +301,7 @@ def _recording(
         loader,
         gates,
         directory,
+        recorded=tracker,
         squeeze=arguments.squeeze,
         description=description["model"],
         data=images.describe(),

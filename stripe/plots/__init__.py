@@ -12,8 +12,9 @@ from stripe.plots.folds import fold_pareto
 from stripe.plots.heatmaps import before_after, heatmap_grid, stripe_heatmap
 
 __all__ = [
-    "before_after", "drift_over_epochs", "fold_pareto", "heatmap_grid", "learned_over_stripe", "learned_scatter",
-    "std_grid", "std_per_channel", "strength_by_gate", "strength_over_epochs", "stripe_heatmap", "training_curves",
+    "before_after", "drift_over_epochs", "excitation", "fold_pareto", "heatmap_grid", "learned_over_stripe",
+    "learned_scatter", "std_grid", "std_per_channel", "strength_by_gate", "strength_over_epochs", "stripe_heatmap",
+    "training_curves",
 ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""One value a channel: standard deviations over images, and learned vectors beside observed stripes."""
+"""One value a channel: standard deviations over images, means of classes, and learned vectors beside observed stripes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -29,6 +29,7 @@ from stripe.plots.drawing import (
     legend_below,
     name_gates,
     new_axes,
+    palette,
     require_vectors,
     sequence,
     short_names,
@@ -48,24 +49,55 @@ def std_per_channel(std: Mapping[str, npt.ArrayLike], *, ax: Axes | None = None,
 
 def std_grid(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = "") -> Figure:
     """Draw {(gate, epoch): standard deviations over images (C,)}: a panel a gate, a line an epoch, one std axis."""
+    colors = {f"epoch {epoch}": color for epoch, color in _colored(panels, sequence)}
+    named = {(name_of(gate), f"epoch {epoch}"): values for (gate, epoch), values in panels.items()}
+    return _line_grid(named, colors, "std over images", title)
+
+
+def excitation(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = "") -> Figure:
+    """Draw {(gate, class): mean attention of the class (C,)}: a panel a gate, a line a class, on one axis.
+
+    Where the lines of a panel lie on each other, that depth of the network attends to every class alike (Hu et al.
+    2018, figure 5, for some classes of ImageNet).
+
+    Example:
+        >>> import stripe
+        >>> run = stripe.load_example()
+        >>> moments = run.moments([20], ["layer1.0", "layer3.1"])
+        >>> means = {gate: stripe.stats.class_means(of) for (_, gate), of in moments.items()}
+        >>> figure = excitation({(gate, k): its[k] for gate, its in means.items() for k in (0, 5)})
+    """
+    colors = {f"class {label}": color for label, color in _colored(panels, palette)}
+    named = {(name_of(gate), f"class {label}"): values for (gate, label), values in panels.items()}
+    return _line_grid(named, colors, "mean attention", title)
+
+
+def _colored(panels: Mapping[tuple[Any, int], Any], colors: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
+    """Give every epoch or class of the panels, ascending, a colour; ValueError where there is no panel."""
     if not panels:
-        raise ValueError("panels is empty; expected {(gate, epoch): std (channels,)}")
-    named = {(name_of(gate), epoch): values for (gate, epoch), values in panels.items()}
-    gates, epochs = list(dict.fromkeys(gate for gate, _ in named)), sorted({epoch for _, epoch in named})
+        raise ValueError("panels is empty; expected vectors (channels,) by gate and epoch or class")
+    keys = sorted({key for _, key in panels})
+    return zip(keys, colors(len(keys)), strict=True)
+
+
+def _line_grid(
+    panels: Mapping[tuple[str, str], npt.ArrayLike], colors: Mapping[str, Any], ylabel: str, title: str
+) -> Figure:
+    """Draw {(gate, name of a line): (C,)}: a panel a gate, on one axis, the lines explained below them all."""
+    gates = list(dict.fromkeys(gate for gate, _ in panels))
     columns = min(3, len(gates))
     rows = math.ceil(len(gates) / columns)
     size = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH, 0.8 + 1.4 * rows
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
-    colors = dict(zip(epochs, sequence(len(epochs)), strict=True))
-    for (gate, epoch), values in named.items():
+    for (gate, name), values in panels.items():
         ax = axes.flat[gates.index(gate)]
-        _draw_steps(ax, f"panels[{(gate, epoch)}]", values, color=colors[epoch], name=f"epoch {epoch}")
+        _draw_steps(ax, f"panels[{gate}, {name}]", values, color=colors[name], name=name)
     for number, (ax, name) in enumerate(zip(axes.flat, short_names(gates), strict=False)):
-        dress(ax, "channel index", "" if number % columns else "std over images", name)
+        dress(ax, "channel index", "" if number % columns else ylabel, name)
     for ax in axes.flat[len(gates) :]:
         ax.remove()
     fig.suptitle(title, fontsize=LABEL_SIZE, wrap=True)
-    handles = [Line2D([], [], color=color, label=f"epoch {epoch}") for epoch, color in colors.items()]
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=2 * columns, fontsize=TICK_SIZE, frameon=False)
     return fig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -90,6 +90,7 @@ class RecorderCallback(_OtherHooks):
         identify: Identify | None = None,
         by: Literal["epoch", "step"] | None = None,
         dataloader: int | None = None,
+        recorded: Callable[[str, int], object] | None = None,
         **options: Any,
     ) -> None:
         """Keep what each epoch's Recorder takes.
@@ -105,12 +106,15 @@ class RecorderCallback(_OtherHooks):
                 epoch, else epochs.
             dataloader: which of several validation loaders to record; None: each into a run of its own,
                 PATH/validation-0 and so on. Evaluation data sets of transformers that have names go to PATH/NAME.
-            options: further arguments of Recorder.
+            recorded: called with the run's path and the epoch's number once an epoch is recorded, in a group of
+                processes by the first: for instance a `stripe.Tracker` of TensorBoard or Weights & Biases.
+            options: further arguments of Recorder, such as `allow_mixed=True`, without which a run takes epochs of one
+                network and of one list of samples alone.
         """
         if by not in (None, "epoch", "step"):
             raise ValueError(f"by {by!r}; expected 'epoch', 'step' or None")
         self._loader, self._model, self._identify = loader, model, identify
-        self._by, self._dataloader = by, dataloader
+        self._by, self._dataloader, self._on_recorded = by, dataloader, recorded
         self._gates, self._path, self._options = gates, os.fspath(path), options
         self._recorded: dict[tuple[str, int], int] = {}  # by run and number, the step
         self._last: dict[str, int] = {}  # number and step of the last recording; checkpoints keep it
@@ -135,6 +139,7 @@ class RecorderCallback(_OtherHooks):
             raise ValueError("no probe set to record: give RecorderCallback a loader of images, labels, sample ids")
         with Recorder(model, self._gates, self._path, **self._options) as recorder:
             recorder.record(self._loader, epoch=epoch, identify=self._identify)
+        self._announce(self._path, epoch)
 
     # ---- Lightning ----
     def setup(self, trainer: Any, module: nn.Module, stage: str) -> None:
@@ -298,6 +303,13 @@ class RecorderCallback(_OtherHooks):
     def _remember(self) -> None:
         self._recorded[self._run, self._moment.number] = self._moment.step
         self._last = {"number": self._moment.number, "step": self._moment.step}
+        self._announce(self._run, self._moment.number)
+
+    def _announce(self, run: str, number: int) -> None:
+        """Tell that an epoch is in the run, in a group of processes by the first of them."""
+        alone = self._options.get("shared") is False or not group.is_running()
+        if self._on_recorded and (alone or group.place()["rank"] == 0):
+            self._on_recorded(run, number)
 
     def _number_by(self, loader: Any) -> None:
         """Identify the samples of one pass over a loader."""

@@ -12,7 +12,7 @@ from stripe.stats.epochs import COLUMNS, SUMMARY, Measured, drift, measure, sett
 from stripe.stats.flags import DEAD_RANGE, SATURATED_SHARE, flags
 from stripe.stats.groups import BLOCKS, Groups
 from stripe.stats.intervals import CONFIDENCE, Interval, strength_interval
-from stripe.stats.labels import LabelShare, label_share
+from stripe.stats.labels import LabelShare, class_means, label_share
 from stripe.stats.matching import (
     OBSERVED_RANGE,
     PERMUTATIONS,
@@ -43,7 +43,8 @@ __all__ = [
     "PERMUTATIONS", "SATURATED_SHARE", "SEED", "SUMMARY", "Array", "Change", "Counts", "GateMoments", "Groups",
     "Interval", "IntraclassCorrelations", "LabelShare", "Labels", "Match", "Measured", "Moments", "NamedGate",
     "RecordedRun", "Shares", "Spectrum", "Strength", "benjamini_hochberg", "canonical_correlations", "change_between",
-    "changes", "coefficient_of_variation", "drift", "effective_rank", "flags", "intraclass_correlations", "label_share",
-    "match", "measure", "pearson", "permutation_test", "settled_epoch", "spectrum", "strength_interval",
-    "stripe_strength", "summarize", "swap_test", "tabulate", "two_way_shares", "wasserstein",
+    "changes", "class_means", "coefficient_of_variation", "drift", "effective_rank", "flags",
+    "intraclass_correlations", "label_share", "match", "measure", "pearson", "permutation_test", "settled_epoch",
+    "spectrum", "strength_interval", "stripe_strength", "summarize", "swap_test", "tabulate", "two_way_shares",
+    "wasserstein",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The class's share: how much of the variance across samples is explained by what the samples show."""
+"""Classes: the mean attention of each, and how much of the variance across samples is explained by what they show."""
 
 from __future__ import annotations
 
@@ -9,6 +9,38 @@ import numpy as np
 
 from stripe.stats.arithmetic import Array, Labels, ratio
 from stripe.stats.moments import Moments
+
+
+def class_means(attention: Array | Moments, labels: Labels | None = None) -> dict[int, Array]:
+    """Average attention over the samples of each class: what SENet's authors call the excitation of a class.
+
+    Args:
+        attention: (samples, channels), with the labels; or moments that were measured with them.
+        labels: the class of every sample, (samples,); below 0 where it is unknown, and such samples are left out.
+
+    Returns:
+        By class, ascending, its mean vector (channels,); nothing where no class is known, or where moments kept none
+        because there were more than `CLASSES`.
+
+    Raises:
+        ValueError: an array comes without a label for every sample, or moments come with labels.
+
+    Example:
+        >>> import numpy as np
+        >>> class_means(np.array([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]), np.array([0, 2, 0]))
+        {0: array([0.5, 0.5]), 2: array([0.5, 0.5])}
+    """
+    moments = _with_classes(attention, labels)
+    if moments.classes is None:
+        return {}
+    means = zip(moments.classes.keys.tolist(), moments.classes.means, strict=True)
+    return {key: mean for key, mean in means if key >= 0}
+
+
+def _with_classes(attention: Array | Moments, labels: Labels | None) -> Moments:
+    if isinstance(attention, Moments) == (labels is not None):
+        raise ValueError("expected an array with the label of every sample, or moments that were measured with labels")
+    return attention if isinstance(attention, Moments) else Moments.of(attention, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -41,9 +73,7 @@ def label_share(attention: Array | Moments, labels: Labels | None = None) -> Lab
         >>> round(label_share(attention, labels).omega_squared, 3)
         0.261
     """
-    if isinstance(attention, Moments) == (labels is not None):
-        raise ValueError("expected an array with the label of every sample, or moments that were measured with labels")
-    moments = attention if isinstance(attention, Moments) else Moments.of(attention, labels=labels)
+    moments = _with_classes(attention, labels)
     nothing = LabelShare(math.nan, math.nan)
     if moments.classes is None or len(moments.classes.keys) < 2:
         return nothing

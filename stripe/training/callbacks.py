@@ -26,7 +26,7 @@ class TensorBoard:
     """A callback that writes the metrics as TensorBoard scalars by the names that metrics.csv gives them; use `with`.
 
     Steps are epochs. What a run of earlier noted at the first epoch to come and after it is purged, so a resumed
-    training shows every epoch once.
+    training shows every epoch once. Others may write scalars and images into the same files, as into a SummaryWriter.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -42,11 +42,28 @@ class TensorBoard:
 
     def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
         """Write the epoch's finite metrics to the disk."""
-        self._writer = self._writer or self._open(purge_step=epoch)
         for name, value in metrics.items():
             if name != "epoch" and math.isfinite(value):
-                self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
+                self.add_scalar(name, value, epoch)
+        self.flush()
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Write a number."""
+        self._at(step).add_scalar(name, value, step)
+
+    def add_image(self, name: str, pixels: Any, step: int, dataformats: str = "CHW") -> None:
+        """Write an image."""
+        self._at(step).add_image(name, pixels, step, dataformats=dataformats)
+
+    def flush(self) -> None:
+        """Push to the disk what was written."""
+        if self._writer:
+            self._writer.flush()
+
+    def _at(self, step: int) -> Any:
+        """Return the writer, which purges what is there from its first step on."""
+        self._writer = self._writer or self._open(purge_step=step)
+        return self._writer
 
     def __enter__(self) -> Self:
         """Return the callback."""

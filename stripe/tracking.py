@@ -1,0 +1,106 @@
+"""Attention among what else is tracked of a training: a recorded epoch into TensorBoard or Weights & Biases.
+
+A run is read and drawn; no training is known here, and neither service is imported until it is given.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from stripe import figures, plots, stats
+from stripe.gate import Gate, name_of
+from stripe.store import Run, open_run
+
+IMAGES = 100  # rows of a heatmap
+PREFIX = "attention"
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class Tracker:
+    """Tells services of a recorded epoch: every gate's strength and CV, and the heatmaps of some gates as images.
+
+    It is called with a run and an epoch, and is what `RecorderCallback` takes as `recorded`, whatever trains:
+
+        board = SummaryWriter("runs/a/tensorboard")  # or wandb.init(...), or a Lightning logger's `experiment`
+        recording = RecorderCallback(None, gates, "runs/a", recorded=Tracker(board))
+
+    In TensorBoard the step is the epoch's number. Weights & Biases counts steps of its own, which may only rise, so
+    the epoch's number is logged beside the values, as "attention/epoch", and is the x axis of their charts.
+    """
+
+    def __init__(self, *services: Any, gates: Sequence[Gate | str] | None = None) -> None:
+        """Take the services to tell.
+
+        Args:
+            services: TensorBoard writers, with methods `add_scalar` and `add_image`, and runs of Weights & Biases.
+            gates: whose heatmaps to show (default: up to 6, from the first to the last).
+
+        Raises:
+            TypeError: a service is neither.
+        """
+        for service in services:
+            if not (hasattr(service, "add_scalar") or hasattr(service, "define_metric")):
+                raise TypeError(
+                    f"cannot track with {type(service).__name__}: expected a TensorBoard writer or a run of wandb.init"
+                )
+        self._services = services
+        self._gates = None if gates is None else [name_of(gate) for gate in gates]
+
+    def __call__(self, run: Run | str | os.PathLike[str], epoch: int) -> None:
+        """Tell every service of an epoch of a run, which may be named by its path; ValueError where it has no such."""
+        run = run if isinstance(run, Run) else open_run(run)
+        values = _values(run, epoch)
+        images = {f"{PREFIX}/{gate}": _drawn(run, gate, epoch) for gate in self._shown(run)}
+        for service in self._services:
+            tell = _tell_tensorboard if hasattr(service, "add_scalar") else _tell_wandb
+            tell(service, epoch, values, images)
+
+    def _shown(self, run: Run) -> list[str]:
+        """Return the gates whose heatmaps are shown; none of a run that holds moments alone."""
+        if not run.has_samples:
+            return []
+        return self._gates or [gate.name for gate in figures.spread(run.gates, figures.GATES)]
+
+
+def _values(run: Run, epoch: int) -> dict[str, float]:
+    values = {}
+    for (_, gate), moments in run.moments([epoch]).items():
+        values[f"{PREFIX}/{gate}/strength"] = stats.stripe_strength(moments).strength
+        values[f"{PREFIX}/{gate}/cv"] = stats.coefficient_of_variation(moments)
+    return values
+
+
+def _drawn(run: Run, gate: str, epoch: int) -> Pixels:
+    """Return the heatmap of a gate's first images, by sample id, as pixels (height, width, 3)."""
+    rows = run.attention(gate, epoch)[np.argsort(run.samples(epoch), kind="stable")[:IMAGES]]
+    figure: Any = plots.stripe_heatmap(rows, title=f"{gate}, epoch {epoch}").figure
+    plt.close(figure)
+    figure.set_dpi(plots.RESOLUTION)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _tell_tensorboard(writer: Any, epoch: int, values: Mapping[str, float], images: Mapping[str, Pixels]) -> None:
+    for name, value in values.items():
+        if np.isfinite(value):
+            writer.add_scalar(name, value, epoch)
+    for name, pixels in images.items():
+        writer.add_image(name, pixels, epoch, dataformats="HWC")
+    writer.flush()
+
+
+def _tell_wandb(run: Any, epoch: int, values: Mapping[str, float], images: Mapping[str, Pixels]) -> None:
+    import wandb
+
+    run.define_metric(f"{PREFIX}/*", step_metric=f"{PREFIX}/epoch")
+    pictures = {name: wandb.Image(pixels) for name, pixels in images.items()}
+    run.log({f"{PREFIX}/epoch": epoch, **values, **pictures})
