@@ -47,7 +47,7 @@ ALLOWED = {
     "asr.annealing": {"gates"},
     "asr.psi": {"gates", "folding", "stats"},
     "asr.task": {"asr.layers", "training", "gates", "folding"},
-    "asr.protocols": {"asr.layers", "asr.psi", "asr.task", "gates", "stats"},
+    "asr.protocols": {"asr.layers", "asr.psi", "asr.task", "gates", "stats", "training"},
     "asr.validation": {"asr.protocols", "asr.task", "store", "stats"},
 }
 
