@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stripe import figures, plots, stats
 from stripe.gate import Gate, name_of
+from stripe.plots.drawing import RESOLUTION
 from stripe.store import Run, open_run
 
 IMAGES = 100  # rows of a heatmap
@@ -83,8 +85,8 @@ def _drawn(run: Run, gate: str, epoch: int) -> Pixels:
     rows = run.attention(gate, epoch)[np.argsort(run.samples(epoch), kind="stable")[:IMAGES]]
     figure: Any = plots.stripe_heatmap(rows, title=f"{gate}, epoch {epoch}").figure
     plt.close(figure)
-    figure.set_dpi(plots.RESOLUTION)
-    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(RESOLUTION)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -99,8 +101,7 @@ def _tell_tensorboard(writer: Any, epoch: int, values: Mapping[str, float], imag
 
 
 def _tell_wandb(run: Any, epoch: int, values: Mapping[str, float], images: Mapping[str, Pixels]) -> None:
-    import wandb
-
+    wandb = import_module("wandb")
     run.define_metric(f"{PREFIX}/*", step_metric=f"{PREFIX}/epoch")
     pictures = {name: wandb.Image(pixels) for name, pixels in images.items()}
     run.log({f"{PREFIX}/epoch": epoch, **values, **pictures})

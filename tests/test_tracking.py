@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import stripe
 from stripe.cli import main
+from stripe.plots.drawing import RESOLUTION
 from stripe.recorder import RecorderCallback
 from stripe.store import open_run
 from stripe.tracking import Tracker
@@ -69,7 +70,7 @@ def test_tensorboard_holds_the_heatmaps_of_the_gates_asked_for(example, told):
         np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in told.Images("attention/layer1.0")
     )
     ax = stripe.plots.stripe_heatmap(example.attention("layer1.0", 20)[:100])
-    wide, high = (inches * stripe.plots.RESOLUTION for inches in ax.figure.get_size_inches())
+    wide, high = (inches * RESOLUTION for inches in ax.figure.get_size_inches())
     assert last.shape == (int(high), int(wide), 3)
     assert (first != last).any()
     assert len(np.unique(last.reshape(-1, 3), axis=0)) > 50  # colours of values, not an empty sheet

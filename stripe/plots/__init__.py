@@ -6,7 +6,7 @@ dashes: curves and scatter. It is loaded by the first figure that needs it, and 
 anything.
 """
 
-from stripe.plots.channels import learned_over_stripe, learned_scatter, std_grid, std_per_channel
+from stripe.plots.channels import excitation, learned_over_stripe, learned_scatter, std_grid, std_per_channel
 from stripe.plots.epochs import drift_over_epochs, strength_by_gate, strength_over_epochs, training_curves
 from stripe.plots.folds import fold_pareto
 from stripe.plots.heatmaps import before_after, heatmap_grid, stripe_heatmap

@@ -1,4 +1,4 @@
-"""One value a channel: standard deviations over images, means of classes, and learned vectors beside observed stripes."""
+"""One value a channel: standard deviations over images, means of classes, learned vectors beside observed stripes."""
 
 from __future__ import annotations
 
