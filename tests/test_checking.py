@@ -248,6 +248,28 @@ def test_a_lost_manifest_is_rebuilt_from_the_parts(tmp_path, text, changes):
     assert [content for name, content in listing(tmp_path).items() if ".damaged" in name] == [text] * (text is not None)
 
 
+@pytest.mark.parametrize("contents", ["samples", "moments"])
+def test_a_rebuilt_manifest_knows_steps_and_what_is_mixed(tmp_path, contents):
+    """Steps and a second network stand in the parts alone; that samples differ, their rows tell."""
+    with writer(tmp_path, model={"depth": 20}, contents=contents) as run:
+        for number, step in ((1, 500), (2, None)):
+            with run.epoch(number, step=step) as epoch:
+                epoch.append(range(9), None, vectors(9, seed=number))
+    with writer(tmp_path, model={"depth": 56}, contents=contents, allow_mixed=True) as run:
+        with run.epoch(3, step=0) as epoch:
+            epoch.append(range(9), None, vectors(9, seed=3))
+    with writer(tmp_path, model={"depth": 20}, contents=contents, allow_mixed=True) as run, run.epoch(4) as epoch:
+        epoch.append(range(8), None, vectors(8, seed=4))
+    before = open_run(tmp_path).manifest
+    assert before.mixed == (("network", "samples") if contents == "samples" else ("network",))
+    (tmp_path / "run.json").unlink()
+    assert repair_run(tmp_path).whole
+    after = open_run(tmp_path)
+    assert after.steps == {1: 500, 3: 0}
+    assert after.manifest.mixed == before.mixed
+    assert after.manifest.epochs == before.epochs
+
+
 def test_rebuilding_leaves_out_what_was_not_finished(tmp_path):
     record(tmp_path, 1, 2, 3)
     (tmp_path / ".unfinished/epoch=0003").mkdir(parents=True)  # killed before its manifest was written

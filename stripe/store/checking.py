@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from stripe.messages import listing, one_line, require
 from stripe.store.directory import ROOTS, Directory, out_of_reach
 from stripe.store.manifest import (
     MANIFEST,
+    NOTES,
     ORIGIN,
     PART_NAME,
     SCHEMA_VERSION,
@@ -28,6 +30,7 @@ from stripe.store.manifest import (
     Part,
     epoch_number,
     rank_and_sequence,
+    read_notes,
 )
 from stripe.store.parts import measure, measuring, parse_footer, read_footer, write_moments
 from stripe.store.reading import measure_rows, read_moments, read_part, to_block
@@ -105,6 +108,8 @@ def repair_run(path: str | os.PathLike[str]) -> RunCheck:
                 if check.problem and directory.holds(MANIFEST):
                     _set_aside(directory, MANIFEST, keep=True)
                 manifest = _of_whole_epochs(directory, manifest, check)
+                if check.problem:
+                    manifest = _with_mixed_samples(directory, manifest)
                 directory.write_manifest(manifest)
             for name in directory.unnamed(manifest):
                 _set_aside(directory, name)
@@ -118,6 +123,22 @@ def _of_whole_epochs(directory: Directory, manifest: Manifest, check: RunCheck) 
     epochs = (each for each in manifest.epochs if each.epoch in whole)
     kept = (each if whole[each.epoch] else _with_moments(directory, manifest, each) for each in epochs)
     return replace(manifest, epochs=tuple(kept))
+
+
+def _with_mixed_samples(directory: Directory, manifest: Manifest) -> Manifest:
+    """Return a manifest that was rebuilt, and says whether its epochs are of different samples, as their rows tell."""
+    if not manifest.has_samples:
+        return manifest
+    samples = [_samples(directory, manifest, epoch) for epoch in manifest.epochs]
+    if all(np.array_equal(samples[0], others) for others in samples):
+        return manifest
+    return replace(manifest, mixed=tuple(sorted({*manifest.mixed, "samples"})))
+
+
+def _samples(directory: Directory, manifest: Manifest, epoch: Epoch) -> NDArray[np.int64]:
+    """Return the sample ids of an epoch, ascending."""
+    tables = (table for part in epoch.parts for table in read_part(directory, manifest, epoch.epoch, part, ["sample"]))
+    return np.sort(np.concatenate([table["sample"].to_numpy() for table in tables]))
 
 
 def _check(directory: Directory) -> tuple[RunCheck, Manifest | None]:
@@ -195,34 +216,44 @@ def _rebuilt(directory: Directory) -> Manifest | None:
     """
     infos = [info for root in ROOTS for info in directory.files_in(root) if PART_NAME.fullmatch(info.base_name)]
     described = [(info, *_describe(directory, info)) for info in infos]
-    origins = Counter(origin for _, origin, _ in described if origin)
+    origins = Counter(origin for _, origin, _, _ in described if origin)
     if not origins:
         return None
     [(common, _)] = origins.most_common(1)
     manifest, interrupted = Manifest.from_json(common), directory.interrupted()
     parts: dict[int, list[Part]] = {}
-    for info, origin, part in described:
+    steps: dict[int, int] = {}
+    mixed: set[str] = set()
+    for info, origin, part, notes in described:
         number = epoch_number(info.path)
         if origin in (None, common) and number is not None and info.path == f"{manifest.folder(number)}/{part.name}":
             parts.setdefault(number, []).append(part)
-    epochs = [Epoch(number, tuple(_with_gaps(parts[number]))) for number in sorted(parts.keys() - interrupted)]
+            steps |= {} if notes.get("step") is None else {number: notes["step"]}
+            mixed.update(notes.get("mixed", ()))
+    finished = sorted(parts.keys() - interrupted)
+    epochs = [Epoch(number, tuple(_with_gaps(parts[number])), steps.get(number)) for number in finished]
     created = min(info.mtime for info in infos).astimezone(UTC).isoformat(timespec="seconds")
-    return replace(manifest, created=created, epochs=tuple(epochs))
+    return replace(manifest, created=created, epochs=tuple(epochs), mixed=tuple(sorted(mixed)))
 
 
-def _describe(directory: Directory, info: fs.FileInfo) -> tuple[str | None, Part]:
-    """Return the origin that a part carries, None where its footer is unreadable, and what a manifest says of it."""
+def _describe(directory: Directory, info: fs.FileInfo) -> tuple[str | None, Part, dict[str, Any]]:
+    """Return the origin that a part carries, what a manifest says of it, and the notes that it carries.
+
+    The origin is None where the footer is unreadable; parts of early versions have no notes.
+    """
     try:
         with directory.reading(), directory.files.open_input_file(info.path) as stream:
             footer = read_footer(stream)
         metadata = parse_footer(footer)
-        manifest = Manifest.from_json((metadata.metadata or {})[ORIGIN.encode()])
+        carried = metadata.metadata or {}
+        manifest = Manifest.from_json(carried[ORIGIN.encode()])
         part = Part(info.base_name, metadata.num_rows, info.size, zlib.crc32(footer))
-        return manifest.origin(), replace(part, moments=_moments_crc(directory, manifest, info))
+        notes = read_notes(carried.get(NOTES.encode()))
+        return manifest.origin(), replace(part, moments=_moments_crc(directory, manifest, info)), notes
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         if out_of_reach(error):
             raise
-        return None, Part(info.base_name, 1, max(1, info.size))
+        return None, Part(info.base_name, 1, max(1, info.size)), {}
 
 
 def _moments_crc(directory: Directory, manifest: Manifest, info: fs.FileInfo) -> int | None:

@@ -26,6 +26,7 @@ MIXED = ("network", "samples")
 
 MANIFEST = "run.json"
 ORIGIN = "stripe"  # the key, in a part's metadata, of Manifest.origin
+NOTES = "stripe.epoch"  # and that of Manifest.notes
 FOLDERS = {"samples": "attention", "moments": "moments", "label-moments": "moments"}  # by contents
 MOMENTS_FOLDER, MOMENTS_SUFFIX = ".moments", ".moments"  # of the files beside parts; Polars reads whole folders
 PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
@@ -142,6 +143,10 @@ class Manifest:
             asdict(replace(self, created="", epochs=(), mixed=())), separators=(",", ":"), allow_nan=False
         )
 
+    def notes(self, step: int | None) -> str:
+        """Return what the parts of an epoch carry beside their origin, since it may differ from epoch to epoch."""
+        return json.dumps({"step": step, "mixed": self.mixed}, separators=(",", ":"))
+
     @property
     def has_samples(self) -> bool:
         """Whether there is a row per sample."""
@@ -170,6 +175,20 @@ class Manifest:
                 vectors = pa.list_(value, gate.channels)
                 columns.append(pa.field(f"{kind}:{gate.name}", vectors, nullable=False))
         return pa.schema(columns, metadata={ORIGIN: self.origin()})
+
+
+def read_notes(text: bytes | None) -> dict[str, Any]:
+    """Read what `Manifest.notes` wrote; nothing where there is nothing, ValueError for anything else."""
+    if text is None:
+        return {}
+    try:
+        notes = json.loads(text)
+        step, mixed = notes["step"], notes["mixed"]
+        require_count(0 if step is None else step, 0, MAX_COUNT, "step")
+        require(set(mixed) <= set(MIXED), f"mixed {mixed!r:.80}; expected some of {listing(MIXED)}")
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"notes {text[:80]!r} of a part: {one_line(error)}") from error
+    return {"step": step, "mixed": mixed}
 
 
 # ---- gates, as run.json holds them ----

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from stripe.messages import require
 from stripe.store.directory import Directory
-from stripe.store.manifest import MOMENTS_SUFFIX, Manifest
+from stripe.store.manifest import MOMENTS_SUFFIX, NOTES, Manifest
 from stripe.store.moments import MOMENTS_SCHEMA, to_table
 
 if TYPE_CHECKING:
@@ -34,9 +34,14 @@ class PartWriter:
     has the same name with MOMENTS_SUFFIX.
     """
 
-    def __init__(self, directory: Directory, manifest: Manifest, name: str) -> None:
-        """Write parts of the run that ``manifest`` describes, each staged as ``name`` and a sequence number."""
+    def __init__(self, directory: Directory, manifest: Manifest, name: str, step: int | None = None) -> None:
+        """Write parts of the run that ``manifest`` describes, each staged as ``name`` and a sequence number.
+
+        ``step`` is that of the epoch they belong to.
+        """
         self._directory, self._manifest, self._prefix = directory, manifest, name
+        schema = manifest.arrow_schema
+        self._schema = schema.with_metadata({**schema.metadata, NOTES: manifest.notes(step)})
         self._sequence = 0
         self._writer: pq.ParquetWriter | None = None
         self._measured = measuring(manifest)
@@ -55,10 +60,10 @@ class PartWriter:
     def write(self, block: Block) -> None:
         """Write rows as a row group, by column."""
         if self._manifest.has_samples:
-            schema = self._manifest.arrow_schema
-            rows = pa.Table.from_arrays([_to_arrow(field, block[field.name]) for field in schema], schema=schema)
+            columns = [_to_arrow(field, block[field.name]) for field in self._schema]
+            rows = pa.Table.from_arrays(columns, schema=self._schema)
             with self._directory.writing():
-                self._writer = self._writer or self._open(self._name, self._manifest.arrow_schema)
+                self._writer = self._writer or self._open(self._name, self._schema)
                 self._writer.write_table(rows, row_group_size=len(rows))
         measure(self._measured, self._manifest, block)
         if self._writer and self._sink.tell() >= PART_BYTES:
@@ -74,7 +79,7 @@ class PartWriter:
             if self._manifest.has_samples:
                 self._write_moments(f"{self._name}{MOMENTS_SUFFIX}", MOMENTS_SCHEMA)
             else:
-                self._write_moments(self._name, self._manifest.arrow_schema)
+                self._write_moments(self._name, self._schema)
         self._writer, self._sequence = None, self._sequence + 1
         self._measured = measuring(self._manifest)
 

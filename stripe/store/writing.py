@@ -134,7 +134,7 @@ class RunWriter:
                 self._directory.clear(number)
             self._barrier()
             staged = f"{STAGING}/{epoch_name(number)}/part-{self._rank:04d}"
-            with PartWriter(self._directory, self._manifest, staged) as parts, ThreadPoolExecutor(1) as thread:
+            with PartWriter(self._directory, self._manifest, staged, step) as parts, ThreadPoolExecutor(1) as thread:
                 thread.submit(int).result()  # one that is interrupted while it starts would not be waited for
                 rows = EpochWriter(self._manifest, parts, thread)
                 yield rows
