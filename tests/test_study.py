@@ -569,7 +569,7 @@ def test_the_pages_follow_from_the_committed_records(monkeypatch):
         ("study/resnet29/inputs.csv", "shift_std"),
         ("study/resnet29/fold/variants.csv", "test"),
         ("study/resnet29/fold/predictors.csv", "rho"),
-        ("study/resnet29/match-same.json", "rmse"),
+        ("study/match-same.json", "distance"),
         ("fold-se-resnet20/variants.csv", "test"),
         ("fold-se-resnet20/distilled/variants.csv", "test"),
         ("benchmarks/stats.json", "ratio"),

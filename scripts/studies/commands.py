@@ -29,7 +29,6 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
         )
     if folder.name == EXAMPLE:
         found["strength-by-epoch.csv"] = example()
-        found["match.csv"] = match(Path(stripe.load_example(EXAMPLE).path, "validation.json"))
     return found
 
 
