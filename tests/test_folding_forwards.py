@@ -460,3 +460,39 @@ def test_a_network_that_differs_from_itself_is_told_so(noise):
 
     with pytest.raises(ValueError, match=r"the network differs from itself by .* between two runs on the same images"):
         fold(Noisy(), {"se": torch.ones(8)}, small())
+
+
+def scaled_second(gate, x):
+    return x * gate
+
+
+class ByFunction(nn.Module):
+    """Its product is in a function, of which the map is not the first argument, or not by position."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1), nn.Sigmoid())
+        self.last, self.how = nn.Conv2d(6, 4, 1), how
+
+    def forward(self, x):
+        y = F.silu(self.norm(self.conv(x)))
+        if self.how == "position":
+            y = scaled_second(self.attention(y), y)
+        elif self.how == "keyword":
+            y = scaled_second(gate=self.attention(y), x=y)
+        else:
+            y = (lambda gate: y * gate)(self.attention(y))
+        return self.last(y)
+
+
+@pytest.mark.parametrize("how", ["position", "keyword"])
+def test_a_product_in_a_function_gives_back_the_argument_that_it_scales(how):
+    assert list(fold_and_compare(ByFunction(how))[1]["direction"]) == ["forward"]
+
+
+def test_a_product_in_a_lambda_is_refused_where_its_map_cannot_be_told():
+    network, x = ByFunction("lambda").eval(), torch.randn(2, 3, 15, 17)
+    [gate] = find_gates(network, x)
+    with pytest.raises(ValueError, match="which argument of .* is the map cannot be told; leave it out"):
+        fold(network, {gate: torch.ones(6)}, x)

@@ -142,7 +142,11 @@ class Original:
             if len(maps) != (calls := sum(call.path == path for call in self.graph.calls) or 1):
                 raise self._cannot(maps[0], f"that forward runs {calls} times, and would lose its gate in each run")
         for path in sorted(removals, key=lambda path: -path.count(".") - bool(path)):
-            built = _replaced(built, path, self._without(built.get_submodule(path), path, removals[path]))
+            try:
+                built = _replaced(built, path, self._without(built.get_submodule(path), path, removals[path]))
+            except Unremovable as error:
+                taken = next(maps[0] for (owner, _), maps in owners.items() if owner == path)
+                raise self._cannot(taken, str(error)) from error
         for path in dict.fromkeys(norms):
             built = _replaced(built, path, nn.Identity())
         return built

@@ -11,8 +11,9 @@ import ast
 import copy
 import inspect
 import linecache
+import textwrap
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
@@ -20,10 +21,9 @@ from typing import Any
 
 from torch import nn
 
+from stripe.folding.statements import Drop, Liveness, Span, span_of
 from stripe.gates.graph import Place
 from stripe.torch_internals import names_held
-
-Span = tuple[int, int, int, int]
 
 _SYNONYMS = {"multiply": "mul", "imul": "mul", "iadd": "add"}
 """Functions that run an operation of another name."""
@@ -120,17 +120,17 @@ class _Method:
         if not isinstance(self.definition, ast.FunctionDef):
             raise Unremovable(f"{kind.__name__}.{name} is not written as a function")
         self.names = [argument.arg for argument in (*self.definition.args.posonlyargs, *self.definition.args.args)]
-        self.definition = _Drop(()).visit(_Resolved(self.names[0], module).visit(self.definition))
+        self.definition = Drop(()).visit(_Resolved(self.names[0], module).visit(self.definition))
 
     def remove(self, removals: Sequence[Removal], scales: dict[Span, str]) -> None:
         """Replace expressions by their operands, and drop the statements that nothing needs any longer."""
-        dead = set(_Liveness(self.definition.body).dead)
+        dead = set(Liveness(self.definition.body).dead)
         replace = _Replace(removals, scales, self.names[0], self.function.__globals__)
         self.definition = replace.visit(self.definition)
         if missing := [r for r in removals if r.place.span not in replace.done]:
             raise Unremovable(f"no single expression of its source is the product at line {missing[0].place.span[0]}")
-        while dropped := set(_Liveness(self.definition.body).dead) - dead:
-            self.definition = _Drop(dropped).visit(self.definition)
+        while dropped := set(Liveness(self.definition.body).dead) - dead:
+            self.definition = Drop(dropped).visit(self.definition)
         body = self.definition.body
         while len(body) > 1 and isinstance(body[-1], ast.Return) and isinstance(body[-2], ast.Assign):
             made, result = body[-2], body[-1].value
@@ -159,7 +159,7 @@ class _Method:
 
     def is_as_with_none(self, names: Collection[str], module: nn.Module) -> bool:
         """Whether the method as it was written does the same once the attributes `names`, now None, are so."""
-        plain = _Drop(()).visit(_Resolved(self.names[0], module).visit(self.written))
+        plain = Drop(()).visit(_Resolved(self.names[0], module).visit(self.written))
         return bool(names) and [ast.dump(s) for s in plain.body] == [ast.dump(s) for s in self.definition.body]
 
     def text(self) -> str:
@@ -192,7 +192,7 @@ class _Replace(ast.NodeTransformer):
         self._globals = names
 
     def visit(self, node: ast.AST) -> Any:
-        span = _span(node)
+        span = span_of(node)
         removal = self._removals.get(span) if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call) else None
         if removal is None:
             return self.generic_visit(node)
@@ -220,10 +220,22 @@ class _Replace(ast.NodeTransformer):
         if isinstance(node.func, ast.Attribute) and does == removal.op and not self._is_module(node.func.value):
             given.insert(0, node.func.value)
         elif removal.op is not None and does != removal.op:
-            return given[0] if given else node  # a function around the product: what it is applied to
+            return self._passed(node, removal)
         if removal.operand >= len(given) or any(isinstance(each, ast.Starred) for each in given):
             raise Unremovable(f"the operands of {ast.unparse(node)} cannot be told")
         return given[removal.operand]
+
+    def _passed(self, call: ast.Call, removal: Removal) -> ast.expr:
+        """Return the argument of a function, with the product inside, that the product scales: told, or the first."""
+        function = self._globals.get(call.func.id) if isinstance(call.func, ast.Name) else None
+        name = _scaled_parameter(function, removal)
+        if name is None and call.args and not isinstance(call.func, ast.Lambda) and not _is_lambda(function):
+            return call.args[0]
+        names = list(inspect.signature(function).parameters) if name and callable(function) else []
+        given = dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
+        if name not in given:
+            raise Unremovable(f"which argument of {ast.unparse(call)} is the map cannot be told")
+        return given[name]
 
     def _is_module(self, value: ast.expr) -> bool:
         """Whether an expression names a Python module, as torch in torch.mul, or a submodule that has the function."""
@@ -232,116 +244,22 @@ class _Replace(ast.NodeTransformer):
         return named or owned
 
 
-def _span(node: ast.AST) -> Span:
-    end = getattr(node, "end_lineno", None), getattr(node, "end_col_offset", None)
-    return getattr(node, "lineno", None), end[0], getattr(node, "col_offset", None), end[1]  # type: ignore[return-value]
+def _is_lambda(function: Any) -> bool:
+    return getattr(function, "__name__", "") == "<lambda>"
 
 
-# ---- statements that nothing needs ----
-class _Liveness:
-    """Finds the assignments, and the ifs, of a function's body whose names no later statement reads."""
-
-    def __init__(self, body: list[ast.stmt]) -> None:
-        self.dead: list[tuple[Span, str]] = []
-        self._block(body, set())
-
-    def _block(self, body: Sequence[ast.stmt], live: set[str]) -> set[str]:
-        for statement in reversed(body):
-            live = self._before(statement, live)
-        return live
-
-    def _before(self, statement: ast.stmt, live: set[str]) -> set[str]:
-        """Return the names that are read from `statement` on."""
-        written = _written(statement)
-        if written is not None and (not written & live or _is_idle(statement)):
-            self.dead.append(_key(statement))
-            return live
-        if isinstance(statement, ast.Return | ast.Raise):
-            return _read(statement)
-        if isinstance(statement, ast.If):
-            return self._if(statement, live)
-        if isinstance(statement, ast.For | ast.While | ast.With | ast.Try):
-            return live | _read(statement)
-        if isinstance(statement, ast.Assign | ast.AnnAssign) and written is not None:
-            return (live - written) | _read(statement)
-        return live | _read(statement)
-
-    def _if(self, statement: ast.If, live: set[str]) -> set[str]:
-        before = len(self.dead)
-        branches = [self._block(branch, live) for branch in (statement.body, statement.orelse)]
-        gone = {key for key in self.dead[before:]}
-        inside = [*statement.body, *statement.orelse]
-        if all(_key(s) in gone or isinstance(s, ast.Pass) for s in inside) and _is_plain(statement.test):
-            self.dead[before:] = [*gone, _key(statement)]
-            return live
-        return branches[0] | branches[1] | _read(statement.test)
-
-
-def _key(statement: ast.stmt) -> tuple[Span, str]:
-    return _span(statement), type(statement).__name__
-
-
-def _written(statement: ast.stmt) -> set[str] | None:
-    """Return the local names that a statement does nothing but write, None for any other statement."""
-    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        parts = [part for target in targets for part in _parts(target)]
-        if statement.value is None or any(
-            isinstance(n, ast.NamedExpr | ast.Await | ast.Yield) for n in ast.walk(statement)
-        ):
-            return None
-        return {p.id for p in parts if isinstance(p, ast.Name)} if all(isinstance(p, ast.Name) for p in parts) else None
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):  # g.sigmoid_()
-        function = statement.value.func
-        if isinstance(function, ast.Attribute) and function.attr.endswith("_") and isinstance(function.value, ast.Name):
-            return {function.value.id}
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Name):  # what is left of x.mul_(g)
-        return set()
-    return None
-
-
-def _parts(target: ast.expr) -> Iterator[ast.expr]:
-    if isinstance(target, ast.Tuple | ast.List):
-        for part in target.elts:
-            yield from _parts(part)
-    else:
-        yield target
-
-
-def _is_idle(statement: ast.stmt) -> bool:
-    """Whether it is x = x."""
-    return isinstance(statement, ast.Assign) and [ast.unparse(t) for t in statement.targets] == [
-        ast.unparse(statement.value)
-    ]
-
-
-def _is_plain(test: ast.expr) -> bool:
-    """Whether a condition calls nothing."""
-    return not any(isinstance(node, ast.Call | ast.NamedExpr | ast.Await) for node in ast.walk(test))
-
-
-def _read(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and (isinstance(n.ctx, ast.Load))} | {
-        n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
-    }
-
-
-class _Drop(ast.NodeTransformer):
-    """Drops statements; a block that would be empty gets a pass."""
-
-    def __init__(self, dead: Collection[tuple[Span, str]]) -> None:
-        self._dead = dead
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        super().generic_visit(node)
-        if isinstance(node, ast.If | ast.For | ast.While | ast.With | ast.FunctionDef) and not node.body:
-            node.body = [ast.Pass()]
-        return node
-
-    def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.stmt) and _key(node) in self._dead:
-            return None
-        return super().visit(node)
+def _scaled_parameter(function: Any, removal: Removal) -> str | None:
+    """Return the parameter of a function that its only product scales, if it is written as a product of two of them."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        parameters = inspect.signature(function).parameters
+    except (OSError, SyntaxError, TypeError, ValueError):  # no source, or none that stands for itself, as of a lambda
+        return None
+    kind = {"mul": ast.Mult, "add": ast.Add}.get(removal.op or "")
+    products = [n for n in ast.walk(tree) if isinstance(n, ast.BinOp) and kind and isinstance(n.op, kind)]
+    pairs = [(product.left, product.right) for product in products]
+    named = [[each.id for each in pair if isinstance(each, ast.Name) and each.id in parameters] for pair in pairs]
+    return named[0][removal.operand] if len(named) == 1 and len(named[0]) == 2 else None
 
 
 class _Resolved(ast.NodeTransformer):
