@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from stripe import plots, stats
 from stripe.files import replaced, require_regular
 from stripe.gate import Gate, name_of
+from stripe.messages import one_line
 from stripe.plots.drawing import RESOLUTION
 from stripe.store import Run, open_run
 
@@ -215,8 +216,13 @@ def _each_beside(run: Run) -> Iterator[tuple[str, Figure]]:
         if (text := run.read_text(name)) is not None:
             try:
                 yield from draw_text(run, text)
-            except KeyError as error:
-                raise ValueError(f"'{run.path}/{name}' lacks {error}: write it anew, or move it away") from error
+            except FOREIGN as error:
+                what = f"lacks {error}" if isinstance(error, KeyError) else f"is another file ({one_line(error)})"
+                raise ValueError(f"'{run.path}/{name}' {what}: write it anew, or move it away") from error
+
+
+FOREIGN = (ArithmeticError, AttributeError, LookupError, NameError, RecursionError, TypeError, ValueError)
+"""What reading a table or JSON of another form ends in; pandas raises the NameError."""
 
 
 def _each_of_metrics(run: Run, text: str) -> Iterator[tuple[str, Figure]]:

@@ -137,6 +137,28 @@ def test_a_foreign_file_beside_a_run_is_named(example, name, text):
         drawn(example)
 
 
+FORMS = [
+    "", "{", "[]", "[1]", "1", "null", '"x"', "[" * 5000, "epoch,lr", "a,b\n1,2\n", "epoch\n1,2,3\n",
+    '{"gates": 3}', '{"gates": [3]}', '{"gates": [], "learned": 3}',
+    '{"gates": [], "learned": {"layer1.0": "x"}, "epoch": 1}',
+    '{"variants": 3, "measure": 1}', '{"variants": [{"x": 1}]}',
+    '{"variants": [{"folded": "x", "test": []}], "measure": "accuracy"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fold.json", "validation.json", "metrics.csv"])
+def test_a_file_of_any_other_form_is_named_in_one_line(example, name):
+    said = []
+    for text in FORMS:
+        (example / name).write_text(text)
+        try:
+            drawn(example)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) >= 8
+    assert all(f"{name}' " in each and "write it anew" in each and each.isprintable() for each in said)
+
+
 @pytest.mark.parametrize(
     ("gate", "name"),
     [

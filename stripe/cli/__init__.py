@@ -62,9 +62,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `argv` (default: the process's), a command's name first; return the exit code. Without words, show help."""
-    parser = build_parser()
     start = dispatch_process if argv is None else dispatch
-    return start(partial(parser.parse_args, argv), _run)
+    return start(lambda: build_parser().parse_args(argv), _run)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,9 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def script(command: str) -> int:
     """Run one command as a script of its own: `python scripts/train.py ...`."""
-    parser = Parser()
-    _configure(parser, COMMANDS[command])
-    return dispatch_process(parser.parse_args, _run)
+
+    def parse() -> argparse.Namespace:
+        parser = Parser()
+        _configure(parser, COMMANDS[command])
+        return parser.parse_args()
+
+    return dispatch_process(parse, _run)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
