@@ -79,7 +79,8 @@ def _line(rng: np.random.Generator) -> Image.Image:
 def _page(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, Array]:
     """Draw lines of several sizes below one another, in one face; return the boxes of their ink as well."""
     paper, ink = _colours(rng)
-    image, face, boxes = Image.new("RGB", (width, height), paper), str(rng.choice(FACES)), []
+    image, face = Image.new("RGB", (width, height), paper), str(rng.choice(FACES))
+    boxes: list[tuple[float, float, float, float]] = []
     draw, y = ImageDraw.Draw(image), int(rng.integers(8, 30))
     while True:
         letters, x = _font(face, int(rng.integers(14, 34))), int(rng.integers(8, width // 5))
@@ -88,7 +89,7 @@ def _page(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Imag
             text = text.rpartition(" ")[0]
         box = draw.textbbox((x, y), text, letters)
         if box[3] > height - 8:
-            return image, np.array(boxes, int).reshape(-1, 4)
+            return image, np.array(boxes).astype(np.int64).reshape(-1, 4)
         if box[2] <= width - 4:
             draw.text((x, y), text, ink, letters)
             boxes.append(box)

@@ -132,7 +132,7 @@ class _Study:
     def _described(self, gate: str) -> Row:
         """Return a gate's stripe, and what it costs to fold it alone by its energy constant."""
         use = self.uses[gate]
-        kept = {name: float(self.summary.loc[gate, name]) for name in ("channels", "strength", "cv")}
+        kept = {name: float(self.summary[name].loc[gate]) for name in ("channels", "strength", "cv")}
         return kept | {"energy_error": use.error(use.constant("energy"))} | self._folded([gate], "energy")
 
     def _folded(self, names: Sequence[str], kind: str) -> Row:

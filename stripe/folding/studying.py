@@ -171,10 +171,9 @@ def study(
         no gates
         >>> ax = stripe.plots.fold_pareto(choice.variants)
     """
+    _require_eval(model)
     _require_choices(order, measure, weightings, max_drop)
     _require_rereadable(calibration=calibration, held_out=held_out, test=test)
-    if model.training:
-        raise ValueError("the network is in train mode, where statistics change: call model.eval() before study")
     gates = find_gates(model, images, normalisers=normalisers)
     counts = _counts(counts, len(gates), keep)
     kind = outputs or kind_of(model, images)
@@ -187,10 +186,7 @@ def study(
     asked: Any = {"kind": kind, "normalisers": normalisers, "progress": progress}
     forecasts = foretell(model, gates, energy, images, calibration, **asked)
     foretold = {gate: each.divergence for gate, each in forecasts.items()}
-
-    def learn(some: Sequence[Gate]) -> Constants:
-        return learn_constants(model, some, uses, images, calibration, steps=learning_steps, **asked)
-
+    learn = partial(learn_constants, model, uses=uses, images=images, loader=calibration, steps=learning_steps, **asked)
     constants = _Constants(gates, uses, forecasts, means, learn)
     damages, names = _order(order, model, gates, uses, foretold, judges["validation"].negative, progress)
     allowed = None if keep is not None else max_drop
@@ -223,6 +219,11 @@ def most_folded(rows: Iterable[Mapping[str, Any]], max_drop: float | None) -> in
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------
+
+
+def _require_eval(model: nn.Module) -> None:
+    if model.training:
+        raise ValueError("the network is in train mode, where statistics change: call model.eval() before study")
 
 
 def _require_choices(order: str, measure: str | None, weightings: Sequence[str], max_drop: float | None) -> None:

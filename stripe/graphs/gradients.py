@@ -12,6 +12,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from stripe.graphs.file import Tensor
+from stripe.graphs.windows import Window
 
 Shape = tuple[int, ...]
 OLDEST_OPSET = 11
@@ -257,45 +258,6 @@ def _bounded(step: Step) -> Gradients:
 
 
 # ---- layers ----
-@dataclass(frozen=True)
-class _Window:
-    """How a convolution or a pool moves over space."""
-
-    kernel: list[int]
-    strides: list[int]
-    dilations: list[int]
-    pads: list[int]
-
-    @classmethod
-    def of(cls, step: Step, kernel: Sequence[int], wide: Sequence[int], narrow: Sequence[int]) -> _Window:
-        """Read it off a node that goes from `wide` to `narrow`."""
-        n = len(kernel)
-        strides, dilations = (list(step.attribute(name, [1] * n)) for name in ("strides", "dilations"))
-        auto = step.attribute("auto_pad", "NOTSET")
-        pads = list(step.attribute("pads", [0] * 2 * n))
-        if auto in ("SAME_UPPER", "SAME_LOWER"):
-            reached = cls([*kernel], strides, dilations, pads)._reached(narrow)
-            both = [max(r - w, 0) for r, w in zip(reached, wide, strict=True)]
-            less, more = [b // 2 for b in both], [b - b // 2 for b in both]
-            pads = less + more if auto == "SAME_UPPER" else more + less
-        return cls([*kernel], strides, dilations, pads)
-
-    @property
-    def attributes(self) -> dict[str, list[int]]:
-        """The window as attributes of a node."""
-        return {"kernel_shape": self.kernel, "strides": self.strides, "dilations": self.dilations, "pads": self.pads}
-
-    def rest(self, wide: Sequence[int], narrow: Sequence[int]) -> list[int]:
-        """Return what is left of `wide` at its end, which the window never reaches."""
-        reached, n = self._reached(narrow), len(self.kernel)
-        return [w - r + self.pads[i] + self.pads[n + i] for i, (w, r) in enumerate(zip(wide, reached, strict=True))]
-
-    def _reached(self, narrow: Sequence[int]) -> list[int]:
-        """Return how far the window goes, pads and all, to make `narrow`."""
-        sizes = zip(narrow, self.strides, self.dilations, self.kernel, strict=True)
-        return [(m - 1) * s + d * (k - 1) + 1 for m, s, d, k in sizes]
-
-
 def _weighted(step: Step) -> tuple[str, Shape, int]:
     """Return a layer's weight, its shape and its groups; ValueError where more than its input needs a gradient."""
     step.require(all(i == 0 for i, _ in step.live()), "weights that depend on the input")
@@ -306,11 +268,11 @@ def _weighted(step: Step) -> tuple[str, Shape, int]:
 def _convolution(step: Step) -> Gradients:
     weight, shape, group = _weighted(step)
     wide, narrow = step.shape(step.x)[2:], step.shape(step.y)[2:]
-    window = _Window.of(step, shape[2:], wide, narrow)
+    window = Window.of(step.attribute, shape[2:], wide, narrow)
     yield 0, _spread(step, step.g, weight, window, group)
 
 
-def _spread(step: Step, g: str, weight: str | Tensor, window: _Window, group: int) -> str:
+def _spread(step: Step, g: str, weight: str | Tensor, window: Window, group: int) -> str:
     """Send what a window gave back to where it came from."""
     rest = window.rest(step.shape(step.x)[2:], step.shape(step.y)[2:])
     return step.back.op("ConvTranspose", g, weight, group=group, output_padding=rest, **window.attributes)
@@ -319,7 +281,7 @@ def _spread(step: Step, g: str, weight: str | Tensor, window: _Window, group: in
 def _transposed_convolution(step: Step) -> Gradients:
     weight, shape, group = _weighted(step)
     step.require(step.attribute("auto_pad", "NOTSET") == "NOTSET" and not step.attribute("output_shape"), "auto_pad")
-    window = _Window.of(step, shape[2:], step.shape(step.y)[2:], step.shape(step.x)[2:])
+    window = Window.of(step.attribute, shape[2:], step.shape(step.y)[2:], step.shape(step.x)[2:])
     yield 0, step.back.op("Conv", step.g, weight, group=group, **window.attributes)
 
 
@@ -376,7 +338,7 @@ def _max_pool(step: Step) -> Gradients:
     """Every entry of a window that is its largest has the gradient: ties all have it."""
     op, x, y = step.back.op, step.shape(step.x), step.shape(step.y)
     step.require(not step.attribute("ceil_mode", 0), "ceil_mode")
-    window = _Window.of(step, step.attribute("kernel_shape"), x[2:], y[2:])
+    window = Window.of(step.attribute, step.attribute("kernel_shape"), x[2:], y[2:])
     size = int(np.prod(window.kernel))
     each = np.tile(np.eye(size).reshape(size, 1, *window.kernel), (x[1], 1, *[1] * len(window.kernel)))
     repeated = np.ones((x[1] * size, 1, *[1] * len(window.kernel)))
@@ -388,7 +350,7 @@ def _max_pool(step: Step) -> Gradients:
 
 def _average_pool(step: Step) -> Gradients:
     x, y = step.shape(step.x), step.shape(step.y)
-    window = _Window.of(step, step.attribute("kernel_shape"), x[2:], y[2:])
+    window = Window.of(step.attribute, step.attribute("kernel_shape"), x[2:], y[2:])
     whole = not step.attribute("ceil_mode", 0) and (step.attribute("count_include_pad", 0) or not any(window.pads))
     step.require(bool(whole), "windows of several sizes")
     yield 0, _spread(step, step.g, np.ones((x[1], 1, *window.kernel)) / np.prod(window.kernel), window, x[1])
