@@ -561,6 +561,40 @@ def test_networks_that_others_trained_fold_whole(tmp_path, name):
     assert graphs.cost(path, tmp_path / "f.onnx", x).relative_error > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # of the converter
+@pytest.mark.parametrize("name", OTHERS)
+def test_their_conversion_to_torch_has_the_same_gates_and_the_same_fold(tmp_path, name):
+    convert = pytest.importorskip("onnx2torch", reason="onnx2torch converts the file").convert
+    path = NETWORKS / f"{name}.onnx"
+    if not path.exists():
+        pytest.skip(f"{path} is not there: see its SOURCES.md")
+    model = onnx.load(path)
+    constants = [node for node in model.graph.node if node.op_type == "Constant"]  # which the converter does not take
+    for node in constants:
+        node.attribute[0].t.name = node.output[0]
+        model.graph.initializer.append(node.attribute[0].t)
+        model.graph.node.remove(node)
+    network, x = convert(model).eval(), pages(4, OTHERS[name][1])
+    images = torch.from_numpy(x)
+    own, theirs = stripe.find_gates(network, images), graphs.find_gates(path, x)
+    assert [(g.channels, g.form) for g in own] == [(g.channels, g.form) for g in theirs]
+    uses = graphs.measure_gates(path, theirs, x)
+    vectors = [uses[gate.name].constant("mean") for gate in theirs]
+    folded, report = stripe.fold(network, {g.name: v for g, v in zip(own, vectors, strict=True)}, images)
+    file_report = graphs.fold(path, {g: v for g, v in zip(theirs, vectors, strict=True)}, tmp_path / "f.onnx", x)
+    assert list(report.table["direction"]) == list(file_report.table["direction"])
+    with torch.no_grad():
+        found, unfolded = (scores(net(images).numpy()) for net in (folded, network))
+    theirs_folded = scores(outputs(tmp_path / "f.onnx", x)[0])
+    assert difference(found, theirs_folded) < 1e-4  # the detector's own conversion has 1e-5
+    assert difference(found, unfolded) > 3e-4
+
+
+def scores(output):
+    """What class probabilities are made of, which a sure network does not hide."""
+    return np.log(np.maximum(output, 1e-30)) if output.ndim == 2 else output
+
+
 def in_float64(path):
     """A file run by ONNX's reference in float64; opset 15, before which its batch norms take the batch's statistics."""
     model = onnx.load(path)

