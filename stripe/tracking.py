@@ -58,6 +58,8 @@ class Tracker:
 
     def __call__(self, run: Run | str | os.PathLike[str], epoch: int) -> None:
         """Tell every service of an epoch of a run, which may be named by its path; ValueError where it has no such."""
+        if not self._services:
+            return
         run = run if isinstance(run, Run) else open_run(run)
         values = _values(run, epoch)
         images = {f"{PREFIX}/{gate}": _drawn(run, gate, epoch) for gate in self._shown(run)}

@@ -1,18 +1,23 @@
 """`train`: train a CIFAR ResNet, plain, with attention or with ASR, and record its attention after every epoch."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stripe.cli import options
 from stripe.files import own_path
 from stripe.recipe import BATCH, PRECISIONS, PSI_INIT, SCHEDULES, TRAIN_BATCH, WORKERS, Recipe
+
+if TYPE_CHECKING:
+    from stripe.training import TensorBoard
 
 SUMMARY = "train a network, plain, with attention or with ASR, and record its attention after every epoch"
 QUICK = "stripe train --dataset digits --depth 20 --module senet --epochs 10 --record 100 -c runs/digits"
@@ -122,8 +127,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from stripe.data import Loader, load_images
     from stripe.models import create_model
-    from stripe.tracking import Tracker
-    from stripe.training import TensorBoard, evaluate, fit, processes
+    from stripe.training import evaluate, fit, processes
 
     device, process = options.device(arguments), processes()
     share: dict[str, Any] = {
@@ -152,12 +156,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.resume and process.is_main_process:
         _tell_changes(arguments, recipe, description)
     with ExitStack() as closing:
-        callbacks: list[Any] = []
-        if arguments.tensorboard and process.is_main_process:
-            callbacks.append(closing.enter_context(TensorBoard(own_path(directory, "tensorboard"))))
+        boards = _boards(arguments, directory, closing)
+        callbacks: list[Any] = [*boards]
         if arguments.record:
-            tracker = Tracker(*callbacks) if callbacks else None
-            callbacks.append(_recording(arguments, directory, model, description, share, tracker))
+            callbacks.append(_recording(arguments, directory, model, description, share, boards))
         if process.is_main_process:
             sets = [training, test] if validation is None else [training, validation, test]
             print(options.told(options.network_name(network), *sets), flush=True)
@@ -179,6 +181,15 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"{directory}: metrics.csv, checkpoints/")
         _report(arguments, evaluation)
     return 0
+
+
+def _boards(arguments: argparse.Namespace, directory: Path, closing: ExitStack) -> list[TensorBoard]:
+    """Open TensorBoard's files in the first process, where they are asked for."""
+    from stripe.training import TensorBoard, processes
+
+    if not (arguments.tensorboard and processes().is_main_process):
+        return []
+    return [closing.enter_context(TensorBoard(own_path(directory, "tensorboard")))]
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -278,12 +289,13 @@ def _recording(
     model: Any,
     description: dict[str, Any],
     share: dict[str, Any],
-    tracker: Any,
+    boards: Sequence[TensorBoard],
 ) -> Any:
     """Return the callback that records this process's share of the probe set into the run after every epoch."""
     from stripe.data import Loader, load_images
     from stripe.gates import find_gates
     from stripe.recorder import RecorderCallback
+    from stripe.tracking import Tracker
 
     images = load_images(
         arguments.dataset,
@@ -301,7 +313,7 @@ def _recording(
         loader,
         gates,
         directory,
-        recorded=tracker,
+        recorded=Tracker(*boards),
         squeeze=arguments.squeeze,
         description=description["model"],
         data=images.describe(),
