@@ -101,7 +101,7 @@ def test_a_forward_pass_that_failed_takes_the_one_before_with_it(tmp_path, net, 
 @pytest.mark.parametrize(
     ("dtype", "contents"), [("float32", "samples"), ("float16", "samples"), ("float32", "label-moments")]
 )
-def test_a_refused_batch_leaves_neither_rows_nor_ids(tmp_path, net, gates, dtype, contents):
+def test_a_refused_batch_leaves_neither_rows_nor_ids(tmp_path, net, gates, record_property, dtype, contents):
     bad = {"ids": (np.arange(4.5, 8.5), [0] * 4), "number": (range(4, 7), [0] * 3), "labels": (range(4, 8), [0, 1, 2])}
     with Recorder(net, gates, tmp_path / "run", dtype=dtype, contents=contents) as recorder, torch.no_grad():
         net(IMAGES[:4])
@@ -122,6 +122,7 @@ def test_a_refused_batch_leaves_neither_rows_nor_ids(tmp_path, net, gates, dtype
     np.testing.assert_allclose(found.mean, attention_of(net, IMAGES[:8]).mean(0), rtol=1e-3)
     if contents == "samples":
         assert run.samples(0).tolist() == list(range(8))
+    record_property("batches that a Recorder refused: neither rows nor ids of them are kept", len(bad))
 
 
 def test_float16_says_what_it_cannot_hold(tmp_path, net, gates):
@@ -157,7 +158,7 @@ def test_epochs_and_steps_may_be_numpys(tmp_path, net, gates):
     assert open_run(tmp_path / "run").steps == {3: 50}
 
 
-def test_two_threads_never_get_each_others_rows(tmp_path, net, gates):
+def test_two_threads_never_get_each_others_rows(tmp_path, net, gates, record_property):
     errors, lock, stored = [], threading.Lock(), {}
     start = threading.Barrier(2)
 
@@ -188,6 +189,7 @@ def test_two_threads_never_get_each_others_rows(tmp_path, net, gates):
     assert rows.keys() == stored.keys() | {999}
     assert all(np.allclose(rows[sample], values, rtol=1e-5) for sample, values in stored.items())
     assert all("thread" in error or "commit" in error for error in errors)
+    record_property("batches of two threads that run one network: each thread's own rows, or refused", 24)
 
 
 def test_a_thread_in_the_middle_of_a_forward_pass_keeps_another_out(tmp_path, net, gates):
@@ -218,7 +220,7 @@ def test_a_thread_in_the_middle_of_a_forward_pass_keeps_another_out(tmp_path, ne
     np.testing.assert_allclose(found, attention_of(net, IMAGES[:4]), rtol=1e-6)
 
 
-def test_copies_made_while_recording_are_not_read_and_can_be_pickled(tmp_path, net, gates):
+def test_copies_made_while_recording_are_not_read_and_can_be_pickled(tmp_path, net, gates, record_property):
     with Recorder(net, gates, tmp_path / "run") as recorder, torch.no_grad():
         copied, read_back = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
         torch.save(net, tmp_path / "net.pt")
@@ -235,6 +237,7 @@ def test_copies_made_while_recording_are_not_read_and_can_be_pickled(tmp_path, n
     np.testing.assert_allclose(found, attention_of(net, IMAGES[:4]), rtol=1e-6)
     saved = torch.load(tmp_path / "net.pt", weights_only=False)  # of this test's own making
     torch.testing.assert_close(saved(IMAGES[:4]), expected)
+    record_property("copies of a network that were run while it was recorded: not read", 3)
 
 
 # ---- loaders ----------------------------------------------------------------------------------------------

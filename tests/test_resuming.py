@@ -15,6 +15,7 @@ from stripe.store import open_run
 from tests.runs import listing, refused
 
 ROOT = Path(__file__).parents[1]
+TRIED = "trainings resumed with other options, or into another's directory: refused, nothing written"
 SMALL = ["train", "--dataset", "digits", "--depth", "8", "--block-name", "basicblock", "--module", "senet"]
 SMALL += ["--train-samples", "60", "--train-batch", "20", "--workers", "0"]
 CHANGED = {
@@ -43,7 +44,7 @@ def begun(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("option", CHANGED)
-def test_what_makes_it_another_training_is_refused(begun, capsys, option):
+def test_what_makes_it_another_training_is_refused(begun, capsys, record_property, option):
     before, last = listing(begun), begun / "checkpoints" / "last.pt"
     assert train(begun, "--epochs", 2, "--resume", last, option, CHANGED[option]) == 2
     error = capsys.readouterr().err
@@ -51,6 +52,7 @@ def test_what_makes_it_another_training_is_refused(begun, capsys, option):
     assert "--allow-changed" in error
     assert " then, " in error
     assert listing(begun) == before
+    record_property(TRIED, 1)
 
 
 def test_it_goes_on_with_the_same_options_and_says_what_else_changed(begun, capsys):
@@ -69,13 +71,14 @@ def test_another_split_is_allowed_on_request_and_said(begun, capsys):
     assert "split validation: 6 then, 9 now" in capsys.readouterr().out
 
 
-def test_a_resume_into_the_directory_of_another_training_is_refused(begun, tmp_path, capsys):
+def test_a_resume_into_the_directory_of_another_training_is_refused(begun, tmp_path, capsys, record_property):
     assert train(tmp_path / "b", "--epochs", 2, "--manualSeed", 2) == 0
     before, last = listing(tmp_path / "b"), begun / "checkpoints" / "last.pt"
     assert train(tmp_path / "b", "--epochs", 3, "--resume", last, "--record", 10) == 2
     assert "holds another training" in capsys.readouterr().err
     assert listing(tmp_path / "b") == before
     assert train(tmp_path / "c", "--epochs", 2, "--resume", last) == 0  # into an empty one
+    record_property(TRIED, 1)
 
 
 def test_a_training_keeps_others_out_before_they_write(tmp_path):

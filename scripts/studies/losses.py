@@ -26,12 +26,21 @@ ROOMS = (
     "foreign_runs",
     "writers",
     "checkpoint_bombs",
+    "interrupts",
+    "resuming",
 )
+LOOPS = (
+    "a_refused_batch_leaves_neither_rows_nor_ids",
+    "two_threads_never_get_each_others_rows",
+    "copies_made_while_recording_are_not_read_and_can_be_pickled",
+)
+"""Of the tests of training loops, those that mislead a Recorder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     tests = [Path("tests", f"test_{room}.py") for room in ROOMS]
+    tests += [Path("tests", f"test_loops.py::test_{name}") for name in LOOPS]
     parser.add_argument("--tests", type=Path, nargs="+", default=tests, metavar="FILE", help="of this project")
     parser.add_argument("--out", type=Path, default=Path("figures/study"), metavar="DIR", help="where losses.csv goes")
 
