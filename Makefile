@@ -23,8 +23,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/deno fmt --check --line-width 120 stripe/report/page.js stripe/report/page.css
-	$(BIN)/deno lint stripe/report/page.js
+	$(BIN)/deno fmt --check --line-width 120 stripe/report/page/*.js stripe/report/page/page.css
+	cd stripe/report/page && cat parts.js tables.js charts.js heatmap.js sections.js page.js | $(abspath $(BIN))/deno lint -  # one script, joined
 
 study: .venv/installed
 	$(BIN)/python scripts/study.py forms --seeds 1 2 3
