@@ -667,7 +667,8 @@ def test_every_control_is_reached_by_tab_and_shows_it(watched):
     while "observed stripe" not in reached and len(reached) < 100:
         watched.page.keyboard.press("Tab")
         name, outline = watched.page.evaluate(
-            "(e => [e.id || e.getAttribute('role') || e.textContent.toLowerCase(), getComputedStyle(e).outlineStyle])(document.activeElement)"
+            "[document.activeElement].flatMap(e => "
+            "[e.id || e.getAttribute('role') || e.textContent.toLowerCase(), getComputedStyle(e).outlineStyle])"
         )
         reached.add(name)
         assert outline == "solid"
@@ -695,12 +696,13 @@ def test_the_largest_run_is_a_page_under_10_mb(browser, tmp_path):
     assert 5e6 < page.stat().st_size < 10e6
     found = Watched(browser, page)
     found.choose("layer3.17.se")
-    assert min(found.pixels().shape[:2]) >= 50
+    assert min(found.pixels().shape[:2]) >= 45
     assert "evenly chosen" in found.page.text_content("#heat-note")
+    found.page.locator("#stripe figure svg").last.hover()
+    assert "10 of 100 classes" in found.page.locator("#stripe output").last.text_content()
     last = open_run(tmp_path / "run").attention("layer3.17.se", 20)
-    read = re.fullmatch(
-        r"sample (\d+) · label \d+ · channel (\d+) · squeeze \S+ · attention ([\d.]+)", found.point(30, 30)
-    )
+    pattern = r"sample (\d+) · label \d+ · channel (\d+) · squeeze \S+ · attention ([\d.]+)"
+    read = re.fullmatch(pattern, found.point(30, 30))
     assert float(read[3]) == pytest.approx(last[int(read[1]), int(read[2])], abs=0.003)
     found.page.close()
     assert found.noted == []
