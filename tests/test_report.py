@@ -18,7 +18,7 @@ import pytest
 from stripe import load_example, report, stats
 from stripe.cli import main
 from stripe.gate import Gate
-from stripe.report.content import MAX_RECORDS, address, document, judged, learned_vectors
+from stripe.report.content import RECORDS, address, document, judged, learned_vectors
 from stripe.report.packing import MAX_TEXT, pack, plain, quantise, spread
 from stripe.report.panels import choose
 from stripe.store import Run, RunWriter, open_run
@@ -344,15 +344,15 @@ def test_a_foreign_validation_is_refused(run, change, words):
 def test_the_files_own_legend_explains_heads_and_verdicts():
     row = {"gate": "layer2", "r": 0.5, "limit": 0.001, "verdict": "match"}
     legend = {"gates": {"limit": "what is allowed"}, "verdict": {"match": "it is the same"}}
-    found = judged({"gates": [row, row], "legend": legend, "epoch": 3})
+    found = judged({"gates": [row, row], "legend": legend, "epoch": 3}, RECORDS[0])
     main, further = found["tables"]
     assert main["columns"] == [["gate", ""], ["verdict", ""], ["limit", "what is allowed"]]
     assert [name for name, _ in further["columns"]] == ["gate", "r"]
     assert found["words"] == [["match", "it is the same"]]
     assert found["summary"] == "Of 2 gates: 2 match."
     assert found["facts"] == [["epoch", 3]]
-    assert judged({"gates": [row], "conclusion": "All is well."})["summary"] == "All is well."
-    assert judged({"gates": [row], "legend": {"gates": 3, "verdict": [1]}})["words"] == []
+    assert judged({"gates": [row], "conclusion": "All is well."}, RECORDS[0])["summary"] == "All is well."
+    assert judged({"gates": [row], "legend": {"gates": 3, "verdict": [1]}}, RECORDS[0])["words"] == []
 
 
 def test_training_curves_stand_beside_the_run(run):
@@ -361,8 +361,8 @@ def test_training_curves_stand_beside_the_run(run):
     beside.write_text("epoch,lr,train_loss,val_accuracy,note\n1,0.1,2.5,,a\n2,0.1,1.25,60,b\n")
     found = content_of(report.render(run))["metrics"]
     assert found == {"epoch": [1, 2], "lr": [0.1, 0.1], "train_loss": [2.5, 1.25], "val_accuracy": [None, 60]}
-    beside.write_text("epoch,train_loss\n" + "".join(f"{epoch},1\n" for epoch in range(1000)))
-    assert len(content_of(report.render(run))["metrics"]["epoch"]) == 400
+    beside.write_text("epoch,train_loss\n" + "".join(f"{epoch},1\n" for epoch in range(2 * RECORDS[0])))
+    assert len(content_of(report.render(run))["metrics"]["epoch"]) == RECORDS[0]
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "epoch,train_loss\nx,1\n", "epoch\n" + "9" * 200_000])
@@ -390,14 +390,14 @@ def test_two_runs_share_a_page_of_the_same_size(run, tmp_path, monkeypatch):
 
 def test_any_records_become_a_table():
     found = document(
-        {"measure": "accuracy", "rows": [{"gate": "a", "drop": 0.123456}, {"gate": "b", "into": ["x"]}]}, 500
+        {"measure": "accuracy", "rows": [{"gate": "a", "drop": 0.123456}, {"gate": "b", "into": ["x"]}]}, RECORDS[0]
     )
     assert found["facts"] == [["measure", "accuracy"]]
     [table] = found["tables"]
     assert [name for name, _ in table["columns"]] == ["gate", "drop", "into"]
     assert table["rows"] == [["a", 0.12346, None], ["b", None, '["x"]']]
     assert table["note"] == ""
-    long = document({"rows": [{str(i): i for i in range(50)}] * 501}, 500)["tables"][0]
+    long = document({"rows": [{str(i): i for i in range(50)}] * 501}, RECORDS[0])["tables"][0]
     assert (len(long["rows"]), len(long["columns"])) == (500, 40)
     assert long["note"] == "Shown: the first 500 of 501 rows and the first 40 of 50 columns."
 

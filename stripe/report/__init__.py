@@ -10,10 +10,12 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stripe.files import write_text
 from stripe.messages import Progress
@@ -29,6 +31,7 @@ from stripe.report.content import (
     learned_vectors,
     read_beside,
     shown_epochs,
+    tables_of,
     training_curves,
 )
 from stripe.report.panels import sample_panels
@@ -69,7 +72,7 @@ def render(
 
     Raises:
         ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold; two runs
-            without a gate of the same name.
+            without a gate of the same name; gates that do not fit on a page.
 
     Example:
         >>> import stripe
@@ -82,23 +85,34 @@ def render(
         raise ValueError(
             f"runs '{run.path}' and '{other.path}' have no gate of the same name: write a page for each of them"
         )
-    shown = [
-        _describe(each, own, tolerance=tolerance, progress=progress)
-        for each, own in zip(runs, (validation, None), strict=False)
-    ]
-    content = {
-        "runs": shown,
-        "tolerance": tolerance,
-        "colors": base64.b64encode(plots.HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
-        "columns": COLUMNS,
-        "validation": validation and judged(validation),
-        "fold": fold and document(fold),
-        "command": command,
-    }
-    room = (LIMIT - len(_page(content).encode()) - RESERVE) // len(runs)
-    for each, parts in zip(runs, shown, strict=True):
-        parts["heatmaps"] = sample_panels(each, room, progress=progress)
-    return _page(content)
+    tables = [tables_of(each, progress) for each in runs]
+    validations = [validation, None]
+    for most in RECORDS:
+        described = [
+            _describe(*each, tolerance=tolerance, most=most) for each in zip(runs, tables, validations, strict=False)
+        ]
+        content = {
+            "runs": described,
+            "tolerance": tolerance,
+            "colors": base64.b64encode(plots.HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
+            "columns": COLUMNS,
+            "validation": validation and judged(validation, most),
+            "fold": fold and document(fold, most),
+            "command": command,
+        }
+        room = LIMIT - len(_page(content).encode()) - RESERVE
+        if room >= 0:
+            panels = [sample_panels(each, room // len(runs), progress=progress) for each in runs]
+            page = _page(content | {"runs": _with_heatmaps(described, panels)})
+            return page if len(page.encode()) <= LIMIT else _page(content)
+    raise ValueError(
+        f"a page of {len(run.gates)} gates of run '{run.path}' takes {LIMIT - room} bytes; expected at most {LIMIT}: "
+        "record fewer gates, or draw its figures"
+    )
+
+
+def _with_heatmaps(runs: list[dict[str, Any]], panels: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    return [run | {"heatmaps": its} for run, its in zip(runs, panels, strict=True)]
 
 
 def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:
@@ -109,18 +123,26 @@ def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:
     return path
 
 
-def _describe(run: Run, validation: dict[str, Any] | None, *, tolerance: float, progress: Progress) -> dict[str, Any]:
-    """Return what the page knows of a run, all but its heatmaps."""
+def _describe(
+    run: Run,
+    tables: Mapping[str, pd.DataFrame],
+    validation: dict[str, Any] | None,
+    *,
+    tolerance: float,
+    most: int,
+) -> dict[str, Any]:
+    """Return what the page knows of a run, without heatmaps."""
     learned = learned_vectors(run, validation)
     epoch = validation["epoch"] if validation else max(run.epochs, default=0)
     return {
         "name": address(run.path),
         "mixed": run.mixed,
-        "epochs": shown_epochs(run),
+        "epochs": shown_epochs(run, most),
         "stripe_epoch": epoch,
-        "gates": describe_gates(run, learned, epoch, tolerance=tolerance, progress=progress),
-        "metrics": training_curves(run),
-        "about": about(run),
+        "gates": describe_gates(run, tables, learned, stripe_epoch=epoch, tolerance=tolerance, most=most),
+        "metrics": training_curves(run, most),
+        "about": about(run, most),
+        "heatmaps": None,
     }
 
 

@@ -19,8 +19,8 @@ from stripe.files import read_text
 from stripe.report.packing import Plain, coded, numbers, plain, spread
 from stripe.store import Run
 
-MAX_EPOCHS = 400  # points of a curve
-MAX_RECORDS, MAX_COLUMNS = 500, 40  # of a table from a file
+RECORDS = (500, 100, 20, 4)  # of a table from a file, and points of a curve, by how little room there is
+MAX_COLUMNS = 40  # of such a table
 MEASURES = ("strength", "strength_low", "strength_high", "cv", "std", "drift", "label_share", "sample_share")
 MAX_SUMMARY = 2_000  # letters
 MAX_CLASSES = 10  # of whose means a gate's figure is drawn
@@ -47,8 +47,7 @@ def describe_gates(
     most: int,
 ) -> list[dict[str, Any]]:
     """Return what the page knows of each gate: its statistics by epoch, its stripe, class means, learned vector."""
-    gates, shown = [], spread(len(run.epochs), MAX_EPOCHS)
-    tables = _tables(run, progress)
+    gates, shown = [], spread(len(run.epochs), most)
     stripes = run.moments([stripe_epoch])
     for gate in run.gates:
         table, stripe = tables[gate.name], stripes[stripe_epoch, gate.name]
@@ -141,8 +140,8 @@ def read_beside(run: Run, name: str, path: str | os.PathLike[str] | None = None)
     return content
 
 
-def training_curves(run: Run) -> dict[str, list[Plain]] | None:
-    """Return the epochs and curves of the run's metrics.csv, at most 400 epochs; None where there are none.
+def training_curves(run: Run, most: int) -> dict[str, list[Plain]] | None:
+    """Return the epochs and curves of the run's metrics.csv, at most `most` epochs; None where there are none.
 
     Raises:
         ValueError: the file has no epochs.
@@ -156,7 +155,7 @@ def training_curves(run: Run) -> dict[str, list[Plain]] | None:
         raise ValueError(
             f"metrics.csv of run '{run.path}' is damaged ({error}): write it anew, or move it away"
         ) from error
-    rows = [rows[i] for i in spread(len(rows), MAX_EPOCHS)] if rows else []
+    rows = [rows[i] for i in spread(len(rows), most)] if rows else []
     curves = {name: [_number(row.get(name)) for row in rows] for name in ("epoch", *CURVES)}
     if None in curves["epoch"] or not rows:
         raise ValueError(f"metrics.csv of run '{run.path}' has no column of epochs: write it anew, or move it away")
@@ -178,7 +177,7 @@ def address(path: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def judged(validation: Mapping[str, Any]) -> dict[str, Any]:
+def judged(validation: Mapping[str, Any], most: int) -> dict[str, Any]:
     """Turn a validation into words, tables and facts, without its vectors.
 
     The table of gates begins with what the verdict follows from, the columns of the file's legend; others go into a
@@ -200,16 +199,16 @@ def judged(validation: Mapping[str, Any]) -> dict[str, Any]:
     if not any(len(row) > 1 for row in tables["further figures"]):
         del tables["further figures"]
     apart = {"learned", "conclusion", "gates"}
-    found = document(tables | {key: each for key, each in validation.items() if key not in apart})
+    found = document(tables | {key: each for key, each in validation.items() if key not in apart}, most)
     verdicts = Counter(str(row.get("verdict")) for row in rows)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     summary = validation.get("conclusion") or f"Of {len(rows)} gates: {counts}."
     meanings = legend.get("verdict")
     words = [[plain(key), plain(each)] for key, each in meanings.items()] if isinstance(meanings, dict) else []
-    return found | {"summary": plain(summary, MAX_SUMMARY), "words": words[:MAX_RECORDS]}
+    return found | {"summary": plain(summary, MAX_SUMMARY), "words": words[:most]}
 
 
-def document(content: Mapping[str, Any]) -> dict[str, Any]:
+def document(content: Mapping[str, Any], most: int) -> dict[str, Any]:
     """Turn plain JSON into tables, one for each list of records, and facts, a line for each other value.
 
     What it says under "legend" of the columns of its tables, by table and column, explains their heads.
@@ -219,7 +218,7 @@ def document(content: Mapping[str, Any]) -> dict[str, Any]:
     legends = content.get("legend")
     for key, value in content.items():
         if isinstance(value, list) and value and all(isinstance(record, dict) for record in value):
-            tables.append(_table(key, value, legends.get(key) if isinstance(legends, dict) else None))
+            tables.append(_table(key, value, legends.get(key) if isinstance(legends, dict) else None, most))
         elif isinstance(value, dict) and key != "legend":
             facts += [[plain(f"{key}: {name}"), plain(each)] for name, each in value.items()]
         elif key != "legend":
@@ -227,9 +226,9 @@ def document(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"facts": facts[:most], "tables": tables[:most]}
 
 
-def _table(title: str, records: Sequence[Mapping[str, Any]], legend: object) -> dict[str, Any]:
+def _table(title: str, records: Sequence[Mapping[str, Any]], legend: object, most: int) -> dict[str, Any]:
     columns = list(dict.fromkeys(name for record in records for name in record))
-    rows = [[plain(record.get(name)) for name in columns[:MAX_COLUMNS]] for record in records[:MAX_RECORDS]]
+    rows = [[plain(record.get(name)) for name in columns[:MAX_COLUMNS]] for record in records[:most]]
     meanings = legend if isinstance(legend, dict) else {}
     cut = []
     if len(records) > most:
@@ -244,7 +243,7 @@ def _table(title: str, records: Sequence[Mapping[str, Any]], legend: object) -> 
     }
 
 
-def about(run: Run) -> list[dict[str, Any]]:
+def about(run: Run, most: int) -> list[dict[str, Any]]:
     """Return how the run was made, as titled facts."""
     manifest = run.manifest
     recorded = "attention and squeeze" if manifest.squeeze else "attention"
@@ -259,4 +258,4 @@ def about(run: Run) -> list[dict[str, Any]]:
     }
     sections = {"run": what, "model": run.model, "data": run.data, "seeds": manifest.seeds}
     sections |= {"versions": manifest.versions}
-    return [{"title": title, **document(content)} for title, content in sections.items() if content]
+    return [{"title": title, **document(content, most)} for title, content in sections.items() if content]

@@ -6,7 +6,7 @@ const unpacked = runs.map(() => new Map()); // by run and gate: all its panels
 let views = []; // the panels shown: {run, gate, kind, epoch, panel, images, order, channels, axes, cursor}
 let turn = 0;
 const NONE =
-  "No heatmap: this was recorded as moments alone, without a row per image. Stripes and curves below are of " +
+  "No heatmap: this was recorded as moments alone, without a row per image, or the page has no room left. Stripes and curves below are of " +
   "all images.";
 
 /** Returns a gate's panels, epoch after epoch, at each the kinds that were recorded. */
