@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs test test-all test-oldest lint study paper study-check clean
+.PHONY: demo docs notebooks test test-all test-oldest lint study paper study-check clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -18,6 +18,9 @@ test-oldest: .venv-oldest/installed  # everything that stripe needs at its lower
 
 docs: .venv/installed
 	$(BIN)/python scripts/make_docs.py
+
+notebooks: .venv/installed  # run them and keep what they show
+	$(BIN)/python scripts/run_notebooks.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
