@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
-from nbclient import NotebookClient
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 ROOT = Path(__file__).parents[1]
 KEPT = ("text/html", "image/png", "text/plain")
@@ -18,15 +19,20 @@ def main() -> int:
     """Parse the command line; run and rewrite each notebook."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all of notebooks/")
-    for path in parser.parse_args().notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
+    arguments = parser.parse_args()
+    import nbformat
+
+    for path in arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = run(nbformat.read(path, as_version=4))
         nbformat.write(notebook, path)
         print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
     return 0
 
 
-def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def run(notebook: NotebookNode) -> NotebookNode:
     """Run every cell of a notebook and return it with its outputs; CellExecutionError where a cell fails."""
+    from nbclient import NotebookClient
+
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as under JupyterLab
     resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     client = NotebookClient(notebook, timeout=900, resources=resources, record_timing=False)

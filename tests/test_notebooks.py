@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom and are kept with their outputs; what objects show is escaped; seaborn draws frames."""
+"""Notebooks run and are kept with their outputs; what objects show is escaped; seaborn draws the frames as they are."""
 
 import base64
 import copy
