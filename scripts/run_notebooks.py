@@ -23,8 +23,8 @@ def main() -> int:
     import nbformat
 
     for path in arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
-        notebook = run(nbformat.read(path, as_version=4))
-        nbformat.write(notebook, path)
+        notebook = run(nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
+        nbformat.write(notebook, path)  # type: ignore[no-untyped-call]
         print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
     return 0
 

@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from stripe import report, stats
 from stripe.asr.validation import RULE, Validation
 from stripe.gate import Gate
+from stripe.plots.drawing import HEATMAP
 from stripe.stats.verdicts import VERDICTS
 from stripe.store import Run, open_run
 from tests.runs import writer

@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Do every step, print how long each took; CalledProcessError where one fails."""
     with tempfile.TemporaryDirectory() as folder:
         rows = pd.DataFrame(steps(Path(folder, "stripe"), arguments.environment), columns=["step", "seconds"])
-    rows.loc[len(rows)] = ["in all", rows["seconds"].sum()]
-    rows = rows.round(1)
+    whole = pd.DataFrame({"step": ["in all"], "seconds": [rows["seconds"].sum()]})
+    rows = pd.concat([rows, whole]).round(1)
     print(rows.to_string(index=False))
     if arguments.out is not None:
         write_csv(arguments.out, rows)

@@ -1,6 +1,6 @@
-"""A run as one self-contained HTML page: no network, nothing of the run runs as script, at most LIMIT bytes.
+"""A run, or two, as one self-contained HTML page: no network, nothing of a run runs as script, at most LIMIT bytes.
 
-Curves are small SVG and heatmaps a canvas, drawn by page.js: plotly would take half of the page's bytes and would read
+Curves and heatmaps are SVG, drawn by the script in page/: plotly would take half of the page's bytes and would read
 gate names as markup.
 """
 
@@ -94,7 +94,7 @@ def render(
         content = {
             "runs": described,
             "tolerance": tolerance,
-            "colors": base64.b64encode(plots.HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
+            "colors": base64.b64encode(HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
             "columns": COLUMNS,
             "validation": validation and judged(validation, most),
             "fold": fold and document(fold, most),

@@ -80,16 +80,12 @@ def tables_of(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> d
 
 
 def _class_means(stripe: stats.Moments) -> dict[str, Any] | None:
-    """Return the mean attention of each class, (classes, channels); None where there are not two."""
-    if stripe.classes is None or np.count_nonzero(stripe.classes.keys >= 0) < 2:
+    """Return the mean attention of some classes, (classes, channels); None where there are not two."""
+    means = stats.class_means(stripe)
+    if len(means) < 2:
         return None
-    known = np.flatnonzero(stripe.classes.keys >= 0)
-    shown = known[spread(len(known), MAX_CLASSES)]
-    return {
-        "all": len(known),
-        "labels": stripe.classes.keys[shown].tolist(),
-        **coded(stripe.classes.means[shown].astype(np.float32)),
-    }
+    shown = [list(means)[i] for i in spread(len(means), MAX_CLASSES)]
+    return {"all": len(means), "labels": shown, **coded(np.array([means[label] for label in shown], np.float32))}
 
 
 def learned_vectors(run: Run, validation: Mapping[str, Any] | None) -> Learned:
