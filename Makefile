@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs test test-all test-oldest lint study paper study-check clean
+.PHONY: demo docs notebooks test test-all test-oldest lint study paper study-check clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -19,12 +19,15 @@ test-oldest: .venv-oldest/installed  # everything that stripe needs at its lower
 docs: .venv/installed
 	$(BIN)/python scripts/make_docs.py
 
+notebooks: .venv/installed  # run them and keep what they show
+	$(BIN)/python scripts/run_notebooks.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/deno fmt --check --line-width 120 stripe/report/page.js stripe/report/page.css
-	$(BIN)/deno lint stripe/report/page.js
+	$(BIN)/deno fmt --check --line-width 120 stripe/report/page/*.js stripe/report/page/page.css
+	cd stripe/report/page && cat parts.js tables.js charts.js heatmap.js sections.js page.js | $(abspath $(BIN))/deno lint -  # one script, joined
 
 study: .venv/installed
 	$(BIN)/python scripts/study.py forms --seeds 1 2 3

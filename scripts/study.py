@@ -18,6 +18,7 @@ STUDIES = {
     "constancy": "compare the first and last epoch of runs: does attention vary less over images at the end?",
     "wild": "fold networks that others trained, as ONNX files: what does each gate, and do all gates, cost?",
     "verdicts": "how often psi never trained, and psi fitted to the stripe, is said to match it",
+    "hour": "a newcomer's first hour: do on a fresh clone what the README says, in order, and time every step",
     "losses": "run the tests that kill, damage and mislead, and count what they tried",
     "check": "make every table of the pages and every derived CSV anew from the records; exit code 1 if one differs",
 }

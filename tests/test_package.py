@@ -1,12 +1,16 @@
 """The package as a whole: what imports what, what start-up loads, what the install files promise."""
 
 import ast
+import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -320,6 +324,51 @@ def test_the_source_distribution_holds_every_file_of_the_repository(tmp_path):
         names = {name.partition("/")[2] for name in packed.getnames()}
     assert tracked() - names == set()
     assert archive.name == f"stripe_observation-{stripe.__version__}.tar.gz"
+
+
+IN_AN_EMPTY_FOLDER = """
+train --depth 11 --module senet --dataset digits --epochs 1 --train-samples 80 --record 20 --workers 0 -c runs/se
+collect --ckpt runs/se/checkpoints/last.pt --samples 20 --squeeze --workers 0 --out runs/probe
+figures runs/probe --out figures/probe
+validate --ckpt runs/se/checkpoints/last.pt --run runs/se --steps 2 --train-samples 60 --test-samples 20 --workers 0 --out runs/match
+fold --ckpt runs/se/checkpoints/last.pt --train-samples 20 --val-samples 10 --test-samples 10 --samples 10 --batch 10 --workers 0 --counts 0 1 --order single --distill-steps 1 --backends --out runs/folded
+report runs/probe --validation runs/match/validation.json --fold runs/folded/fold.json --out report.html
+stats runs/probe
+check runs/probe
+"""  # noqa: E501
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_runs_every_command_in_an_empty_folder(tmp_path):
+    for name in tracked():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
+    command = [sys.executable, "-W", "ignore", "-c", build]
+    done = subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True, check=True)
+    wheel = tmp_path / "tree/dist" / done.stdout.splitlines()[-1]
+    venv.create(tmp_path / "venv", with_pip=False)
+    own = str(tmp_path / "venv/bin/python")
+    assert pip("--python", own, "install", "--quiet", "--no-deps", "--no-index", str(wheel)).returncode == 0
+    [packages] = tmp_path.glob("venv/lib/*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # what an index would give
+    shutil.rmtree(tmp_path / "tree")
+    (tmp_path / "empty").mkdir()
+
+    def run(*words):
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        options = {"cwd": tmp_path / "empty", "env": environment, "capture_output": True, "text": True}
+        return subprocess.run([own, *words], check=False, **options)
+
+    assert run("-c", "import stripe; print(stripe.__file__)").stdout.startswith(str(packages))
+    commands = [line.split() for line in IN_AN_EMPTY_FOLDER.strip().splitlines()]
+    table = "".join(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `"))
+    assert {words[0] for words in commands} == set(re.findall(r"`stripe (\w+)`", table))
+    for words in commands:
+        done = run("-m", "stripe", *words)
+        assert done.returncode == 0, (words, done.stderr)
+    assert (tmp_path / "empty/report.html").stat().st_size > 50_000
+    assert run("-m", "stripe", "stats", "no/such/run").returncode == 2
 
 
 def test_versions_are_told_alike():

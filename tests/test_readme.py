@@ -88,6 +88,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 
 def test_commands_run_in_order(tmp_path, monkeypatch, images):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(stripe.load_example().path, "runs/own")  # which the Python blocks record
     commands = [words for words in starting("python", "stripe")]
     assert len(commands) >= 8
     for words in commands:

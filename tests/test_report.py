@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 from stripe import load_example, report, stats
 from stripe.cli import main
 from stripe.gate import Gate
-from stripe.report.content import MAX_TEXT, address, document, learned_vectors, plain, spread
-from stripe.report.panels import choose, pack, quantise
+from stripe.report.content import RECORDS, address, document, judged, learned_vectors
+from stripe.report.packing import MAX_TEXT, pack, plain, quantise, spread
+from stripe.report.panels import choose
 from stripe.store import Run, RunWriter, open_run
 from tests.runs import record, writer
 
@@ -73,9 +75,15 @@ class Elements(HTMLParser):
             self.texts.append(data)
 
 
-def content_of(page: str) -> dict[str, Any]:
+def data_of(page: str) -> dict[str, Any]:
     [block] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     return json.loads(block)
+
+
+def content_of(page: str) -> dict[str, Any]:
+    """Return what the page holds in all, and of its first run, in one mapping."""
+    data = data_of(page)
+    return data | data["runs"][0]
 
 
 def unpack(content: dict[str, Any], gate: int, panel: int) -> np.ndarray:
@@ -128,16 +136,15 @@ def test_figures_are_those_of_stats(run):
     content, table = content_of(report.render(run, tolerance=0.2)), stats.summarize(run)
     for gate in content["gates"]:
         rows = table[table["gate"] == gate["name"]]
-        for name in ("strength", "strength_low", "strength_high", "std", "drift"):
+        for name in ("strength", "strength_low", "strength_high", "cv", "std", "drift", "label_share", "sample_share"):
             shown = np.array(gate["curves"][name], float)
             np.testing.assert_allclose(shown, rows[name], rtol=1e-4)
-            assert gate["last"][name] == gate["curves"][name][-1]
         assert gate["settled"] == stats.settled_epoch(rows["epoch"], rows["drift"], 0.2)
-        assert gate["flags"] == rows["flags"].iloc[-1]
+        assert gate["flags"] == rows["flags"].tolist()
         stripe = run.moments([4], [gate["name"]])[4, gate["name"]]
         np.testing.assert_allclose(np.array(gate["mean"], float), stripe.mean, rtol=1e-4)
         np.testing.assert_allclose(np.array(gate["std"], float), stripe.std, rtol=1e-4)
-    assert [gate["flags"] for gate in content["gates"]] == ["nonfinite", "", "", ""]
+    assert [gate["flags"][-1] for gate in content["gates"]] == ["nonfinite", "", "", ""]
     assert len({gate["settled"] for gate in content["gates"]}) > 1
 
 
@@ -153,6 +160,37 @@ def test_heatmaps_are_the_recorded_values_to_half_a_step(run):
                 shown = unpack(content, index, panel)
                 np.testing.assert_allclose(shown, values, rtol=0, atol=1.001 * (high - low) / 508)
                 assert np.nanmax(np.abs(shown[::-1] - values)) > 10 * (high - low) / 508
+
+
+def test_each_squeeze_is_measured_over_all_images(run, monkeypatch):
+    monkeypatch.setattr("stripe.report.panels.SIZES", ((4, 3), (1, 1)))  # fewer are shown
+    heat = content_of(report.render(run))["heatmaps"]
+    for index, gate in enumerate(HARMLESS[1:], start=1):  # the first is not finite at one place
+        for place, epoch in enumerate(run.epochs):
+            squeeze = run.squeeze(gate, epoch)
+            strength, cv = stats.stripe_strength(squeeze).strength, stats.coefficient_of_variation(squeeze)
+            assert heat["gates"][index]["squeeze"][place] == pytest.approx([strength, cv], rel=1e-4)
+            assert heat["gates"][index]["squeeze"][place] != pytest.approx(
+                [stats.stripe_strength(squeeze[:4]).strength, stats.coefficient_of_variation(squeeze[:4])], rel=1e-2
+            )
+
+
+def test_class_means_are_of_all_images_with_a_label(run):
+    gate = content_of(report.render(run))["gates"][1]
+    values, labels = run.attention("layer2", 4), run.labels(4)
+    found = gate["classes"]
+    codes = np.frombuffer(base64.b64decode(found["codes"]), np.uint8).reshape(-1, gate["channels"])
+    means = found["low"] + (codes - 1.0) / 254 * (found["high"] - found["low"])
+    assert found["labels"] == [0, 1]
+    expected = np.stack([values[labels == label].mean(0) for label in found["labels"]])
+    np.testing.assert_allclose(means, expected, atol=1.01 * (found["high"] - found["low"]) / 508)
+    assert np.abs(means[::-1] - expected).max() > 10 * (found["high"] - found["low"]) / 508
+
+
+def test_a_run_without_two_classes_has_no_class_means(tmp_path):
+    with writer(tmp_path / "run", gates=[Gate("gate", 2)]) as run, run.epoch(0) as rows:
+        rows.append(range(4), [1, 1, 1, -1], {"gate": np.eye(4, 2)})
+    assert content_of(report.render(open_run(tmp_path / "run")))["gates"][0]["classes"] is None
 
 
 def test_quantising_keeps_the_ends_constants_and_what_is_not_finite():
@@ -263,7 +301,7 @@ def test_a_run_of_moments_has_stripes_and_no_heatmap(tmp_path):
                 epoch.append(range(9), None, {"layer1.0.se": values, "layer2.0.se": values[:, :3]})
     content = content_of(report.render(open_run(tmp_path / "run")))
     assert content["heatmaps"] is None
-    assert content["gates"][0]["last"]["rank"] is None
+    assert content["gates"][0]["rank"] is None
     np.testing.assert_allclose(content["gates"][0]["mean"], Moments.of(values).mean, rtol=1e-4)
 
 
@@ -282,7 +320,7 @@ def test_a_validation_brings_its_vectors_and_its_epochs_stripe(run):
     np.testing.assert_allclose(content["gates"][1]["mean"], run.attention("layer2", 2).mean(0), rtol=1e-4)
     assert ["accuracies: stripe", 71.25] in content["validation"]["facts"]
     assert "learned" not in {key for key, _ in content["validation"]["facts"]}
-    assert content["validation"]["tables"][0]["columns"] == ["gate", "verdict", "r"]
+    assert [name for name, _ in content["validation"]["tables"][0]["columns"]] == ["gate", "verdict", "r"]
 
 
 @pytest.mark.parametrize(
@@ -303,16 +341,63 @@ def test_a_foreign_validation_is_refused(run, change, words):
     assert "\n" not in str(caught.value)
 
 
+def test_the_files_own_legend_explains_heads_and_verdicts():
+    row = {"gate": "layer2", "r": 0.5, "limit": 0.001, "verdict": "match"}
+    legend = {"gates": {"limit": "what is allowed"}, "verdict": {"match": "it is the same"}}
+    found = judged({"gates": [row, row], "legend": legend, "epoch": 3}, RECORDS[0])
+    main, further = found["tables"]
+    assert main["columns"] == [["gate", ""], ["verdict", ""], ["limit", "what is allowed"]]
+    assert [name for name, _ in further["columns"]] == ["gate", "r"]
+    assert found["words"] == [["match", "it is the same"]]
+    assert found["summary"] == "Of 2 gates: 2 match."
+    assert found["facts"] == [["epoch", 3]]
+    assert judged({"gates": [row], "conclusion": "All is well."}, RECORDS[0])["summary"] == "All is well."
+    assert judged({"gates": [row], "legend": {"gates": 3, "verdict": [1]}}, RECORDS[0])["words"] == []
+
+
+def test_training_curves_stand_beside_the_run(run):
+    assert content_of(report.render(run))["metrics"] is None
+    beside = Path(run.path, "metrics.csv")
+    beside.write_text("epoch,lr,train_loss,val_accuracy,note\n1,0.1,2.5,,a\n2,0.1,1.25,60,b\n")
+    found = content_of(report.render(run))["metrics"]
+    assert found == {"epoch": [1, 2], "lr": [0.1, 0.1], "train_loss": [2.5, 1.25], "val_accuracy": [None, 60]}
+    beside.write_text("epoch,train_loss\n" + "".join(f"{epoch},1\n" for epoch in range(2 * RECORDS[0])))
+    assert len(content_of(report.render(run))["metrics"]["epoch"]) == RECORDS[0]
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "epoch,train_loss\nx,1\n", "epoch\n" + "9" * 200_000])
+def test_curves_without_epochs_are_refused(run, text):
+    Path(run.path, "metrics.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.csv of run") as caught:
+        report.render(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_runs_share_a_page_of_the_same_size(run, tmp_path, monkeypatch):
+    other = record_named(tmp_path / "other", ("layer2", "layer3", "more"))
+    data = data_of(report.render(run, other=other, validation=VALIDATION))
+    assert [each["name"] for each in data["runs"]] == [run.path, other.path]
+    assert [gate["name"] for gate in data["runs"][1]["gates"]] == ["layer2", "layer3", "more"]
+    assert [each["gates"][0]["learned"] for each in data["runs"]] == [None, None]
+    whole = len(report.render(run, other=other))
+    monkeypatch.setattr(report, "RESERVE", 0)
+    monkeypatch.setattr(report, "LIMIT", whole - 200)
+    assert len(report.render(run, other=other)) <= whole - 200
+    stranger = record_named(tmp_path / "stranger", ("block",))
+    with pytest.raises(ValueError, match="no gate of the same name"):
+        report.render(run, other=stranger)
+
+
 def test_any_records_become_a_table():
     found = document(
-        {"measure": "accuracy", "rows": [{"gate": "a", "drop": 0.123456}, {"gate": "b", "into": ["x"]}]}, 500
+        {"measure": "accuracy", "rows": [{"gate": "a", "drop": 0.123456}, {"gate": "b", "into": ["x"]}]}, RECORDS[0]
     )
     assert found["facts"] == [["measure", "accuracy"]]
     [table] = found["tables"]
-    assert table["columns"] == ["gate", "drop", "into"]
+    assert [name for name, _ in table["columns"]] == ["gate", "drop", "into"]
     assert table["rows"] == [["a", 0.12346, None], ["b", None, '["x"]']]
     assert table["note"] == ""
-    long = document({"rows": [{str(i): i for i in range(50)}] * 501}, 500)["tables"][0]
+    long = document({"rows": [{str(i): i for i in range(50)}] * 501}, RECORDS[0])["tables"][0]
     assert (len(long["rows"]), len(long["columns"])) == (500, 40)
     assert long["note"] == "Shown: the first 500 of 501 rows and the first 40 of 50 columns."
 
@@ -356,8 +441,8 @@ def test_a_run_in_a_bucket_is_reported_without_its_keys(tmp_path, monkeypatch):
     finally:
         moto.stop()
     found, same = content_of(out.read_text()), content_of(report.render(local, validation=VALIDATION))
-    assert found["run"] == "s3://bucket/run"
-    assert found["run"] == address(remote.path)
+    assert found["name"] == "s3://bucket/run"
+    assert found["name"] == address(remote.path)
     assert host not in out.read_text()
     assert [found[key] for key in ("gates", "heatmaps")] == [same[key] for key in ("gates", "heatmaps")]
 
@@ -380,6 +465,22 @@ def test_the_command_finds_the_files_beside_the_run(run, tmp_path, capsys):
     assert main([*words, "--fold", str(other)]) == 0
     assert content_of(out.read_text())["fold"]["tables"][0]["rows"] == [["layer1", 0.25]]
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+
+
+def test_the_command_on_the_page_is_the_one_that_makes_it(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    record_named(tmp_path / "b c", HARMLESS)
+    Path("v.json").write_text(json.dumps(VALIDATION))
+    Path("f.json").write_text(json.dumps({"rows": [{"gate": "layer1", "drop": 0.5}]}))
+    choices = "--validation v.json --fold f.json --tolerance 0.25 --out page.html".split()
+    assert main(["report", run.path, "b c", *choices]) == 0
+    page = Path("page.html").read_text()
+    program, *words = shlex.split(data_of(page)["command"])
+    assert program == "stripe"
+    assert main(words) == 0
+    assert Path("page.html").read_text() == page
+    assert main([*words, "--tolerance", "0.5"]) == 0
+    assert Path("page.html").read_text() != page
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "[" * 10**5, "\udcff"])

@@ -179,7 +179,8 @@ def _draw_differences(ax: Axes, rows: pd.DataFrame) -> None:
     ax.hlines(places, rows["low"], rows["high"], color="#D55E00", linewidth=1.2)
     ax.plot(rows["difference"], places, color="#D55E00", linestyle="", marker="o", markersize=4)
     ax.set_yticks(places, _pairs(rows))
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="points, 95 % t-interval;\ngrey: within 0.5 points")
+    interval = "95 % t-interval" if rows["low"].notna().any() else "one seed, no interval"
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"points, {interval};\ngrey: within {DIFFERENCE:g} points")
 
 
 # ---- tables and figures of a directory -------------------------------------------------------------------

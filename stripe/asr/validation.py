@@ -77,19 +77,23 @@ class Validation:
 
     def summary(self) -> pd.DataFrame:
         """Return the columns of the table that the verdict follows from, named as LEGEND explains them."""
-        shown = {name: column for name, column in _COLUMNS.items() if column in self.table}
-        shown = {name: column for name, column in shown.items() if self.table[column].notna().any()}
         about = {"gate": self.table["gate"], "channels": self.table["channels"]}
-        columns = {name: self.table[column] for name, column in shown.items()}
+        columns = {name: self.table[column] for name, column in self._shown().items()}
         return pd.DataFrame(about | columns | {"verdict": self.table["verdict"]})
 
     def legend(self) -> list[str]:
         """Return a line for every column of `summary`, and for every verdict that is in it."""
-        verdicts = {
-            f'verdict "{word}"': meaning for word, meaning in VERDICTS.items() if word in set(self.table["verdict"])
-        }
-        columns = {name: meaning for name, meaning in LEGEND.items() if name in self.summary()}
-        return [f"{name}: {meaning}" for name, meaning in (columns | verdicts).items()]
+        columns = [f"{name}: {LEGEND[name]}" for name in self._shown()]
+        return [*columns, *(f'verdict "{word}": {meaning}' for word, meaning in self._verdicts().items())]
+
+    def _shown(self) -> dict[str, str]:
+        """Return which columns of the table the summary shows, by the names that it gives them."""
+        known = {name: column for name, column in _COLUMNS.items() if column in self.table}
+        return {name: column for name, column in known.items() if self.table[column].notna().any()}
+
+    def _verdicts(self) -> dict[str, str]:
+        found = set(self.table["verdict"])
+        return {word: meaning for word, meaning in VERDICTS.items() if word in found}
 
     def conclusion(self) -> str:
         """Say in a few sentences what was found."""
@@ -130,7 +134,9 @@ class Validation:
         head = {"protocol": self.protocol, "epoch": self.epoch, "steps": self.steps, "rule": self.rule}
         found = {"matched": self.matched, "conclusion": self.conclusion(), "accuracies": self.accuracies}
         learned = {gate: vector.tolist() for gate, vector in self.learned.items()}
-        return head | found | {"gates": rows, "learned": learned}
+        columns = {column: LEGEND[name] for name, column in self._shown().items()}
+        legend = {"gates": columns, "verdict": self._verdicts()}
+        return head | found | {"gates": rows, "legend": legend, "learned": learned}
 
 
 def validate(

@@ -347,10 +347,14 @@ def _save_onnx(arguments: argparse.Namespace, networks: Mapping[str, nn.Module],
 def _report(arguments: argparse.Namespace, measure: str, tables: dict[str, pd.DataFrame]) -> None:
     """Print and write the tables."""
     out = arguments.out
+    legend = {
+        name: {column: text for column, text in LEGENDS.get(name, {}).items() if column in table}
+        for name, table in tables.items()
+    }
     for name, table in tables.items():
         print(f"\n{name}\n{table.to_string(index=False, float_format='{:.4g}'.format)}")
-        print(options.legend({column: text for column, text in LEGENDS.get(name, {}).items() if column in table}))
+        print(options.legend(legend[name]))
         write_csv(out / f"{name}.csv", table)
-    content = {"measure": measure, **{name: options.plain(table) for name, table in tables.items()}}
+    content = {"measure": measure, **{name: options.plain(table) for name, table in tables.items()}, "legend": legend}
     for path in (out / "fold.json", arguments.json):
         options.write_json(path, content)

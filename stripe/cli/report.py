@@ -1,24 +1,28 @@
-"""`report`: write a run as one self-contained HTML page."""
+"""`report`: write a run, or two compared, as one self-contained HTML page."""
 
 import argparse
+import shlex
 
 from stripe.cli import options
 from stripe.recipe import SETTLED_DRIFT
 
-SUMMARY = "write one HTML page of a run, without network: gates, heatmaps by epoch, curves, learned vectors, fold table"
+SUMMARY = "write one HTML page of a run, or of two compared: gates, heatmaps, curves, learned vectors, fold tables"
 EXAMPLE = "runs/se --out report.html"
+FILES = {"validation": "validate_asr.py", "fold": "fold.py"}
+"""Files that the page shows, and the scripts that write them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run_path", metavar="RUN", help="directory of a run, or s3://BUCKET/RUN")
+    parser.add_argument("other_path", nargs="?", metavar="RUN2", help="a second run, to be compared with the first")
     parser.add_argument("--out", type=options.path, required=True, metavar="FILE", help="the page, such as report.html")
-    for name, made_by in (("validation", "validate_asr.py"), ("fold", "fold.py")):
+    for name, made_by in FILES.items():
         parser.add_argument(
             f"--{name}",
             type=options.path,
             metavar="FILE",
-            help=f"{name}.json of {made_by} (default: the run's own, if any)",
+            help=f"{name}.json of {made_by} (default: the first run's own, if any)",
         )
     parser.add_argument(
         "--tolerance",
@@ -34,16 +38,28 @@ def run(arguments: argparse.Namespace) -> int:
     from stripe import report
     from stripe.store import open_run
 
-    run = open_run(arguments.run_path)
+    paths = [arguments.run_path, *filter(None, [arguments.other_path])]
+    runs = [open_run(path) for path in paths]
     page = report.write(
-        run,
+        runs[0],
         arguments.out,
-        validation=report.read_beside(run, "validation.json", arguments.validation),
-        fold=report.read_beside(run, "fold.json", arguments.fold),
+        other=runs[1] if len(runs) > 1 else None,
+        **{name: report.read_beside(runs[0], f"{name}.json", getattr(arguments, name)) for name in FILES},
         tolerance=arguments.tolerance,
-        command=f"stripe report {report.address(arguments.run_path)} --out {arguments.out}",
+        command=_command(arguments, [report.address(path) for path in paths]),
         progress=options.progress("epochs"),
     )
-    print(options.told_run(run))
+    print(*map(options.told_run, runs), sep="\n")
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
     return 0
+
+
+def _command(arguments: argparse.Namespace, runs: list[str]) -> str:
+    """Return the words that make this page, without what gives access to a store."""
+    words = ["stripe", "report", *runs, "--out", str(arguments.out)]
+    for name in FILES:
+        if (path := getattr(arguments, name)) is not None:
+            words += [f"--{name}", str(path)]
+    if arguments.tolerance != SETTLED_DRIFT:
+        words += ["--tolerance", str(arguments.tolerance)]
+    return shlex.join(words)

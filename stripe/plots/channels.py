@@ -26,6 +26,7 @@ from stripe.plots.drawing import (
     Array,
     dress,
     gate_colors,
+    gate_markers,
     legend_below,
     name_gates,
     new_axes,
@@ -144,7 +145,9 @@ def learned_scatter(
         [pd.DataFrame({"gate": gate, "x": mean, "y": learned}) for gate, (learned, mean) in pairs.items()]
     )
     colors = dict(zip(pairs, gate_colors(len(pairs)), strict=True))
-    sns.scatterplot(points, x="x", y="y", hue="gate", palette=colors, s=8, linewidth=0, alpha=0.8, legend=False, ax=ax)
+    markers = dict(zip(pairs, gate_markers(len(pairs)), strict=True))
+    marks = {"hue": "gate", "palette": colors, "style": "gate", "markers": markers}
+    sns.scatterplot(points, x="x", y="y", **marks, s=8, linewidth=0, alpha=0.8, legend=False, ax=ax)
     limits = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
     dress(ax, "observed stripe", "learned vector", title)
     if len(pairs) > 1:

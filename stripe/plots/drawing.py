@@ -24,6 +24,7 @@ LABEL_SIZE, TICK_SIZE = 8, 7  # points
 HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey: not finite
 OBSERVED, LEARNED = "#0173B2", "#D55E00"  # blue and vermilion of seaborn's colour-blind palette
 LEGEND_ROOM = 8  # more gates than this are named by a colour bar
+MARKERS = "os^DvPX*"  # as many
 
 Array = npt.NDArray[np.floating]
 
@@ -68,12 +69,17 @@ def gate_colors(count: int) -> list[ColorType]:
     return [*palette(count)] if count <= LEGEND_ROOM else [*map(tuple, sequence(count))]
 
 
+def gate_markers(count: int) -> list[str]:
+    """Return a marker for each of `count` things in order: few have distinct ones, by which grey prints tell them."""
+    return list(MARKERS[:count]) if count <= LEGEND_ROOM else ["o"] * count
+
+
 def name_gates(ax: Axes, gates: Sequence[str]) -> None:
     """Name `gates`, drawn in their colours in this order, by a legend or, where many, a colour bar."""
     names = short_names(gates)
     if len(gates) <= LEGEND_ROOM:
-        colors = gate_colors(len(gates))
-        legend_below(ax, [_mark(color, name) for color, name in zip(colors, names, strict=True)])
+        drawn = zip(gate_colors(len(gates)), gate_markers(len(gates)), names, strict=True)
+        legend_below(ax, [_mark(*each) for each in drawn])
         return
     mappable = ScalarMappable(Normalize(0.5, len(gates) + 0.5), ListedColormap(sequence(len(gates))))
     bar = ax.figure.colorbar(mappable, ax=ax, ticks=np.linspace(1, len(gates), 5).round())
@@ -93,8 +99,8 @@ def tick_integers(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
-def _mark(color: ColorType, label: str) -> Line2D:
-    return Line2D([], [], color=color, linewidth=0.8, marker="o", markersize=3, label=label)
+def _mark(color: ColorType, marker: str, label: str) -> Line2D:
+    return Line2D([], [], color=color, linewidth=0.8, marker=marker, markersize=3, label=label)
 
 
 def legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:

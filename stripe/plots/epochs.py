@@ -18,6 +18,7 @@ from stripe.plots.drawing import (
     TICK_SIZE,
     dress,
     gate_colors,
+    gate_markers,
     name_gates,
     new_axes,
     short_names,
@@ -143,10 +144,12 @@ def _draw_by_gate(ax: Axes, table: pd.DataFrame, column: str, interval: tuple[st
 
     gates = list(table["gate"].unique())
     colors = dict(zip(gates, gate_colors(len(gates)), strict=True))
+    markers = dict(zip(gates, gate_markers(len(gates)), strict=True))
     rows = _stretches(table.sort_values("epoch"), ["gate"], column)
     sns.lineplot(
-        rows, x="epoch", y=column, hue="gate", hue_order=gates, palette=colors, units="stretch", estimator=None,
-        linewidth=0.8, marker="o", markersize=2.5, markeredgewidth=0, legend=False, ax=ax,
+        rows, x="epoch", y=column, hue="gate", hue_order=gates, palette=colors, style="gate", style_order=gates,
+        markers=markers, dashes=False, units="stretch", estimator=None, linewidth=0.8, markersize=2.5,
+        markeredgewidth=0, legend=False, ax=ax,
     )  # fmt: skip
     if interval:
         paler_when_many = 0.5 / (1 + len(gates) ** 0.5)

@@ -29,6 +29,7 @@ from stripe.plots.drawing import (
 )
 
 Whole = npt.NDArray[np.integer]
+NAMES = 14  # as many classes at most are named beside the rows of a figure
 
 
 def stripe_heatmap(
@@ -245,10 +246,14 @@ def _by_class(labels: npt.ArrayLike | None, images: int, count: int) -> tuple[Wh
 
 
 def _mark_classes(ax: Axes, classes: Whole) -> None:
-    """Name each class beside its rows, and draw a line between classes."""
+    """Name each class beside its rows where there is room, and draw a line between classes."""
     starts = np.flatnonzero(np.diff(classes, prepend=classes[0] - 1))
     ends = np.append(starts[1:], len(classes))
-    ax.set_yticks((starts + ends - 1) / 2, [str(classes[start]) for start in starts])
+    names: dict[float, str] = {}
+    for place, start in zip((starts + ends - 1) / 2, starts, strict=True):
+        if place - max(names, default=-np.inf) >= len(classes) / NAMES:
+            names[place] = str(classes[start])
+    ax.set_yticks(list(names), list(names.values()))
     ax.tick_params(axis="y", length=0)
     ax.hlines(starts[1:] - 0.5, *ax.get_xlim(), color="1", linewidth=0.6)
 

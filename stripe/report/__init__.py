@@ -1,6 +1,6 @@
-"""A run as one self-contained HTML page: no network, nothing of the run runs as script, at most LIMIT bytes.
+"""A run, or two, as one self-contained HTML page: no network, nothing of a run runs as script, at most LIMIT bytes.
 
-Curves are small SVG and heatmaps a canvas, drawn by page.js: plotly would take half of the page's bytes and would read
+Curves and heatmaps are SVG, drawn by the script in page/: plotly would take half of the page's bytes and would read
 gate names as markup.
 """
 
@@ -10,10 +10,12 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stripe.files import write_text
 from stripe.messages import Progress
@@ -30,22 +32,27 @@ from stripe.report.content import (
     read_beside,
     shown_epochs,
     tables_of,
+    training_curves,
 )
 from stripe.report.panels import sample_panels
+from stripe.stats import COLUMNS
 from stripe.store import Run
 
 __all__ = ["LIMIT", "SETTLED_DRIFT", "address", "read_beside", "render", "write"]
 
 LIMIT = 10_000_000  # bytes of the page
 RESERVE = 20_000  # bytes for what the panels say of themselves beside their values
+SCRIPTS = ("parts", "tables", "charts", "heatmap", "sections", "page")
+"""The page's script, in the order in which its files are joined."""
 
-_HERE = Path(__file__).parent
+_PAGE = Path(__file__).parent / "page"
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
 def render(
     run: Run,
     *,
+    other: Run | None = None,
     validation: dict[str, Any] | None = None,
     fold: dict[str, Any] | None = None,
     tolerance: float = SETTLED_DRIFT,
@@ -56,6 +63,7 @@ def render(
 
     Args:
         run: of samples or of moments; these have no heatmaps.
+        other: a second run, compared with the first, gate by gate of the same name.
         validation: what ``Validation.to_dict`` gave, of this run's gates.
         fold: tables (lists of plain records) and figures by name, such as fold.json's.
         tolerance: a gate has settled at the first epoch after which its drift stays below.
@@ -63,8 +71,8 @@ def render(
         progress: wraps the iterators over epochs.
 
     Raises:
-        ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold; gates
-            that do not fit on a page.
+        ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold; two runs
+            without a gate of the same name; gates that do not fit on a page.
 
     Example:
         >>> import stripe
@@ -72,30 +80,39 @@ def render(
         >>> "</html>" in page
         True
     """
-    learned = learned_vectors(run, validation)
-    epoch = validation["epoch"] if validation else max(run.epochs, default=0)
-    tables = tables_of(run, progress)
-    colors = base64.b64encode(HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode()
+    runs = [run] if other is None else [run, other]
+    if other is not None and not {gate.name for gate in run.gates} & {gate.name for gate in other.gates}:
+        raise ValueError(
+            f"runs '{run.path}' and '{other.path}' have no gate of the same name: write a page for each of them"
+        )
+    tables = [tables_of(each, progress) for each in runs]
+    validations = [validation, None]
     for most in RECORDS:
+        described = [
+            _describe(*each, tolerance=tolerance, most=most) for each in zip(runs, tables, validations, strict=False)
+        ]
         content = {
-            "run": address(run.path),
-            "epochs": shown_epochs(run, most),
+            "runs": described,
             "tolerance": tolerance,
-            "stripe_epoch": epoch,
-            "gates": describe_gates(run, tables, learned, stripe_epoch=epoch, tolerance=tolerance, most=most),
-            "colors": colors,
+            "colors": base64.b64encode(HEATMAP(np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
+            "columns": COLUMNS,
             "validation": validation and judged(validation, most),
             "fold": fold and document(fold, most),
-            "about": about(run, command, most),
+            "command": command,
         }
         room = LIMIT - len(_page(content).encode()) - RESERVE
         if room >= 0:
-            page = _page(content | {"heatmaps": sample_panels(run, room, progress=progress)})
-            return page if len(page.encode()) <= LIMIT else _page(content | {"heatmaps": None})
+            panels = [sample_panels(each, room // len(runs), progress=progress) for each in runs]
+            page = _page(content | {"runs": _with_heatmaps(described, panels)})
+            return page if len(page.encode()) <= LIMIT else _page(content)
     raise ValueError(
         f"a page of {len(run.gates)} gates of run '{run.path}' takes {LIMIT - room} bytes; expected at most {LIMIT}: "
         "record fewer gates, or draw its figures"
     )
+
+
+def _with_heatmaps(runs: list[dict[str, Any]], panels: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    return [run | {"heatmaps": its} for run, its in zip(runs, panels, strict=True)]
 
 
 def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:
@@ -106,15 +123,39 @@ def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:
     return path
 
 
+def _describe(
+    run: Run,
+    tables: Mapping[str, pd.DataFrame],
+    validation: dict[str, Any] | None,
+    *,
+    tolerance: float,
+    most: int,
+) -> dict[str, Any]:
+    """Return what the page knows of a run, without heatmaps."""
+    learned = learned_vectors(run, validation)
+    epoch = validation["epoch"] if validation else max(run.epochs, default=0)
+    return {
+        "name": address(run.path),
+        "mixed": run.mixed,
+        "epochs": shown_epochs(run, most),
+        "stripe_epoch": epoch,
+        "gates": describe_gates(run, tables, learned, stripe_epoch=epoch, tolerance=tolerance, most=most),
+        "metrics": training_curves(run, most),
+        "about": about(run, most),
+        "heatmaps": None,
+    }
+
+
 def _page(content: dict[str, Any]) -> str:
     """Fill the template; the policy allows this style and this script alone."""
-    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = (_PAGE / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((_PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
     data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
-    page = (_HERE / "page.html").read_text(encoding="utf-8")
+    page = (_PAGE / "page.html").read_text(encoding="utf-8")
     for place, text in {
         "POLICY": policy,
         "STYLE": style,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,38 +16,17 @@ import pandas as pd
 
 from stripe import stats
 from stripe.files import read_text
+from stripe.report.packing import Plain, coded, numbers, plain, spread
 from stripe.store import Run
 
 RECORDS = (500, 100, 20, 4)  # of a table from a file, and points of a curve, by how little room there is
-MAX_COLUMNS, MAX_TEXT = 40, 300  # of such a table, and characters of a text
-CURVES = ("strength", "strength_low", "strength_high", "std", "drift")
-LAST = (*CURVES, "cv", "sample_share", "label_share", "rank")
+MAX_COLUMNS = 40  # of such a table
+MEASURES = ("strength", "strength_low", "strength_high", "cv", "std", "drift", "label_share", "sample_share")
+MAX_SUMMARY = 2_000  # letters
+MAX_CLASSES = 10  # of whose means a gate's figure is drawn
+CURVES = ("lr", "train_loss", "val_loss", "train_accuracy", "val_accuracy")  # of metrics.csv
 
-Plain = str | int | float | bool | None
 Learned = dict[str, list[Plain]]  # by gate, (channels,)
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Return at most `most` of `count` indices, evenly spaced, first and last included."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()  # type: ignore[no-any-return]
-
-
-def plain(value: object) -> Plain:
-    """Return a value as JSON takes it: a number to five digits, NaN as None, texts and what is nested cut short."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int) and abs(value) < 2**53:
-        return value
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = text.encode(errors="replace").decode()  # a lone surrogate cannot be written
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
-
-
-def numbers(values: Iterable[float]) -> list[Plain]:
-    """Return numbers as ``plain`` does."""
-    return [plain(float(value)) for value in values]
 
 
 # ---- gates -----------------------------------------------------------------------------------------------
@@ -65,22 +46,22 @@ def describe_gates(
     tolerance: float,
     most: int,
 ) -> list[dict[str, Any]]:
-    """Return what the page knows of each gate: figures of the last epoch, curves, its stripe and learned vector."""
+    """Return what the page knows of each gate: its statistics by epoch, its stripe, class means, learned vector."""
     gates, shown = [], spread(len(run.epochs), most)
     stripes = run.moments([stripe_epoch])
     for gate in run.gates:
         table, stripe = tables[gate.name], stripes[stripe_epoch, gate.name]
-        last = table.iloc[-1]
         gates.append(
             {
                 "name": gate.name,
                 "channels": gate.channels,
-                "last": {name: plain(float(last[name])) for name in LAST},
                 "settled": stats.settled_epoch(table["epoch"], table["drift"], tolerance),
-                "flags": last["flags"].replace(",", ", "),
-                "curves": {name: numbers(table[name].to_numpy()[shown]) for name in CURVES},
+                "rank": plain(float(table["rank"].iloc[-1])),
+                "flags": table["flags"].str.replace(",", ", ").iloc[shown].tolist(),
+                "curves": {name: numbers(table[name].to_numpy()[shown]) for name in MEASURES},
                 "mean": numbers(stripe.mean),
                 "std": numbers(stripe.std),
+                "classes": _class_means(stripe),
                 "learned": learned.get(gate.name),
             }
         )
@@ -96,6 +77,15 @@ def tables_of(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> d
         for measured in stats.measure(run, epoch, run.gates, rank=[epoch] == last)
     )
     return {str(name): its for name, its in rows.groupby("gate")}
+
+
+def _class_means(stripe: stats.Moments) -> dict[str, Any] | None:
+    """Return the mean attention of some classes, (classes, channels); None where there are not two."""
+    means = stats.class_means(stripe)
+    if len(means) < 2:
+        return None
+    shown = [list(means)[i] for i in spread(len(means), MAX_CLASSES)]
+    return {"all": len(means), "labels": shown, **coded(np.array([means[label] for label in shown], np.float32))}
 
 
 def learned_vectors(run: Run, validation: Mapping[str, Any] | None) -> Learned:
@@ -146,6 +136,35 @@ def read_beside(run: Run, name: str, path: str | os.PathLike[str] | None = None)
     return content
 
 
+def training_curves(run: Run, most: int) -> dict[str, list[Plain]] | None:
+    """Return the epochs and curves of the run's metrics.csv, at most `most` epochs; None where there are none.
+
+    Raises:
+        ValueError: the file has no epochs.
+    """
+    text = run.read_text("metrics.csv")
+    if text is None:
+        return None
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise ValueError(
+            f"metrics.csv of run '{run.path}' is damaged ({error}): write it anew, or move it away"
+        ) from error
+    rows = [rows[i] for i in spread(len(rows), most)] if rows else []
+    curves = {name: [_number(row.get(name)) for row in rows] for name in ("epoch", *CURVES)}
+    if None in curves["epoch"] or not rows:
+        raise ValueError(f"metrics.csv of run '{run.path}' has no column of epochs: write it anew, or move it away")
+    return {name: values for name, values in curves.items() if any(value is not None for value in values)}
+
+
+def _number(text: str | None) -> Plain:
+    try:
+        return plain(float(text or "nan"))
+    except ValueError:
+        return None
+
+
 def address(path: str) -> str:
     """Return a run's path as it may be shown: a URI without its user, password and query, which hold keys."""
     if "://" not in path:
@@ -155,31 +174,58 @@ def address(path: str) -> str:
 
 
 def judged(validation: Mapping[str, Any], most: int) -> dict[str, Any]:
-    """Turn a validation into tables and facts, without its vectors and with the verdict beside the gate."""
-    gates = validation.get("gates")
+    """Turn a validation into words, tables and facts, without its vectors.
+
+    The table of gates begins with what the verdict follows from, the columns of the file's legend; others go into a
+    second table.
+    """
+    gates, legend = validation.get("gates"), validation.get("legend")
     rows = [row for row in gates if isinstance(row, dict)] if isinstance(gates, list) else []
-    first = [{key: row[key] for key in ("gate", "verdict") if key in row} | row for row in rows]
-    told = {key: first if key == "gates" else each for key, each in validation.items() if key != "learned"}
-    return document(told, most)
+    legend = legend if isinstance(legend, dict) else {}
+    explained = legend.get("gates")
+    main = [
+        "gate",
+        "verdict",
+        *(explained if isinstance(explained, dict) else {column: "" for row in rows for column in row}),
+    ]
+    tables = {"gates": [{key: row[key] for key in main if key in row} for row in rows]}
+    tables["further figures"] = [
+        {key: each for key, each in row.items() if key == "gate" or key not in main} for row in rows
+    ]
+    if not any(len(row) > 1 for row in tables["further figures"]):
+        del tables["further figures"]
+    apart = {"learned", "conclusion", "gates"}
+    found = document(tables | {key: each for key, each in validation.items() if key not in apart}, most)
+    verdicts = Counter(str(row.get("verdict")) for row in rows)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+    summary = validation.get("conclusion") or f"Of {len(rows)} gates: {counts}."
+    meanings = legend.get("verdict")
+    words = [[plain(key), plain(each)] for key, each in meanings.items()] if isinstance(meanings, dict) else []
+    return found | {"summary": plain(summary, MAX_SUMMARY), "words": words[:most]}
 
 
 def document(content: Mapping[str, Any], most: int) -> dict[str, Any]:
-    """Turn plain JSON into tables, one for each list of records, and facts, a line for each other value."""
+    """Turn plain JSON into tables, one for each list of records, and facts, a line for each other value.
+
+    What it says under "legend" of the columns of its tables, by table and column, explains their heads.
+    """
     facts: list[list[Plain]] = []
     tables = []
+    legends = content.get("legend")
     for key, value in content.items():
         if isinstance(value, list) and value and all(isinstance(record, dict) for record in value):
-            tables.append(_table(key, value, most))
-        elif isinstance(value, dict):
+            tables.append(_table(key, value, legends.get(key) if isinstance(legends, dict) else None, most))
+        elif isinstance(value, dict) and key != "legend":
             facts += [[plain(f"{key}: {name}"), plain(each)] for name, each in value.items()]
-        else:
+        elif key != "legend":
             facts.append([plain(key), plain(value)])
     return {"facts": facts[:most], "tables": tables[:most]}
 
 
-def _table(title: str, records: Sequence[Mapping[str, Any]], most: int) -> dict[str, Any]:
+def _table(title: str, records: Sequence[Mapping[str, Any]], legend: object, most: int) -> dict[str, Any]:
     columns = list(dict.fromkeys(name for record in records for name in record))
     rows = [[plain(record.get(name)) for name in columns[:MAX_COLUMNS]] for record in records[:most]]
+    meanings = legend if isinstance(legend, dict) else {}
     cut = []
     if len(records) > most:
         cut.append(f"the first {most} of {len(records)} rows")
@@ -187,13 +233,13 @@ def _table(title: str, records: Sequence[Mapping[str, Any]], most: int) -> dict[
         cut.append(f"the first {MAX_COLUMNS} of {len(columns)} columns")
     return {
         "title": plain(title),
-        "columns": [plain(name) for name in columns[:MAX_COLUMNS]],
+        "columns": [[plain(name), plain(meanings.get(name, ""))] for name in columns[:MAX_COLUMNS]],
         "rows": rows,
         "note": f"Shown: {' and '.join(cut)}." if cut else "",
     }
 
 
-def about(run: Run, command: str, most: int) -> list[dict[str, Any]]:
+def about(run: Run, most: int) -> list[dict[str, Any]]:
     """Return how the run was made, as titled facts."""
     manifest = run.manifest
     recorded = "attention and squeeze" if manifest.squeeze else "attention"
@@ -207,5 +253,5 @@ def about(run: Run, command: str, most: int) -> list[dict[str, Any]]:
         "begun": manifest.created,
     }
     sections = {"run": what, "model": run.model, "data": run.data, "seeds": manifest.seeds}
-    sections |= {"versions": manifest.versions, "this page": {"command": command} if command else {}}
+    sections |= {"versions": manifest.versions}
     return [{"title": title, **document(content, most)} for title, content in sections.items() if content]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,15 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stripe.report.content import spread
+from stripe import stats
+from stripe.report.packing import Codes, Plain, Values, numbers, pack, quantise, spread
 from stripe.store import KINDS, Run
 
 MAX_EPOCHS = 20
-SIZES = (500, 512), (100, 512), (100, 64), (50, 64), (1, 1)  # images and channels, by what is given up to make room
-LEVELS = 255  # codes 1 to 255 span a panel's range, 0 is not finite
+SIZES = (
+    (500, 512),
+    (100, 512),
+    (100, 64),
+    (50, 64),
+    (40, 64),
+    (1, 1),
+)  # images and channels, by what is given up to make room
 
-Values = npt.NDArray[np.float32]
-Codes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.intp]
 
 
@@ -63,16 +66,20 @@ def sample_panels(
     choice = choose(run, room, samples)
     panels: dict[str, list[Codes]] = {gate: [] for gate in choice.channels}
     ranges: dict[str, list[list[float | None]]] = {gate: [] for gate in choice.channels}
+    measured: dict[str, list[list[Plain]]] = {gate: [] for gate in choice.channels}
     images, images_of = [], []
     for epoch, rows, shown in _chosen_rows(run, choice, progress):
         if shown not in images:
             images.append(shown)
         images_of.append(images.index(shown))
         for kind in kinds:
-            for gate, values in _read(run, epoch, kind, rows, choice).items():
+            found, moments = _read(run, epoch, kind, rows, choice)
+            for gate, values in found.items():
                 codes, low, high = quantise(values)
                 panels[gate].append(codes)
                 ranges[gate].append([low, high])
+                if gate in moments:
+                    measured[gate].append(_measure(moments[gate]))
     return {
         "epochs": choice.epochs,
         "all_epochs": len(run.epochs),
@@ -81,31 +88,15 @@ def sample_panels(
         "images_of": images_of,
         "all_images": samples,
         "gates": [
-            {"channels": choice.channels[gate], "ranges": ranges[gate], "panels": pack(panels[gate])}
+            {
+                "channels": choice.channels[gate],
+                "ranges": ranges[gate],
+                "panels": pack(panels[gate]),
+                "squeeze": measured[gate],
+            }
             for gate in choice.channels
         ],
     }
-
-
-def quantise(values: Values) -> tuple[Codes, float | None, float | None]:
-    """Return codes (images, channels) with the range they span: value = low + (code - 1) / 254 * (high - low)."""
-    finite = np.isfinite(values)
-    if not finite.any():
-        return np.zeros(values.shape, np.uint8), None, None
-    low, high = float(values[finite].min()), float(values[finite].max())
-    shares = (np.where(finite, values, low).astype(np.float64) - low) / ((high - low) or 1.0)
-    codes = np.where(finite, 1 + np.rint(shares * (LEVELS - 1)), 0).astype(np.uint8)
-    return codes, float(f"{low:.9g}"), float(f"{high:.9g}")
-
-
-def pack(panels: Iterable[Codes]) -> str:
-    """Compress panels (images, channels), each as its channels' medians and the differences to them modulo 256."""
-    packed = zlib.compressobj(6)
-    parts = []
-    for codes in panels:
-        middle = np.median(codes, axis=0).astype(np.uint8)
-        parts += [packed.compress(middle.tobytes()), packed.compress((codes - middle).tobytes())]
-    return base64.b64encode(b"".join([*parts, packed.flush()])).decode()
 
 
 def _kinds(run: Run) -> int:
@@ -128,14 +119,28 @@ def _chosen_rows(
         yield epoch, rows, {"samples": ids, "labels": run.labels(epoch)[rows].tolist()}
 
 
-def _read(run: Run, epoch: int, kind: str, rows: Indices, choice: Choice) -> dict[str, Values]:
-    """Return the chosen values of every gate, (images, channels), holding one row group at a time beside them."""
+def _read(
+    run: Run, epoch: int, kind: str, rows: Indices, choice: Choice
+) -> tuple[dict[str, Values], dict[str, stats.Moments]]:
+    """Return the chosen values of every gate, (images, channels), and the moments of all where they are of a squeeze.
+
+    One row group at a time is held beside them.
+    """
     found = {gate: np.empty((len(rows), len(channels)), np.float32) for gate, channels in choice.channels.items()}
+    moments: dict[str, stats.Moments] = {}
     start = 0
     for batch in run.batches(epoch, kind=kind):
         size = len(next(iter(batch.values())))
         here = np.flatnonzero((rows >= start) & (rows < start + size))
         for gate, values in batch.items():
             found[gate][here] = values[rows[here] - start][:, choice.channels[gate]]
+            if kind == "squeeze":  # those of the attention are beside the rows
+                its = stats.Moments.of(values, sample_ids=np.arange(start, start + size))
+                moments[gate] = moments[gate].merge(its) if gate in moments else its
         start += size
-    return found
+    return found, moments
+
+
+def _measure(moments: stats.Moments) -> list[Plain]:
+    """Return strength and CV."""
+    return numbers([stats.stripe_strength(moments).strength, stats.coefficient_of_variation(moments)])
