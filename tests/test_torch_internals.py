@@ -156,7 +156,7 @@ def test_a_mode_does_not_load_the_compiler():
 
 
 PRIVATE = re.compile(
-    r"torch(\.\w+)*\._[a-zA-Z]|\._schema\b|\._op_dk\b|\._parameters\b|\._buffers\b|_compiled_call_impl|_orig_mod\"|_should_skip"
+    r"torch(\.\w+)*\._[a-zA-Z]|(?<!self)\._schema\b|\._op_dk\b|\._parameters\b|\._buffers\b|_compiled_call_impl|_orig_mod\"|_should_skip"
 )
 
 
