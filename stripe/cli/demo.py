@@ -74,12 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
     fit(asr_network, batches, validation, recipe, directory=asr_out, description=description)
     deployed = asr.deploy(asr_network)
 
-    print(
-        "3. a vector psi, trained in the images' place in the frozen SE network: does attention(psi) become the stripe?"
-    )
+    print("3. a vector psi in the images' place, trained in the frozen SE network: is attention(psi) the stripe?")
     progress = options.progress("psi")
     match = validate(se, run, batches, steps=arguments.steps, test_loader=probe, progress=progress)
-    drawn = [*figures.draw(run, arguments.figures), *figures.draw_validation(match, arguments.figures)]
+    figures.draw(run, arguments.figures)
+    figures.draw_validation(match, arguments.figures)
     table = stats.summarize(run, epochs=[run.epochs[-1]]).merge(match.table, on=["gate", "channels"])
     print(table[SHOWN].to_string(index=False, float_format="{:.3g}".format), LEGEND, sep="\n", end="\n\n")
     print_validation(match)
@@ -92,9 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         "attention removed": match.accuracies["removed"],
     }
     _print_results(results, speeds, cv=table["cv"])
-    print(
-        f"{time.perf_counter() - started:.0f} s in all; run {arguments.out}, {len(drawn)} figures {arguments.figures}"
-    )
+    print(f"{time.perf_counter() - started:.0f} s in all; run {arguments.out}, figures in {arguments.figures}")
     gates = options.plain(table)
     options.write_json(arguments.json, {"accuracy": results, "images_per_second": speeds, "gates": gates})
     return 0
