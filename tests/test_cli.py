@@ -230,7 +230,8 @@ def test_demo_prints_its_table(tmp_path, capsys):
     assert main(["demo", *map(str, words)]) == 0
     printed = capsys.readouterr().out
     assert all(
-        word in printed for word in ("strength", "verdict", "SE", "ASR deployed", "attention removed", "images/s")
+        word in printed
+        for word in ("strength", "verdict", "SE", "ASR deployed", "attention removed", "images/s", "In short", "cv:")
     )
     summary = json.loads((tmp_path / "demo.json").read_text())
     assert len(summary["gates"]) == 6

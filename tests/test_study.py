@@ -541,8 +541,10 @@ def test_a_block_that_cannot_be_made_is_one_line(records, mark, expected, capsys
 def test_strengths_are_those_of_the_first_and_the_last_epoch():
     values = {(1, "g"): 0.9, (2, "g"): 0.4, (1, "h"): 0.2, (2, "h"): 0.3}
     table = pd.DataFrame([{"epoch": e, "gate": gate, "strength": strength} for (e, gate), strength in values.items()])
+    table["std"] = [0.1, 0.05, 0.2, 0.15]
     [row] = comparison.strengths(table.assign(setting="s", module="eca", form="attention", seed=1)).to_numpy().tolist()
-    assert row == ["s", "ECA", "1", "0.55", "0.20", "0.90", "0.35", "0.30", "0.40", "1 of 2"]
+    stds = ["0.1500", "0.1000", "2 of 2"]
+    assert row == ["s", "ECA", "1", "0.55", "0.20", "0.90", "0.35", "0.30", "0.40", "1 of 2", *stds]
 
 
 def test_headings_stand_over_formatted_cells_and_what_is_missing_is_empty():
