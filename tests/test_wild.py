@@ -83,6 +83,7 @@ def test_the_study_measures_a_network_and_goes_on_where_it_stopped(tmp_path, mon
     assert (costs["output error"][1:] > 0).all()
     assert (costs["exactness"][1:].astype(float) < 1e-5).all()
     assert latency["nodes"][0] > latency["nodes"][1]
+    assert (tmp_path / "out" / "costs.png").exists()
     before = (tmp_path / "out" / "records.csv").read_bytes()
     assert study.main(words) == 0
     assert (tmp_path / "out" / "records.csv").read_bytes() == before

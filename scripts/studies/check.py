@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         for folder in folders:
             comparison.figures(folder)
             growth.figures(folder)
+            wild.figures(folder)
         return 0
     blocks = sum(count for _, count in pages.values())
     right = f"{blocks} tables of {len(pages)} pages and {len(made)} derived CSVs follow from {arguments.records}"

@@ -13,11 +13,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
 import pandas as pd
+import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 from scipy.special import rel_entr
 
 import stripe
@@ -28,6 +31,7 @@ from studies.table import Row, Table, headed, publish, read
 Array = npt.NDArray[Any]
 
 RECORDS = "records.csv"
+KINDS = ["mean", "energy", "learned"]
 CALIBRATION, FRESH = 1, 2  # seeds of the inputs
 EXACT = 200  # inputs on which a file with everything folded is compared with constant gates
 SEEN = 8  # inputs on which the others are
@@ -73,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 _Study(subject, arguments.networks / subject.file, Path(folder), arguments).run()
     publish(tables(arguments.out), arguments.out)
+    figures(arguments.out)
 
 
 class _Study:
@@ -92,8 +97,8 @@ class _Study:
             self.table.put(case, self._described(case["gate"]))
         alone = self.table.frame().query("case == 'gate'").set_index("gate")["error"].astype(float)
         order = alone.sort_values(kind="stable").index.tolist()
-        tried = [("none", 0), *((kind, k) for kind in ("mean", "energy") for k in range(1, count))]
-        tried += [(kind, count) for kind in ("mean", "energy", "learned")]
+        tried = [("none", 0), *((kind, k) for kind in KINDS[:2] for k in range(1, count))]
+        tried += [(kind, count) for kind in KINDS]
         for case in self.table.missing({"case": "folded", "folded": str(k), "constants": c} for c, k in tried):
             self.table.put(case, self._folded(order[: int(case["folded"])], case["constants"]))
         for case in self.table.missing([{"case": "latency"}]):
@@ -227,3 +232,22 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     shown = {"gates.csv": ("gate", GATES), "costs.csv": ("folded", COSTS), "latency.csv": ("latency", LATENCIES)}
     parts = {name: (records[records["case"] == case], headings) for name, (case, headings) in shown.items()}
     return {name: headed(part, headings) for name, (part, headings) in parts.items() if len(part)}
+
+
+def figures(folder: Path) -> None:
+    """Draw what folding one gate after the other costs, where it was measured."""
+    path = folder / RECORDS
+    if "costs.csv" not in tables(folder):
+        return
+    records = read(path).query("case == 'folded' and constants != 'none'")
+    names = list(records["network"].unique())
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout="constrained", squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        rows = records[records["network"] == name]
+        marks: Any = {"hue": "constants", "style": "constants", "hue_order": KINDS, "style_order": KINDS}
+        sns.lineplot(rows, x="folded", y="error", palette="colorblind", markers=True, dashes=False, ax=ax, **marks)
+        ax.set(title=name, xlabel="gates folded", ylabel="relative error of the output", yscale="log")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(folder / "costs.png", dpi=200, metadata={"Software": None})
+    plt.close(figure)
+    print(folder / "costs.png")
