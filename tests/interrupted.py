@@ -5,6 +5,7 @@ The child works in `folder`/work, has `folder`/temporary for its temporary files
 so many seconds it gets the signal of Ctrl-C, as do all the processes that it started; without any it ends by itself.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -75,5 +76,6 @@ def alive(group: int) -> bool:
 
 if __name__ == "__main__":
     load_everything()
+    gc.freeze()  # or every child would copy all that was loaded, to look for garbage in it
     for request in sys.stdin:
         os.write(1, (json.dumps(answer(**json.loads(request))) + "\n").encode())
