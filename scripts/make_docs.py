@@ -27,6 +27,11 @@ REDIRECT = (
 PRIVATE = re.compile(r'<a href="[^"]*#_[^"]*">(.*?)</a>', re.DOTALL)
 """A link of pdoc's to a private class, which has no place on the site."""
 
+WRAPPING = re.compile(r"<style.*?</style>|</?div[^>]*>", re.DOTALL)
+"""What pandas puts around a table, behind which Markdown would not be read as such."""
+BLANK = re.compile(r"\n(?:[ \t]*\n)+")
+CSS = ".pdoc img { max-width: 100%; } .pdoc table { display: block; overflow-x: auto; }"
+
 HIDDEN = ("!stripe.cli",)  # commands: their --help is their reference
 
 
@@ -85,10 +90,16 @@ def read_pages() -> Iterable[Page]:
 
 def read_notebook(path: Path) -> Page:
     """Read a notebook as Markdown, with the images that its cells put out."""
+    import nbformat
     from nbconvert import MarkdownExporter
 
     module = f"guide.notebook_{slug(path.stem)}"
-    text, resources = MarkdownExporter().from_filename(str(path))
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    for output in (each for cell in notebook.cells for each in cell.get("outputs", []) if "data" in each):
+        if "text/html" in output.data:
+            output.data["text/html"] = " ".join(WRAPPING.sub("", output.data["text/html"]).split())
+    text, resources = MarkdownExporter().from_notebook_node(notebook)
+    text = BLANK.sub("\n\n", text)
     files = {f"{slug(path.stem)}-{name}": content for name, content in resources.get("outputs", {}).items()}
     for name in resources.get("outputs", {}):
         text = text.replace(f"]({name})", f"](../files/{slug(path.stem)}-{name})")
@@ -119,15 +130,20 @@ def relinked(page: Page, pages: Iterable[Page], site: Path) -> str:
 def render(modules: Path, site: Path) -> None:
     """Let pdoc render the guide and the package in a process of its own, which may import and change what it likes."""
     code = (
-        "import pathlib, pdoc, stripe\n"
-        "for room in (stripe, stripe.asr):\n"  # which import their names on first use, and pdoc does not ask for them
-        "    vars(room).update({name: getattr(room, name) for name in room.__all__})\n"
-        "pdoc.render.configure(docformat='google', footer_text='stripe ' + stripe.__version__, search=True)\n"
+        "import importlib, pathlib, pdoc, pkgutil, stripe\n"
+        "packages = [each.name for each in pkgutil.iter_modules(stripe.__path__, 'stripe.') if each.ispkg]\n"
+        "for room in (stripe, *map(importlib.import_module, packages)):\n"
+        "    if hasattr(room, '__getattr__'):\n"  # it imports its names on first use, and pdoc does not ask for them
+        "        vars(room).update({name: getattr(room, name) for name in room.__all__})\n"
+        "choices = {'docformat': 'google', 'footer_text': 'stripe ' + stripe.__version__, 'search': True}\n"
+        "pdoc.render.configure(**choices, template_directory=pathlib.Path('templates').absolute())\n"
         f"pdoc.pdoc('guide', 'stripe', *{HIDDEN!r}, output_directory=pathlib.Path({str(site)!r}))\n"
     )
     path = os.pathsep.join([str(modules), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=modules, check=True)
+    write(modules / "templates/custom.css", CSS.encode())
+    python = [sys.executable, "-W", "error::UserWarning:pdoc.doc"]
+    subprocess.run([*python, "-c", code], env=environment, cwd=modules, check=True)
     for page in site.rglob("*.html"):
         page.write_text(PRIVATE.sub(r"\1", page.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """The documentation's site: whole, without a dead link, without anything from elsewhere, searchable."""
 
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_no_link_is_dead(site):
     assert {"guide", "stripe"} <= kinds
 
 
+def test_notebooks_and_figures_are_shown_whole(site):
+    """Markdown that was not read as such would stand there as it is written."""
+    for path in site.glob("guide/notebook_*.html"):
+        text = re.sub(r'(?s)<div class="pdoc-code.*?</div>', "", path.read_text())  # what shows the page's source
+        assert "<img" in text
+        assert "<table" in text
+        assert not re.search(r"!\[png\]|(?m:^## )", text), path.name
+        assert "max-width: 100%" in text
+
+
 def test_a_dead_link_would_be_found(tmp_path):
     (tmp_path / "a.html").write_text('<a id="x" href="b.html">b</a><a href="a.html#y">y</a><a href="#x">x</a>')
     assert list(dead_links(tmp_path.resolve())) == ["a.html: b.html", "a.html: a.html#y"]
@@ -78,6 +89,7 @@ def test_every_page_and_every_public_name_is_there(site):
     api = Links((site / "stripe.html").read_text()).anchors
     assert {"Run", "Recorder", "find_gates", "open_run", "fold", "Gate"} <= api
     assert {"insert", "deploy", "validate"} <= Links((site / "stripe/asr.html").read_text()).anchors
+    assert {"study", "fold", "GateUse"} <= Links((site / "stripe/folding.html").read_text()).anchors
     drawn = Links((site / "stripe/plots.html").read_text()).anchors
     assert {"stripe_heatmap", "before_after"} <= drawn
 

@@ -63,6 +63,15 @@ def folded(trained, tmp_path_factory):
     return out
 
 
+def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    words = ["fold", "--ckpt", "torchvision:mobilenet_v3_small", "--dataset", "digits", "--out", str(tmp_path / "out")]
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    assert main([*words, "--device", missing]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"--device {missing}" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_step_has_its_accuracies(trained, folded):
     table = pd.read_csv(folded / "variants.csv", keep_default_na=False)
     recoveries = ["none", "re-estimated", "distilled"]

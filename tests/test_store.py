@@ -419,6 +419,9 @@ def test_bad_descriptions_are_refused_before_anything_is_created(tmp_path):
 def test_opening_what_is_no_run(tmp_path):
     with refused(FileNotFoundError, "none", "no such directory"):
         open_run(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with refused(FileNotFoundError, "it is a file"):
+        open_run(tmp_path / "file")
     with refused(FileNotFoundError, str(tmp_path), "run.json"):
         open_run(tmp_path)
 

@@ -84,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     options.add_data(data)
     options.add_loading(data)
+    data.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="where to measure and recover: cpu, cuda, cuda:1, mps"
+    )
     data.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
     data.add_argument("--val-samples", type=options.positive, metavar="N", help="of them to choose by (default: 1/10)")
     data.add_argument("--test-samples", type=options.positive, metavar="N", help="images to test on (default: all)")
@@ -162,6 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     _check(arguments)
     checkpoint = options.read_network(arguments.ckpt, arguments.arch)
+    checkpoint.model.to(options.device(arguments))
     data = _load(arguments, checkpoint)
     print(options.told(arguments.ckpt, data.training, data.validation, data.test), flush=True)
     measured = data.training.take(min(arguments.samples, len(data.training)))
@@ -194,13 +198,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.backends:
         counts = None if arguments.recover_each else [0, chosen.folded]
         tables["latency"] = study.latencies(counts=counts, backends=arguments.backends)
+    original, folded, traced = checkpoint.model.cpu(), chosen.network.cpu(), data.traced.cpu()
     if arguments.onnx:
-        pair = {"original": checkpoint.model, "folded": chosen.network}
-        tables["onnx"] = _save_onnx(arguments, pair, data.traced)
+        tables["onnx"] = _save_onnx(arguments, {"original": original, "folded": folded}, traced)
     _report(arguments, study.measure, tables)
     tradeoff = plots.fold_pareto(study.variants, tables.get("latency"), measure=study.measure)
     for file in [
-        *_save(arguments, checkpoint, chosen.network, data.traced),
+        *_save(arguments, checkpoint, folded, traced),
         *figures.save(tradeoff, arguments.out / "tradeoff"),
     ]:
         print(file)
@@ -238,7 +242,7 @@ class Data:
         from stripe.data import Loader
 
         size = self.arguments.train_batch if train else self.arguments.batch
-        return Loader(images, size, train=train, workers=self.arguments.workers)
+        return Loader(images, size, train=train, workers=self.arguments.workers, device=self.traced.device)
 
 
 def _load(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Data:
@@ -251,7 +255,7 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Data:
     seed = checkpoint.description.get("seed", 0) if arguments.manualSeed is None else arguments.manualSeed
     training, validation = images.hold_out(arguments.val_samples or max(2, len(images) // 10), seed)
     test = load_images(uri, "test", samples=arguments.test_samples, **where)
-    traced = next(iter(Loader(training, min(TRACED, len(training)))))[0]
+    traced = next(iter(Loader(training, min(TRACED, len(training)))))[0].to(options.device(arguments))
     return Data(arguments, training, validation, test, traced, _measure(arguments, checkpoint.model, traced, images))
 
 

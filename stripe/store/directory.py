@@ -102,6 +102,8 @@ class Directory:
         info = self.files.get_file_info(MANIFEST)
         if info.type != fs.FileType.File:
             why = f"it holds no {MANIFEST}" if self.holds("") else "no such directory"
+            if self._local_root is not None and Path(self._local_root).is_file():
+                why = "it is a file"
             raise FileNotFoundError(f"'{self.path}' is not a run ({why}): pass the directory of a recording")
         try:
             require_count(info.size, 0, MAX_TEXT_BYTES, f"bytes of {MANIFEST}")
