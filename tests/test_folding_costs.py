@@ -182,6 +182,30 @@ def test_learned_constants_come_nearer_than_energy_on_images_that_they_have_not_
         folding.learn_constants(network, gates, uses, IMAGES[:3], [(IMAGES[:2] * float("nan"),)])
 
 
+def test_a_gate_by_a_normaliser_of_ones_own_is_foretold_and_learned():
+    class Softplus(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            x = x * nn.functional.softplus(self.fc(x.mean((2, 3), keepdim=True)))
+            return self.last(x.relu()).mean((2, 3))
+
+    net, asked = randomize(Softplus()).eval(), {"normalisers": ["softplus"]}
+    gates = find_gates(net, IMAGES[:3], **asked)
+    uses = folding.measure_gates(net, gates, [(IMAGES,)])
+    constants = {name: use.constant("energy") for name, use in uses.items()}
+    foretold = folding.foretell(net, gates, constants, IMAGES[:3], [(IMAGES,)], **asked)
+    learned = folding.learn_constants(net, gates, uses, IMAGES[:3], [(IMAGES,)], steps=3, **asked)
+    for name, constant in constants.items():
+        assert foretold[name].divergence > 0
+        assert np.abs(learned[name][0] - constant).max() > 1e-4
+    with pytest.warns(UserWarning, match="not normalised"), pytest.raises(ValueError, match="no gates to fold"):
+        folding.learn_constants(net, gates, uses, IMAGES[:3], [(IMAGES,)], steps=3)
+
+
 def test_the_fisher_constant_follows_the_samples_that_the_output_listens_to():
     """Half of the images have their gate's channel multiplied by zero afterwards, so only the others count."""
 
