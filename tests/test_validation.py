@@ -585,8 +585,8 @@ def test_a_module_called_twice_learns_a_vector_for_each_call(tmp_path):
     assert loss(trained) < min(loss(swapped), loss(untrained))
 
 
-def test_gates_of_an_older_run_are_found_again_by_name(case):
-    model, run, loader = case
+def test_gates_of_an_older_run_are_found_again_by_name(double):
+    model, run, loader = double
     older = copy.copy(run)
     older.gates = [replace(gate, product=None, squeeze=None, exclusive=False) for gate in run.gates]
     pd.testing.assert_frame_equal(
@@ -598,8 +598,8 @@ def test_gates_of_an_older_run_are_found_again_by_name(case):
         validate(model, older, loader, steps=1)
 
 
-def test_a_network_with_compiled_parts_gives_the_same_table(case):
-    model, run, loader = case
+def test_a_network_with_compiled_parts_gives_the_same_table(double):
+    model, run, loader = double
     compiled = copy.deepcopy(model)
     compiled.layer2 = torch.compile(compiled.layer2, backend="eager")
     pd.testing.assert_frame_equal(
