@@ -43,8 +43,8 @@ def require_unique(values: Iterable[object], rule: str) -> None:
 
 
 def listing(names: Iterable[object]) -> str:
-    """Join the first ten names, each cut at 80 characters."""
-    texts = [f"{name!s:.80}" for name in names]
+    """Join the first ten names, each cut to 80 characters in its middle."""
+    texts = [shortened(str(name), 80) for name in names]
     more = f", ... ({len(texts)} in all)" if len(texts) > 10 else ""
     return ", ".join(texts[:10]) + more if texts else "none"
 
