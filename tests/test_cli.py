@@ -116,6 +116,7 @@ def test_figures_of_every_kind_in_every_format(trained, tmp_path, capsys):
         "strength",
         "strength-over-epochs",
         "drift",
+        "excitation",
         "training",
     }
     assert {path.name for path in tmp_path.iterdir()} == {
