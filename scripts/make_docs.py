@@ -80,9 +80,7 @@ def write_site(out: Path) -> None:
 def read_pages() -> Iterable[Page]:
     """Yield the pages of the guide, the README first."""
     yield Page("README.md", "guide", (ROOT / "README.md").read_text(encoding="utf-8"))
-    for name in ("changelog", "contributing"):
-        file = f"{name.upper()}.md"
-        yield Page(file, f"guide.{name}", (ROOT / file).read_text(encoding="utf-8"))
+    yield Page("CHANGELOG.md", "guide.changes", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         yield read_notebook(notebook)
     for text in sorted((ROOT / "figures").glob("*/README.md")):

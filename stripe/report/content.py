@@ -196,9 +196,9 @@ def judged(validation: Mapping[str, Any], most: int) -> dict[str, Any]:
         del tables["further figures"]
     apart = {"learned", "conclusion", "gates"}
     found = document(tables | {key: each for key, each in validation.items() if key not in apart}, most)
-    verdicts = Counter(str(row.get("verdict")) for row in rows)
+    verdicts = Counter(str(row["verdict"]) for row in rows if "verdict" in row)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    summary = validation.get("conclusion") or f"Of {len(rows)} gates: {counts}."
+    summary = validation.get("conclusion") or (f"Of {len(rows)} gates: {counts}." if counts else "")
     meanings = legend.get("verdict")
     words = [[plain(key), plain(each)] for key, each in meanings.items()] if isinstance(meanings, dict) else []
     return found | {"summary": plain(summary, MAX_SUMMARY), "words": words[:most]}
