@@ -10,13 +10,14 @@ import pytest
 
 matplotlib.use("Agg")
 EXAMPLES = [
-    "asr.deploy", "asr.fuse", "asr.insert", "attention.create_attention", "data.Loader", "data.load_images",
-    "examples.load_example", "figures.draw", "folding.study", "memory.keep_memory", "models.create_model",
-    "plots.before_after", "plots.strength_by_gate", "plots.strength_over_epochs", "plots.stripe_heatmap",
-    "recipe.Recipe",
-    "report.render", "stats.Moments.of", "stats.coefficient_of_variation", "stats.drift", "stats.effective_rank",
-    "stats.flags", "stats.intraclass_correlations", "stats.label_share", "stats.match", "stats.strength_interval",
-    "stats.stripe_strength", "stats.summarize", "stats.two_way_shares", "timing.interleave", "training.evaluate",
+    "asr.anneal", "asr.deploy", "asr.fuse", "asr.insert", "attention.create_attention", "data.Loader",
+    "data.load_images", "examples.load_example", "figures.draw", "folding.compact", "folding.study",
+    "memory.keep_memory", "models.create_model", "plots.before_after", "plots.strength_by_gate",
+    "plots.strength_over_epochs", "plots.stripe_heatmap", "recipe.Recipe", "report.render", "stats.Moments.of",
+    "stats.canonical_correlations", "stats.coefficient_of_variation", "stats.drift", "stats.effective_rank",
+    "stats.flags", "stats.intraclass_correlations", "stats.label_share", "stats.match", "stats.spectrum",
+    "stats.strength_interval", "stats.stripe_strength", "stats.summarize", "stats.two_way_shares", "store.open_run",
+    "timing.interleave", "training.evaluate",
 ]  # fmt: skip
 
 

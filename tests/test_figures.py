@@ -1,6 +1,5 @@
 """`make_figures.py`: the gallery of the example run, and what lies beside a run's attention."""
 
-import doctest
 import json
 from pathlib import Path
 
@@ -200,16 +199,6 @@ def test_a_figure_that_cannot_be_finished_leaves_the_earlier_file(tmp_path, monk
         stripe.figures.save(figure, tmp_path / "a")
     plt.close(figure)
     assert path.read_bytes() == before
-
-
-def test_the_examples_in_the_docstrings_run():
-    functions = [stripe.figures.draw, stripe.plots.stripe_heatmap, stripe.folding.study]
-    for function in [*functions, stripe.open_run, stripe.stats.summarize]:
-        names, runner = {}, doctest.DocTestRunner()
-        [example] = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs=names)
-        assert example.examples
-        assert runner.run(example).failed == 0
-    plt.close("all")
 
 
 def test_figures_go_to_a_directory_of_the_runs_name(example, tmp_path, monkeypatch):

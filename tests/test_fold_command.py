@@ -53,7 +53,7 @@ def folded(trained, tmp_path_factory):
         "--order",
         "greedy",
         "--distill-steps",
-        "3",
+        "1",
         "--recover-each",
         "--onnx",
         "--out",
@@ -150,6 +150,7 @@ def test_a_network_of_other_classes_is_measured_by_agreement(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "a.pt")
     words = ["--ckpt", tmp_path / "a.pt", "--arch", "torchvision:mobilenet_v3_small", "--counts", "9", "--backends"]
+    words += ["--learning-steps", "5"]
     words += ["--dataset", f"imagefolder:{tmp_path}/images", "--out", tmp_path / "out"]
     assert main(["fold", *map(str, words)]) == 0
     told, first = capsys.readouterr().out.splitlines()[:2]

@@ -164,7 +164,9 @@ def study(
         >>> model = stripe.models.create_model("resnet", depth=11, module="senet").eval()
         >>> train, held_out = load_images("digits", "train", samples=60).hold_out(20, seed=0)
         >>> images = next(iter(Loader(held_out, 2)))[0]
-        >>> choice = stripe.folding.study(model, images, Loader(train, 20), Loader(held_out, 20), max_drop=None)
+        >>> choice = stripe.folding.study(
+        ...     model, images, Loader(train, 20), Loader(held_out, 20), max_drop=None, learning_steps=20
+        ... )
         >>> choice.chosen.folded
         3
         >>> stripe.find_gates(choice.chosen.network, images)

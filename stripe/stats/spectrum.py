@@ -80,7 +80,7 @@ def spectrum(
         >>> attention = 0.5 + one + 0.02 * rng.standard_normal((500, 16))
         >>> found = spectrum(attention, directions=2)
         >>> found.shares.round(2)
-        array([0.98, 0.98])
+        array([0.98, 0.99])
     """
     values = matrix(attention)
     check_confidence(confidence)
