@@ -72,10 +72,11 @@ def collect(arguments: argparse.Namespace, contents: str, choose: Choose) -> int
     for epoch, spec in enumerate(arguments.ckpt):
         file = open_graph(spec)
         gates = choose(arguments, spec, candidates(arguments, spec))
+        samples = _batches(arguments, file)
         record(
             file,
             gates,
-            _batches(arguments, file),
+            samples,
             arguments.out,
             epoch=epoch,
             squeeze=arguments.squeeze,
@@ -83,6 +84,7 @@ def collect(arguments: argparse.Namespace, contents: str, choose: Choose) -> int
             contents=contents,
             description={"file": Path(spec).name},
             data=_described(arguments),
+            files=samples.files if isinstance(samples, _Images) else None,
             overwrite=arguments.overwrite,
             progress=options.progress(f"epoch {epoch}"),
         )
@@ -204,30 +206,38 @@ def _batches(arguments: argparse.Namespace, file: GraphFile) -> Iterable[Batch]:
         return read_inputs(file, arguments.inputs, samples=arguments.samples, size=arguments.batch)
     if arguments.dataset is None:
         raise ValueError("an ONNX file names no data: give --inputs FILE.npz, or --dataset URI for images")
-    return _images(arguments, file)
+    return _Images(arguments, file)
 
 
-def _images(arguments: argparse.Namespace, file: GraphFile) -> Iterator[Batch]:
-    """Yield batches of a data set; its readers are torch's."""
-    from stripe.data import Loader, load_images
-    from stripe.graphs import Batch
+class _Images:
+    """Batches of a data set, and the names of its files by sample id; its readers are torch's."""
 
-    info = file.inputs[0].type.tensor_type.shape.dim
-    fixed = info[2].dim_value if len(info) == 4 else 0
-    size = getattr(arguments, "size", None) or fixed or None
-    given = {"size": size, "mean": arguments.mean, "std": arguments.std}
-    given["channels"] = 1 if len(info) == 4 and info[1].dim_value == 1 else None
-    given["skip_broken"] = getattr(arguments, "skip_broken", None)
-    images = load_images(
-        arguments.dataset,
-        getattr(arguments, "split", "train"),
-        samples=arguments.samples,
-        data_dir=arguments.data_dir,
-        **{name: value for name, value in given.items() if value},
-    )
-    for pixels, labels, sample_ids in Loader(images, file.batch_size or arguments.batch, workers=arguments.workers):
-        if file.batch_size in (None, len(pixels)):
-            yield Batch({file.inputs[0].name: pixels.numpy()}, labels.numpy(), sample_ids.numpy())
+    def __init__(self, arguments: argparse.Namespace, file: GraphFile) -> None:
+        from stripe.data import Loader, load_images
+
+        info = file.inputs[0].type.tensor_type.shape.dim
+        fixed = info[2].dim_value if len(info) == 4 else 0
+        size = getattr(arguments, "size", None) or fixed or None
+        given = {"size": size, "mean": arguments.mean, "std": arguments.std}
+        given["channels"] = 1 if len(info) == 4 and info[1].dim_value == 1 else None
+        given["skip_broken"] = getattr(arguments, "skip_broken", None)
+        images = load_images(
+            arguments.dataset,
+            getattr(arguments, "split", "train"),
+            samples=arguments.samples,
+            data_dir=arguments.data_dir,
+            **{name: value for name, value in given.items() if value},
+        )
+        self.files = images.files
+        self._file = file
+        self._loader = Loader(images, file.batch_size or arguments.batch, workers=arguments.workers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        from stripe.graphs import Batch
+
+        for pixels, labels, sample_ids in self._loader:
+            if self._file.batch_size in (None, len(pixels)):
+                yield Batch({self._file.inputs[0].name: pixels.numpy()}, labels.numpy(), sample_ids.numpy())
 
 
 @dataclass(frozen=True)

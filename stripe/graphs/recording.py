@@ -73,6 +73,7 @@ def record(
     contents: str = CONTENTS[0],
     description: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    files: Mapping[int, str] | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
 ) -> None:
@@ -90,6 +91,7 @@ def record(
         contents: as for `Recorder`.
         description: of the network, plain values, for the manifest.
         data: of the samples, plain values, for the manifest.
+        files: as for `Recorder`.
         overwrite: replace an epoch that the run holds.
         progress: shows how far it is.
 
@@ -109,6 +111,7 @@ def record(
                 squeeze=squeeze,
                 dtype=dtype,
                 contents=contents,
+                files=files,
                 overwrite=overwrite,
             )
         ) as writer,
