@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stripe.cli import main
-from stripe.models import create_model
+from stripe.data import Loader, load_images
+from stripe.models import create_model, read_checkpoint
 from stripe.store import open_run
 from tests.conftest import randomize
 
@@ -27,6 +28,15 @@ class Gated(nn.Module):
 
 def plain():
     return Gated(gated=False)
+
+class Softplus(Gated):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 10)
+    def forward(self, images):
+        features = self.convolution(images)
+        gate = nn.functional.softplus(self.linear(features.mean((2, 3))))
+        return self.head((features * gate[..., None, None]).mean((2, 3)))
 
 def fails():
     raise KeyError("no\\nweights")
@@ -90,6 +100,21 @@ def test_a_network_without_a_gate_says_what_was_looked_at(factory, tmp_path, cap
     assert "1 products" in message
     assert "1 x not normalised" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_function_named_as_bounded_makes_a_gate_in_the_commands(factory, tmp_path, capsys):
+    words = ["--ckpt", f"{factory}:Softplus", *DIGITS, "--samples", "12"]
+    assert "1 x not normalised" in fails(capsys, *words, "--out", "run")
+    assert collect(*words, "--normaliser", "softplus", "--out", "run") == 0
+    few = ["--train-samples", "60", "--val-samples", "20", "--test-samples", "20", "--counts", "1", "--backends"]
+    assert main(["fold", *words, *few, "--weightings", "mean", "--out", "none"]) == 2
+    assert main(["fold", *words, *few, "--weightings", "mean", "--normaliser", "softplus", "--out", "folded"]) == 0
+    run = open_run("run")
+    model = read_checkpoint(f"{factory}:Softplus").model
+    with torch.no_grad():
+        [(images, *_)] = Loader(load_images("digits", run.data["split"], samples=12), 12)
+        expected = torch.nn.functional.softplus(model.linear(model.convolution(images).mean((2, 3))))
+    np.testing.assert_allclose(run.attention(run.gates[0], 0), expected, rtol=1e-4)
 
 
 def test_an_input_that_is_too_small_for_some_gates_is_said(capsys):

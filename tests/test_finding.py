@@ -304,11 +304,49 @@ class Video(Scaled):
         return super().forward(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
 
 
+class Shuffled(Scaled):
+    """Folds the groups of its channels into the batch, as shuffle attention does."""
+
+    def forward(self, images):
+        x = self.first(images)
+        x = x.view(-1, 4, *x.shape[2:])
+        g = torch.sigmoid(x.mean((2, 3), keepdim=True) * self.fc.weight[:1, :4])
+        return self.last((x * g).view(len(images), 8, *x.shape[2:]))
+
+
+def test_groups_of_channels_folded_into_the_batch_are_refused_in_words(images):
+    model = randomize(Shuffled(None)).eval()
+    with pytest.warns(UserWarning, match="not the batch of 3 but 2 times it"):
+        assert find_gates(model, images) == []
+
+
 def test_frames_folded_into_the_batch_are_refused_in_words():
     model, clips = randomize(Video(lambda x, z: x * z.sigmoid())).eval(), torch.rand(2, 4, 3, 20, 28)
     with pytest.warns(UserWarning, match="not the batch of 2 but 4 times it, as where frames, crops or windows"):
         assert find_gates(model, clips) == []
     assert len(find_gates(model, torch.rand(4, 1, 3, 20, 28))) == 1, "one frame a sample is one row a sample"
+
+
+class OneByOne(Scaled):
+    """Runs the samples one after another."""
+
+    def forward(self, images):
+        return torch.cat([super(OneByOne, self).forward(image[None]) for image in images])
+
+
+class TimeFirst(Scaled):
+    """Turns maps into (time, sample, channel), as recurrent layers take it."""
+
+    def forward(self, images):
+        x = self.first(images).flatten(2).permute(2, 0, 1)
+        return x * torch.sigmoid(F.linear(x.mean(0, keepdim=True), self.fc.weight[:, :, 0, 0]))
+
+
+@pytest.mark.parametrize("network", [OneByOne, TimeFirst])
+def test_samples_that_are_no_first_dimension_are_refused_in_words(network, images):
+    model = randomize(network(lambda x, z: x * z.sigmoid())).eval()
+    with pytest.warns(UserWarning, match="not the batch of 3, as where samples run one after another or stand along"):
+        assert find_gates(model, images) == []
 
 
 # ---- networks of other kinds ----
@@ -357,6 +395,18 @@ def test_what_can_be_read_and_not_rewritten_is_refused_by_fold_alone(kind, image
     assert read(model, [gate], images)[gate.name].shape == (3, 8)
     with pytest.raises(ValueError, match=said):
         fold(model, {gate: torch.ones(8)}, images)
+
+
+def test_an_exported_network_is_folded(images):
+    model = sequence()
+    exported = torch.export.export(model, (images,)).module()
+    [gate] = find_gates(exported, images)
+    constant = torch.linspace(0.2, 0.9, 8)
+    folded, _ = fold(exported, {gate: constant}, images)
+    with torch.no_grad():
+        expected = model[2](model[0](images) * constant[:, None, None])
+        assert relative_error(folded(images), expected) < 1e-6
+        assert relative_error(model(images), expected) > 1e-3
 
 
 def test_gates_are_found_on_the_meta_device_and_folded_once_the_weights_are_there(images):

@@ -177,6 +177,84 @@ def test_products_that_are_modules_are_taken_out_where_they_are_called(traced):
     assert left == {"conv", "norm", "head"}
 
 
+class Written(nn.Module):
+    """A product that is written into a tensor, or into a part of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.fc, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def maps(self, images):
+        x = self.first(images)
+        return x, torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+
+class IntoSlice(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        y = torch.zeros_like(x)
+        y[:, :4] = x[:, :4] * g[:, :4]
+        y[:, 4:] = x[:, 4:]
+        return self.last(y)
+
+
+class SliceInPlace(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        x[:, :4] *= g[:, :4]
+        return self.last(x)
+
+
+class Copied(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        y = torch.empty_like(x)
+        y[:, :8].copy_(x * g)
+        return self.last(y)
+
+
+class Accumulated(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        y = torch.zeros_like(x)
+        y.addcmul_(x, g)
+        return self.last(y)
+
+
+class IntoOut(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        y = torch.empty_like(x)
+        torch.mul(x, g, out=y)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("network", [IntoSlice, SliceInPlace, Copied])
+def test_a_product_that_is_written_into_a_part_of_a_tensor_is_folded(network):
+    model, images = randomize(network()).double().eval(), others()
+    [gate] = find_gates(model, images)
+    constant = torch.linspace(0.2, 0.9, gate.channels).double()
+    folded, _ = fold(model, {gate: constant}, small())
+    scale = torch.cat([constant, torch.ones(8 - gate.channels)])[:, None, None].double()
+    with torch.no_grad():
+        assert relative_error(folded(images), model.last(model.first(images) * scale)) < EXACT
+        assert relative_error(folded(images), model(images)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("network", "error", "said"),
+    [
+        (IntoOut, ValueError, r"out=y\) writes its result into a tensor that is given; leave it out"),
+        (Accumulated, ArithmeticError, r"differs by .* with nothing merged: a product that is written into another"),
+    ],
+)
+def test_a_product_that_is_written_into_another_tensor_is_refused(network, error, said):
+    model = randomize(network()).double().eval()
+    [gate] = find_gates(model, small())
+    with pytest.raises(error, match=said):
+        fold(model, {gate: torch.linspace(0.2, 0.9, 8)}, small())
+
+
 def test_a_gate_in_the_block_of_another_gate_keeps_its_tensors():
     class Block(nn.Module):
         def __init__(self):

@@ -753,6 +753,22 @@ def test_gates_on_a_single_pixel_are_left_out_by_name_and_the_others_found():
     assert len(find_gates(model, torch.randn(1, 3, 64, 64))) == 8
 
 
+@pytest.mark.filterwarnings("ignore:input too small:UserWarning")
+def test_gates_beside_those_on_a_single_pixel_are_folded():
+    model, images = randomize(timm.create_model("seresnet18")).eval().double(), torch.randn(2, 3, 32, 32).double()
+    gates = find_gates(model, images)
+    constants = {gate.name: torch.linspace(0.2, 0.9, gate.channels).double() for gate in gates}
+    folded, report = fold(model, constants, images)
+    assert set(report.table["direction"]) == {"back"}
+    other = torch.randn(2, 3, 64, 96).double()
+    with torch.no_grad(), replace_gates(model, gates, constants):
+        expected = model(other)
+    assert relative_error(folded(other), expected) < 1e-10
+    assert relative_error(model(other), expected) > 1e-3
+    with pytest.raises(ValueError, match="no gate is named 'layer4.0.se'; expected some of layer1.0.se"):
+        fold(model, {"layer4.0.se": torch.ones(512)}, images)
+
+
 def test_what_is_a_single_pixel_alone_is_refused_with_advice_that_fits_the_network():
     single = Net(GATED["module"][0], last=nn.Identity()).eval()
     with pytest.raises(ValueError, match="at model is a single pixel.* use images of at least twice the size, 2x2"):

@@ -506,6 +506,38 @@ def test_the_commands_record_and_fold_a_file(tmp_path, capsys):
     assert "fisher: an ONNX file is folded by some of mean, energy, learned" in capsys.readouterr().err
 
 
+def test_a_run_of_a_file_knows_which_image_every_row_is(tmp_path):
+    path = written(tmp_path / "n.onnx", before_convolution, squeeze_by_convolution)
+    draw = np.random.default_rng(0)
+    for number in range(6):
+        picture = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (13, 13, 3), np.uint8)).save(picture)
+    file = onnx.load(path)
+    for dimension in file.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dimension.dim_value = 13
+    onnx.save(file, path)
+    words = ["--ckpt", str(path), "--dataset", f"imagefolder:{tmp_path / 'pictures'}", "--samples", "4"]
+    normalised = ["--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.2", "0.25"]
+    assert cli.main(["collect", *words, *normalised, "--out", str(tmp_path / "run")]) == 0
+    run = stripe.open_run(tmp_path / "run")
+    assert list(run.files) == sorted(run.samples(0))
+    [gate] = run.gates
+    rows = dict(zip(run.samples(0).tolist(), run.attention(gate, 0), strict=True))
+    shown = {}
+    for sample, name in run.files.items():
+        with Image.open(tmp_path / "pictures" / name) as picture:
+            pixels = (np.asarray(picture) / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.2, 0.25]
+        shown[sample] = pixels.transpose(2, 0, 1)[None].astype("f")
+    [name] = [node.input[i] for node in file.graph.node if node.output[0] == gate.site for i in (0, 1)][1:]
+    file.graph.output.append(onnx.ValueInfoProto(name=name))
+    onnx.save(file, tmp_path / "probed.onnx")
+    found = {sample: outputs(tmp_path / "probed.onnx", x, [name])[0].reshape(-1) for sample, x in shown.items()}
+    for sample, row in rows.items():
+        np.testing.assert_allclose(row, found[sample], rtol=1e-4)
+        assert not any(np.allclose(row, found[other], rtol=1e-4) for other in found if other != sample)
+
+
 TORCHLESS = """
 import sys
 from stripe import cli

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from stripe.folding import fold
 from stripe.gates import find_gates
 from stripe.recorder import Recorder, RecorderCallback
 from stripe.store import open_run
@@ -238,6 +239,35 @@ def test_copies_made_while_recording_are_not_read_and_can_be_pickled(tmp_path, n
     saved = torch.load(tmp_path / "net.pt", weights_only=False)  # of this test's own making
     torch.testing.assert_close(saved(IMAGES[:4]), expected)
     record_property("copies of a network that were run while it was recorded: not read", 3)
+
+
+def test_a_network_is_folded_while_it_is_recorded(tmp_path, net, gates):
+    constants = {gates[0]: torch.linspace(0.2, 0.9, 8)}
+    with Recorder(net, gates, tmp_path / "run") as recorder, torch.no_grad():
+        folded, _ = fold(net, constants, IMAGES[:3])
+        net(IMAGES[:4])
+        folded(IMAGES[4:8])
+        recorder.commit(range(4))
+    np.testing.assert_allclose(
+        open_run(tmp_path / "run").attention(gates[0], 0), attention_of(net, IMAGES[:4]), rtol=1e-6
+    )
+    with torch.no_grad():
+        features = net.convolution(IMAGES) * constants[gates[0]][:, None, None]
+        torch.testing.assert_close(folded(IMAGES), net.head(features.mean((2, 3))))
+        assert not torch.allclose(folded(IMAGES), net(IMAGES), rtol=1e-3)
+
+
+def test_a_run_that_began_eager_goes_on_with_a_part_compiled(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), Net()).eval()
+    with Recorder(network, find_gates(network, IMAGES[:3]), tmp_path / "run") as recorder:
+        recorder.record([IMAGES])
+    network[1] = torch.compile(network[1], backend="eager")
+    with Recorder(network, find_gates(network, IMAGES[:3]), tmp_path / "run") as recorder:
+        recorder.record([IMAGES], epoch=1)
+    run = open_run(tmp_path / "run")
+    np.testing.assert_array_equal(*(run.attention(run.gates[0], epoch) for epoch in (0, 1)))
+    np.testing.assert_allclose(run.attention(run.gates[0], 1), attention_of(network[1], network[0](IMAGES)), rtol=1e-5)
 
 
 # ---- loaders ----------------------------------------------------------------------------------------------

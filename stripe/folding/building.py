@@ -86,12 +86,16 @@ class Original:
         if not error <= TOLERANCE:
             kept = [merge.keep(merge.reason or "its neighbours' merges are not exact") for merge in merges]
             for i, merge in enumerate(merges):
-                alone = attempt([*kept[:i], merge, *kept[i + 1 :]])[1] if merge.edits else 0.0
+                alone = attempt([*kept[:i], merge, *kept[i + 1 :]])[1] if merge.direction != "kept" else 0.0
                 if not alone <= TOLERANCE:
                     merges[i] = merge.keep(f"{merge.direction} is not exact: relative error {alone:.2g}")
             built, error = attempt(merges)
         if not error <= TOLERANCE:
-            raise ArithmeticError(f"the new network differs by {error:.2g}; expected at most {TOLERANCE:.0e}")
+            raise ArithmeticError(
+                f"the new network differs by {error:.2g}; expected at most {TOLERANCE:.0e}, with nothing merged: a"
+                " product that is written into another tensor, or added to one by addcmul, cannot be taken out; leave"
+                " the constant of its gate out"
+            )
         return built.eval(), merges, error
 
     def _probes(self, merges: Sequence[Merge]) -> list[str]:

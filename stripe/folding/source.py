@@ -214,6 +214,8 @@ class _Replace(ast.NodeTransformer):
             target.ctx = ast.Load()
             return (target, node.value)[removal.operand]
         assert isinstance(node, ast.Call)
+        if any(keyword.arg == "out" for keyword in node.keywords):
+            raise Unremovable(f"{ast.unparse(node)} writes its result into a tensor that is given")
         given = list(node.args)
         name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
         does = _SYNONYMS.get(name.strip("_"), name.strip("_"))

@@ -112,7 +112,8 @@ def _matrix_product(op: Op) -> Candidate | None:
 def _judge(search: _Search, op: Op, gate: Value, scaled: Value) -> _Verdict:
     """Decide whether `gate` gates the feature map `scaled`: first by its shape, then by what computed it."""
     shape = op.outputs[0].shape
-    if not gate.live or (len(gate.shape) == len(shape) and 0 in gate.flat and search.batch > 1):
+    shared = len(gate.shape) == len(shape) and shape[0] == search.batch > 1 and 0 in gate.flat
+    if not gate.live or shared:
         return _Verdict(CONSTANT)
     if op.name == "lerp" and op.args[0].number != 0:
         return _Verdict("lerp mixes two maps here: a gate would show in a product, as in x * g + y * (1 - g)")
@@ -249,6 +250,10 @@ def _not_the_batch(batch: int, gate: Value, shape: tuple[int, ...]) -> str:
         reason += (
             f" but {rows // batch} times it, as where frames, crops or windows are folded into the batch: a gate has"
             " one row for a sample; look for gates in the part of the network whose batch they are"
+        )
+    elif len(gate.shape) == len(shape) and rows == 1 and shape[0] != batch:
+        reason += (
+            ", as where samples run one after another or stand along another dimension: a gate has one row for a sample"
         )
     return reason
 
