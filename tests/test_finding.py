@@ -449,3 +449,25 @@ def test_networks_compiled_in_place_are_read_and_folded(part, called, images):
             model(images)
         assert torch.equal(read(model, find_gates(model, images), images)["1"], expected)
         assert torch.equal(fold(model, constants, images)[0](images), plain(images))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
+def test_a_part_that_was_compiled_while_its_gate_is_read_tells_how_to_go_on(images):
+    model = sequence()
+    gates = find_gates(model, images)
+    expected = read(model, gates, images)["1"]
+
+    def compiled_meanwhile(stance):
+        block, values = model[1], {}
+        try:
+            with torch.no_grad(), read_gates(model, gates, lambda gate, kind, rows: values.update({gate.name: rows})):
+                model[1] = torch.compile(block, backend="eager")
+                with torch.compiler.set_stance(stance):
+                    model(images)
+        finally:
+            model[1] = block
+        return values["1"]
+
+    with pytest.raises(RuntimeError, match=r'did not pass 1: .* call the network under .*set_stance\("force_eager"\)'):
+        compiled_meanwhile("default")
+    assert torch.equal(compiled_meanwhile("force_eager"), expected)

@@ -1,5 +1,8 @@
 """`folding.study` on a network whose damage is known beforehand: what goes first, what is chosen, what is refused."""
 
+import gc
+import weakref
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -204,6 +207,23 @@ def test_any_output_is_measured_by_its_relative_error_and_its_cosine(batches):
     assert found.variants["divergence"][0] == 0
     assert found.variants["validation"][0] == pytest.approx(100)
     assert found.variants["validation"].iloc[-1] < 99.9
+
+
+def test_of_each_number_of_folded_gates_one_network_alone_is_kept(model, batches):
+    built = weakref.WeakSet()
+
+    class Watched(Known):
+        def __setstate__(self, state):  # of every copy
+            super().__setstate__(state)
+            built.add(self)
+
+    watched = Watched().eval()
+    watched.load_state_dict(model.state_dict())
+    found = study(watched, batches[0][0], batches, batches, weightings=["mean", "energy", "fisher"], recover_each=True)
+    gc.collect()
+    kept = [network for network in found.networks.values() if network is not watched]
+    assert len(found.variants) > 2 * len(found.networks)
+    assert sorted(map(id, built)) == sorted(map(id, kept))
 
 
 def test_the_nearest_to_the_original_is_chosen_of_the_kinds_of_constants(model, batches):

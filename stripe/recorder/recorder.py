@@ -1,4 +1,4 @@
-"""Recorder: attention of a running network into a run on disk. Hooks live in `with`; memory stays flat."""
+"""Recorder: attention of a running network into a run on disk. Hooks live in `with`; memory grows by the ids alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of an epoch on their way to the disk; memory stays flat."""
+"""Rows of an epoch on their way to the disk; memory grows by their ids alone."""
 
 from __future__ import annotations
 
