@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import nn
+from torch.utils import checkpoint as checkpointing
 from torch.utils.data import DataLoader, TensorDataset
 
 from stripe.folding import fold
@@ -255,6 +256,37 @@ def test_a_network_is_folded_while_it_is_recorded(tmp_path, net, gates):
         features = net.convolution(IMAGES) * constants[gates[0]][:, None, None]
         torch.testing.assert_close(folded(IMAGES), net.head(features.mean((2, 3))))
         assert not torch.allclose(folded(IMAGES), net(IMAGES), rtol=1e-3)
+
+
+class Checkpointed(Net):
+    """Computes its features a second time in the backward pass, to save memory."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant, self.runs = reentrant, 0
+
+    def forward(self, images):
+        return self.head(checkpointing.checkpoint(self.pooled, images, use_reentrant=self.reentrant))
+
+    def pooled(self, images):
+        self.runs += 1
+        features = self.convolution(images)
+        return (features * torch.sigmoid(self.linear(features.mean((2, 3))))[:, :, None, None]).mean((2, 3))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_pass_that_runs_again_in_the_backward_pass_is_recorded_once(tmp_path, reentrant):
+    torch.manual_seed(0)
+    net, images = Checkpointed(reentrant).eval(), IMAGES.clone().requires_grad_()
+    gates = find_gates(net, images[:3])
+    with Recorder(net, gates, tmp_path / "run") as recorder:
+        net.runs = 0
+        for start in (0, 8):
+            loss = net(images[start : start + 8]).square().sum()
+            recorder.commit(range(start, start + 8))
+            loss.backward()
+    np.testing.assert_allclose(open_run(tmp_path / "run").attention(gates[0], 0), attention_of(net, IMAGES), rtol=1e-6)
+    assert net.runs == 4
 
 
 def test_a_run_that_began_eager_goes_on_with_a_part_compiled(tmp_path):
