@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ class CompactReport:
     """
 
     table: pd.DataFrame
-    parameters: int = field(default=0)
+    parameters: int
 
 
 def compact(
