@@ -213,6 +213,16 @@ def test_ctrl_c_is_130_where_libraries_lose_it(how):
     assert done.stderr == "interrupted: what was finished is valid and kept\n"
 
 
+def test_ctrl_c_is_130_after_the_import_that_it_came_in(tmp_path):
+    (tmp_path / "library.py").write_text(
+        "import _thread, time\n_thread.interrupt_main()\ntime.sleep(0.1)\nprint('whole')"
+    )
+    command = [sys.executable, "-c", LOST.format(how="import library")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "whole\n")
+    assert done.stderr == "interrupted: what was finished is valid and kept\n"
+
+
 @pytest.mark.parametrize("script", ["benchmark.py", "study.py"])
 def test_scripts_end_as_commands_do(script):
     words = {

@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Write losses.csv, or nothing: RuntimeError where a test failed or nothing was counted."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
-        options = ["-n", "auto", "--junitxml", str(report), "-o", "junit_family=xunit1"]  # the one with properties
+        options = ["-n", "auto", "--dist", "worksteal", "--durations", "40"]
+        options += ["--junitxml", str(report), "-o", "junit_family=xunit1"]  # the one with properties
         words = [sys.executable, "-m", "pytest", *options, *map(str, arguments.tests)]
         code = subprocess.run(words, cwd=ROOT).returncode
         counted = dict(count(report)) if code == 0 else {}

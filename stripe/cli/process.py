@@ -11,12 +11,13 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dis import opmap
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from stripe.memory import keep_memory
@@ -25,6 +26,7 @@ from stripe.messages import SCREEN, one_line, printable, shortened
 INTERRUPTED = "interrupted: what was finished is valid and kept"
 REFUSALS = (ArithmeticError, ModuleNotFoundError, RuntimeError, TypeError, ValueError)
 LONGEST_TRACEBACK = 20_000  # characters
+LONGEST_IMPORT = 10.0  # seconds after Ctrl-C in which modules are still imported to their end
 BUG = (
     "this is a bug in stripe: it should have done what was asked, or said what is wrong with it; "
     "please report it with the lines above"
@@ -42,7 +44,7 @@ def dispatch(
     *,
     packages: tuple[str, ...] = ("stripe",),
     interrupted: str = INTERRUPTED,
-    interrupts: Sequence[int] = (),
+    interrupts: Sequence[float] = (),
 ) -> int:
     """Parse the command line and run the command; return the exit code, see above.
 
@@ -84,15 +86,19 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
     Threads of gloo, which a group's end does not join, now and then need Python while it shuts down: the process
     aborts, and the job, whose work is done, counts as failed.
     """
-    interrupts: list[int] = []
+    interrupts: list[float] = []  # when, in seconds
 
-    def interrupt(number: int, _: object) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        interrupts.append(time.monotonic())
+        patient = interrupts[-1] - interrupts[0] < LONGEST_IMPORT
+        if patient and _imports(frame):  # which, where it is interrupted, may abort the process
+            _interrupt_soon()
+        else:
+            raise KeyboardInterrupt
 
     def not_raised(found: Any) -> None:
-        if found.exc_type is KeyboardInterrupt:  # Ctrl-C in a finaliser, where Python ignores errors: once more
-            threading.Timer(0.01, _thread.interrupt_main).start()
+        if found.exc_type is KeyboardInterrupt:  # Ctrl-C in a finaliser, where Python ignores errors
+            _interrupt_soon()
         else:
             sys.__unraisablehook__(found)
 
@@ -105,6 +111,7 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
         code = dispatch(*words, interrupts=interrupts, **choices)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C has nothing left to interrupt
     except KeyboardInterrupt:  # between two of these lines
+        print(choices.get("interrupted", INTERRUPTED), file=sys.stderr)
         code = 130
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
@@ -112,6 +119,19 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Tell whether a module is being imported in this frame or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _interrupt_soon() -> None:
+    threading.Timer(0.01, _thread.interrupt_main).start()
 
 
 def refusal(error: Exception, packages: tuple[str, ...] = ("stripe",)) -> str | None:
