@@ -142,38 +142,38 @@ def interleave(path: str | Path, seed: int) -> int:
     return len(refusals)
 
 
-def interleave_all(path: str | Path, count: int, record_property: Callable[[str, object], None]) -> list[str]:
+def interleave_all(path: str | Path, seeds: range, record_property: Callable[[str, object], None]) -> list[str]:
     """Let pairs of writers record into runs that begin anew now and then; return the runs."""
-    runs = [f"{path}-{number}" for number in range(-(-count // RUN_LENGTH))]
-    refusals = [interleave(runs[seed // RUN_LENGTH], seed) for seed in range(count)]
-    assert 0 < sum(refusals) < count  # some met, some did not
-    for each in runs:
+    runs = {seed: f"{path}-{seed // RUN_LENGTH}" for seed in seeds}
+    refusals = [interleave(run, seed) for seed, run in runs.items()]
+    assert 0 < sum(refusals) < len(seeds)  # some met, some did not
+    for each in set(runs.values()):
         run, check = open_run(each), check_run(each)
         for epoch in run.epochs:
             np.testing.assert_array_equal(run.attention("layer1.0.se", epoch), vectors(4, seed=epoch)["layer1.0.se"])
         assert (check.whole, check.unnamed, check.interrupted) == (True, (), ())
-    record_property(INTERLEAVED, count)
-    return runs
+    record_property(INTERLEAVED, len(seeds))
+    return sorted(set(runs.values()))
 
 
-COUNTS = [10, pytest.param(200, marks=pytest.mark.exhaustive)]
+SEEDS = [range(10), *(pytest.param(range(n, n + 50), marks=pytest.mark.exhaustive) for n in range(0, 200, 50))]
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_two_writers_of_a_local_run(tmp_path, record_property, count):
-    interleave_all(tmp_path / "run", count, record_property)
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_two_writers_of_a_local_run(tmp_path, record_property, seeds):
+    interleave_all(tmp_path / "run", seeds, record_property)
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_two_writers_where_there_is_no_flock(tmp_path, record_property, without_flock, count):
-    interleave_all(tmp_path / "run", count, record_property)
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_two_writers_where_there_is_no_flock(tmp_path, record_property, without_flock, seeds):
+    interleave_all(tmp_path / "run", seeds, record_property)
     assert not list(tmp_path.rglob(f"{locks.CLAIM}*"))
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_two_writers_of_a_run_in_a_bucket(run_path, record_property, count):  # noqa: F811
-    path = f"{run_path.partition('[')[0]}-{count}"
-    for run in interleave_all(path, count, record_property):
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_two_writers_of_a_run_in_a_bucket(run_path, record_property, seeds):  # noqa: F811
+    path = f"{run_path.partition('[')[0]}-{seeds.start}-{seeds.stop}"
+    for run in interleave_all(path, seeds, record_property):
         assert not [name for name in objects(run) if locks.CLAIM in name]
 
 
