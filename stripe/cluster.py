@@ -22,6 +22,7 @@ from stripe.messages import one_line
 from stripe.stats import Measured, Moments, measure, summarize, tabulate
 from stripe.stats.runs import gates_of
 from stripe.store import Epoch, Part, Run, open_run
+from stripe.store.moments import merged
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -67,7 +68,7 @@ def summarize_on(client: Client, run: Run, *, rank: bool = False, **options: Any
     Moments that the run keeps beside its rows are read here, there being little of them. Those of parts without any
     are measured by the workers, part by part, and merged: figures agree with the local ones to the rounding of
     means, 1e-12 relative. With the rank a task takes a gate of an epoch, and every figure is the local one (the rank
-    within 1e-14 where workers run BLAS on another processor or with other threads).
+    within 1e-6 where workers run BLAS on another processor or with other threads).
 
     Raises:
         ValueError: the run is empty, damaged, or another one where the workers look.
@@ -88,14 +89,14 @@ def summarize_on(client: Client, run: Run, *, rank: bool = False, **options: Any
 def moments_on(client: Client, run: Run) -> dict[Key, Moments]:
     """Return `run.moments()` of a run with samples, taken of every part by itself and merged in a tree."""
     path, stamp = _place(run)
-    merged: dict[Key, Moments] = {}
+    found: dict[Key, Moments] = {}
     trees = []
     for epoch in sorted(run.manifest.epochs, key=lambda epoch: epoch.epoch):
         parts = [client.submit(_moments, path, stamp, epoch.epoch, part, pure=False) for part in epoch.parts]
         trees.append(_merged(client, parts))
-    for found in _gathered(client, trees):
-        merged |= found
-    return merged
+    for its in _gathered(client, trees):
+        found |= its
+    return found
 
 
 class _Measured:
@@ -103,7 +104,7 @@ class _Measured:
 
     def __init__(self, run: Run, moments: Mapping[Key, Moments]) -> None:
         self.epochs, self.gates, self.has_samples = run.epochs, run.gates, run.has_samples
-        self.attention, self.labels, self._moments = run.attention, run.labels, moments
+        self.attention, self.batches, self.labels, self._moments = run.attention, run.batches, run.labels, moments
 
     def moments(self, epochs: Sequence[int], gates: Sequence[str]) -> Mapping[Key, Moments]:
         return {(epoch, gate): self._moments[epoch, gate] for epoch in epochs for gate in gates}
@@ -112,7 +113,7 @@ class _Measured:
 def _merged(client: Client, futures: list[Future[Any]]) -> Future[Any]:
     while len(futures) > 1:
         groups = [futures[start : start + FAN_IN] for start in range(0, len(futures), FAN_IN)]
-        futures = [client.submit(_merge, group, pure=False) for group in groups]
+        futures = [client.submit(merged, group, pure=False) for group in groups]
     return futures[0]
 
 
@@ -139,13 +140,6 @@ def _moments(path: str, stamp: str, epoch: int, part: Part) -> dict[Key, Moments
     alone = copy.copy(_open(path, stamp))  # as if the run held this part only
     alone.manifest, alone.epochs = replace(alone.manifest, epochs=(Epoch(epoch, (part,)),)), [epoch]
     return alone.moments()
-
-
-def _merge(parts: Sequence[Mapping[Key, Moments]]) -> dict[Key, Moments]:
-    merged = dict(parts[0])
-    for part in parts[1:]:
-        merged |= {key: merged[key].merge(moments) for key, moments in part.items()}
-    return merged
 
 
 @lru_cache(maxsize=4)

@@ -87,8 +87,7 @@ def early(run):
     path = Path(run.path)
     manifest = json.loads((path / "run.json").read_text())
     for epoch in manifest["epochs"]:
-        for part in epoch["parts"]:
-            del part["moments"]
+        del epoch["moments"]
     (path / "run.json").write_text(json.dumps(manifest))
     shutil.rmtree(path / ".moments")
     return open_run(path)

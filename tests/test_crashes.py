@@ -72,11 +72,11 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def epochs_of(path: Path, run: Run) -> dict[int, list[bytes]]:
-    """The files of every epoch: of each part its rows, and its moments where the manifest knows of them."""
+    """The files of every epoch: its parts, and the moments of their rows where the manifest knows of them."""
     about, found = run.manifest, {}
     for each in about.epochs:
         names = [f"{about.folder(each.epoch)}/{part.name}" for part in each.parts]
-        names += [about.moments_file(each.epoch, part.name) for part in each.parts if part.moments is not None]
+        names += [about.moments_file(each)] if each.moments is not None else []
         found[each.epoch] = [(path / name).read_bytes() for name in names]
     return found
 

@@ -62,6 +62,20 @@ def test_the_effective_rank_of_a_line_is_one_and_of_nothing_is_not_a_number():
     assert np.isnan(stats.effective_rank(rng.normal(size=(3, 9))))
 
 
+@pytest.mark.parametrize("samples", [20_000, 40])
+@pytest.mark.parametrize("spread", [1e-30, 1e-6, 1e-3, 0.3, 1e30])
+def test_the_effective_rank_of_float32_values_is_that_of_float64(samples, spread):
+    """Also where the mean is large beside the spread, and all but a trace of the variance lies on a line."""
+    rng = np.random.default_rng(0)
+    line = rng.normal(size=(samples, 1)) * rng.normal(size=64)
+    for mean, own in itertools.product([0.0, 1.0, 30.0] if spread < 1 else [0.0], [1.0, 1e-3]):
+        values = (mean + spread * (line + own * rng.normal(size=(samples, 64)))).astype(np.float32)
+        expected = stats.effective_rank(values.astype(np.float64))
+        assert stats.effective_rank(values) == pytest.approx(expected, rel=1e-5, nan_ok=True)
+        if own == 1 and spread > 1e-6:
+            assert stats.effective_rank(values[:, :-1]) != pytest.approx(expected, rel=1e-5)
+
+
 def test_directions_are_found_and_their_sign_is_fixed():
     attention, _, true = simulated(np.random.default_rng(0), samples=2000, rank=2, noise=0.01)
     found = stats.spectrum(attention, directions=2)

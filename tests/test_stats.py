@@ -50,6 +50,10 @@ class MemoryRun:
     def attention(self, gate, epoch):
         return self.records[epoch][gate]
 
+    def batches(self, epoch, gates):
+        for rows in (slice(0, 13), slice(13, None)):
+            yield {gate: self.records[epoch][gate][rows] for gate in gates}
+
     def labels(self, epoch):
         samples = len(next(iter(self.records[epoch].values())))
         return np.full(samples, -1) if self._labels is None else self._labels
@@ -678,7 +682,7 @@ def test_the_table_equals_slow_references(run):
         energy = slow_mean([slow_mean(column) ** 2 for column in columns])
         assert row.cv == pytest.approx(math.sqrt(slow_strength(values)[2] / energy), rel=1e-10)
         assert row.strength_low < row.strength < row.strength_high
-        assert row.rank == stats.effective_rank(values)
+        assert row.rank == pytest.approx(stats.effective_rank(values), rel=1e-9)
         assert row.flags == ""
         means = [slow_mean(column) for column in columns]
         if row.gate in previous:
@@ -717,7 +721,7 @@ def test_the_table_names_gates_with_non_finite_values(run):
     values = np.delete(run.attention("layer1.se", 2), 5, axis=0)
     assert (table.samples[2], table.channels[2]) == values.shape
     assert table.strength[2] == pytest.approx(slow_strength(values)[0], rel=1e-10)
-    assert table["rank"][2] == stats.effective_rank(values)
+    assert table["rank"][2] == pytest.approx(stats.effective_rank(values), rel=1e-9)
     assert table.drift[2] > 0
     assert table.loc[3, "strength":"rank"].isna().all()
 

@@ -234,8 +234,7 @@ def without_moments(path: Path) -> Path:
 
     def forget(manifest: dict[str, Any]) -> None:
         for epoch in manifest["epochs"]:
-            for part in epoch["parts"]:
-                del part["moments"]
+            del epoch["moments"]
 
     edit(path, forget)
     shutil.rmtree(path / ".moments")
@@ -246,7 +245,7 @@ def test_a_run_keeps_the_moments_of_its_rows_and_reads_no_row_for_the_table(tmp_
     with sizes_of(28 * 20, 2000):  # several row groups and parts
         path = record(tmp_path / "run", 1, 2, samples=300)
     assert len(parts(path)) > 4
-    assert len(list(path.glob(".moments/*/*.moments"))) == len(parts(path))
+    assert len(list(path.glob(".moments/*/*"))) == 2  # one file an epoch, however many parts
     old = open_run(without_moments(Path(shutil.copytree(path, tmp_path / "old"))))
     run = open_run(path)
     equal_moments(run.moments(), old.moments())
@@ -285,8 +284,8 @@ def exchange(path: Path) -> None:
     other = record(path.parents[3] / "other", 1, samples=50, seed=9)
     [source] = other.glob(".moments/*/*.moments")
     shutil.copy(source, path)
-    crc = json.loads((other / "run.json").read_text())["epochs"][0]["parts"][0]["moments"]
-    edit(path.parents[2], lambda manifest: manifest["epochs"][0]["parts"][0].update(moments=crc))
+    crc = json.loads((other / "run.json").read_text())["epochs"][0]["moments"]
+    edit(path.parents[2], lambda manifest: manifest["epochs"][0].update(moments=crc))
 
 
 @pytest.mark.parametrize("damage", [damage_bytes, exchange, Path.unlink], ids=["cut", "another's", "lost"])
@@ -324,6 +323,26 @@ def test_old_runs_are_whole_and_get_their_moments_by_a_repair(tmp_path, capsys):
     assert check_run(path).epochs[0].moments == "whole"
 
 
+@pytest.mark.parametrize("part_bytes", [2**30, 2000], ids=["one part an epoch", "several"])
+def test_runs_that_said_of_each_part_what_moments_it_had_open_still(tmp_path, part_bytes):
+    with sizes_of(28 * 20, part_bytes):
+        path = record(tmp_path / "run", 1, samples=300)
+    expected = open_run(path).moments()
+
+    def of_parts(manifest: dict[str, Any]) -> None:
+        [epoch] = manifest["epochs"]
+        crc = epoch.pop("moments")
+        epoch["parts"] = [{**part, "moments": crc} for part in epoch["parts"]]
+
+    edit(path, of_parts)
+    run = open_run(path)
+    assert run.keeps_moments == (part_bytes == 2**30)
+    equal_moments(run.moments(), expected)
+    assert repair_run(path).whole
+    assert open_run(path).keeps_moments
+    equal_moments(open_run(path).moments(), expected)
+
+
 def test_a_rebuilt_manifest_knows_the_moments(tmp_path):
     path = record(tmp_path / "run", 1, 2, samples=50)
     expected = open_run(path).moments()
@@ -338,6 +357,8 @@ def test_moments_of_two_ranks_are_those_of_one(tmp_path):
     with writer(tmp_path / "one") as run, run.epoch(1) as epoch:
         epoch.append(range(9), [i % 3 for i in range(9)], {name: rows[:9] for name, rows in vectors(20).items()})
     two, one = open_run(tmp_path / "two"), open_run(tmp_path / "one")
+    assert len(list(tmp_path.glob("*/.moments/*/*"))) == 2  # merged into one file
+    assert check_run(tmp_path / "two").whole
     equal_moments(two.moments(), one.moments())
     pd.testing.assert_frame_equal(summarize(two), summarize(one), rtol=1e-12)
 

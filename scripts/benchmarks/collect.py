@@ -22,6 +22,7 @@ from benchmarks.timing import Result, Run, Steps, Timing, check, measure, report
 
 TOLERANCE = 1e-5  # of recorded values, which lie in 0..1
 CONTROL = "forward, again"  # what it differs by from the bare loop is chance
+WARM_UP = 2  # batches, which every case takes before it is timed
 
 Gates = Sequence[stripe.Gate]
 
@@ -29,7 +30,7 @@ Gates = Sequence[stripe.Gate]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network's and the recording's arguments."""
     add_network(parser, rounds=4, batch=100)
-    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="images to record")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="images to record")
     parser.add_argument("--squeeze", action="store_true", help="record what the gates scale too, and run no peer")
     parser.add_argument("--torchlens", action="store_true", help="run it too: some six seconds a batch, take few")
 
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _prepare_alone(name: str, arguments: argparse.Namespace, folder: str) -> Run:
-    case = _case(name, build("SE", arguments.depth, arguments.module), arguments, folder)
+    network, batches = _network(arguments), pixels(arguments.samples).split(arguments.batch)
+    case = _case(name, network, batches, _gates(network, batches), folder)
 
     def run() -> None:
         for _ in case():
@@ -71,15 +73,16 @@ def _prepare_together(names: Sequence[str], arguments: argparse.Namespace, folde
 
     Two copies of a network differ in speed, so each case has another one in every round.
     """
-    networks = [build("SE", arguments.depth, arguments.module) for _ in ["forward", *names]]
+    networks = [_network(arguments) for _ in ["forward", *names]]
     batches = pixels(arguments.samples).split(arguments.batch)
-    loop = arguments.samples / len(batches[0])
+    gates, loop = _gates(networks[0], batches), arguments.samples / len(batches[0])
 
     def run() -> dict[str, list[float]]:
         seconds: dict[str, list[float]] = {name: [] for name in ["forward", *names]}
-        for turn in range(arguments.rounds + 1):  # the first one only warms up
+        for turn in range(arguments.rounds + 1):
             networks.append(networks.pop(0))
-            cases = {name: _case(name, networks[place], arguments, folder) for place, name in enumerate(names, 1)}
+            its = batches if turn else batches[:WARM_UP]
+            cases = {name: _case(name, networks[place], its, gates, folder) for place, name in enumerate(names, 1)}
             once, spent = step_by_step(partial(_forward, networks[0], batches[0]), cases)
             for name, each in {"forward": loop * once, **spent}.items() if turn else ():
                 seconds[name].append(each)
@@ -88,11 +91,18 @@ def _prepare_together(names: Sequence[str], arguments: argparse.Namespace, folde
     return run
 
 
-def _case(name: str, network: nn.Module, arguments: argparse.Namespace, folder: str) -> Steps:
-    batches = pixels(arguments.samples).split(arguments.batch)
+def _network(arguments: argparse.Namespace) -> nn.Module:
+    return build("SE", arguments.depth, arguments.module)
+
+
+def _gates(network: nn.Module, batches: Sequence[Tensor]) -> Gates:
+    return stripe.find_gates(network, batches[0][:2].to(DEVICE))
+
+
+def _case(name: str, network: nn.Module, batches: Sequence[Tensor], gates: Gates, folder: str) -> Steps:
+    path = Path(folder, name)
     if name == CONTROL:
         return partial(_loop, network, batches)
-    gates, path = stripe.find_gates(network, batches[0][:2].to(DEVICE)), Path(folder, name)
     if name.startswith("stripe"):
         return partial(_stripe, network, batches, gates, path, squeeze="squeeze" in name)
     return PEERS[name](network, batches, gates, path)

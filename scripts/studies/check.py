@@ -12,12 +12,12 @@ from pathlib import Path
 
 from benchmarks import tables as benchmarks
 
-from studies import ablation, commands, comparison, growth, recipes, robustness, verdicts, wild
+from studies import ablation, commands, comparison, foretelling, growth, recipes, robustness, verdicts, wild
 from studies.table import PROVENANCE, read_text
 
 BLOCK = re.compile(r"(?P<open><!-- csv: (?P<path>[^\n]+) -->\n)(?:(?!<!-- /?csv).)*?(?P<close><!-- /csv -->)", re.S)
 MARK = re.compile(r"<!-- /?csv")
-MODULES = (ablation, benchmarks, commands, comparison, growth, recipes, robustness, verdicts, wild)
+MODULES = (ablation, benchmarks, commands, comparison, foretelling, growth, recipes, robustness, verdicts, wild)
 """The `tables(directory)` of each returns, by file name, the tables that follow from the records there."""
 
 

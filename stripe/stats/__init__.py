@@ -26,8 +26,9 @@ from stripe.stats.matching import (
 )
 from stripe.stats.measuring import NEAR_BOUND
 from stripe.stats.moments import CLASSES, GateMoments, Moments
+from stripe.stats.rank import effective_rank
 from stripe.stats.runs import NamedGate, RecordedRun
-from stripe.stats.spectrum import Spectrum, canonical_correlations, effective_rank, spectrum
+from stripe.stats.spectrum import Spectrum, canonical_correlations, spectrum
 from stripe.stats.strength import (
     IntraclassCorrelations,
     Shares,

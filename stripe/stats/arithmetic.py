@@ -26,19 +26,6 @@ def matrix(values: Array) -> Array:
     return values
 
 
-def deviation_blocks(values: Array, centre: Array) -> Iterator[tuple[slice, Array]]:
-    """Yield row slices and their float64 deviations, in a buffer that the next block overwrites."""
-    count, channels = values.shape
-    step = min(count, max(16, BLOCK_VALUES // channels))
-    buffer = np.empty((step, channels))
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        deviations = buffer[: rows.stop - start]
-        np.copyto(deviations, values[rows])  # cast first: subtracting mixed precisions is slower than both
-        deviations -= centre
-        yield rows, deviations
-
-
 def portions(total: int, width: int) -> Iterator[int]:
     """Yield numbers of rows of ``width`` values that sum to ``total``, each within the memory for counts."""
     step = max(1, COUNT_VALUES // width)

@@ -18,8 +18,8 @@ from stripe.stats.flags import flags
 from stripe.stats.intervals import CONFIDENCE, strength_interval
 from stripe.stats.labels import label_share
 from stripe.stats.moments import Moments
+from stripe.stats.rank import effective_ranks
 from stripe.stats.runs import NamedGate, RecordedRun, gates_of, opened
-from stripe.stats.spectrum import effective_rank
 from stripe.stats.strength import stripe_strength, two_way_shares
 
 COLUMNS = {
@@ -103,7 +103,7 @@ def summarize(
         run: what `stripe.open_run` returns, or the path of a run.
         epochs: the finished ones by default.
         gates: of the run, or their names; all by default.
-        rank: take the effective rank as well, which reads a gate's rows at a time; NaN without it.
+        rank: take the effective rank as well, which reads the rows; NaN without it.
         confidence: of the strength's interval.
 
     Returns:
@@ -142,15 +142,14 @@ def measure(
     run: RecordedRun, epoch: int, gates: Sequence[NamedGate], *, rank: bool = False, confidence: float = CONFIDENCE
 ) -> Iterator[Measured]:
     """Measure gates of one epoch one after the other; see `summarize`, which tabulates them."""
-    found = run.moments([epoch], [gate.name for gate in gates])
+    found = {gate: moments for (_, gate), moments in run.moments([epoch], [gate.name for gate in gates]).items()}
+    ranks = effective_ranks(run, epoch, found) if rank and run.has_samples else {}
     for gate in gates:
-        moments = found[epoch, gate.name]
-        row = row_of(moments, gate.form, confidence=confidence)
+        moments = found[gate.name]
+        row = row_of(moments, gate.form, confidence=confidence) | {"rank": ranks.get(gate.name, math.nan)}
         if moments.classes is None and run.has_samples:
             share = label_share(run.attention(gate.name, epoch), run.labels(epoch))
             row |= {"label_share": share.eta_squared, "label_omega": share.omega_squared}
-        if rank and run.has_samples:
-            row["rank"] = _rank(run.attention(gate.name, epoch), moments)
         yield Measured(epoch, gate.name, moments, row)
 
 
@@ -171,7 +170,7 @@ def tabulate(measured: Iterable[Measured]) -> pd.DataFrame:
 
 
 def row_of(moments: Moments, form: str = "multiplicative", *, confidence: float = CONFIDENCE) -> dict[str, Any]:
-    """Return what moments tell of a gate of this form, by the names of `summarize`'s columns."""
+    """Return what moments tell of a gate of this form, by the names of `summarize`'s columns: all but the rank."""
     strength, interval = stripe_strength(moments), strength_interval(moments, confidence=confidence)
     shares, classes = two_way_shares(moments), label_share(moments)
     return {
@@ -189,16 +188,5 @@ def row_of(moments: Moments, form: str = "multiplicative", *, confidence: float 
         "rest_share": shares.rest,
         "label_share": classes.eta_squared,
         "label_omega": classes.omega_squared,
-        "rank": math.nan,
         "flags": ",".join(flags(moments, form)),
     }
-
-
-def _rank(values: npt.NDArray[np.floating[Any]], moments: Moments) -> float:
-    """Take the effective rank of what the moments are of: without samples and channels that are not finite."""
-    if not moments.count:
-        return math.nan
-    if moments.nonfinite:
-        values = values[:, moments.finite]
-        values = values[np.isfinite(values).all(axis=1)]
-    return effective_rank(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,6 +49,10 @@ class RecordedRun(Protocol):
 
     def attention(self, gate: str, epoch: int) -> Array:
         """Attention vectors, (samples, channels)."""
+        ...
+
+    def batches(self, epoch: int, gates: Sequence[str]) -> Iterator[Mapping[str, Array]]:
+        """Attention vectors of several gates by name, a number of samples at a time."""
         ...
 
     def labels(self, epoch: int) -> Labels:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stripe.stats.arithmetic import Array, Counts, Labels, deviation_blocks, matrix, ratio
+from stripe.stats.arithmetic import Array, Counts, Labels, matrix
 from stripe.stats.groups import BLOCKS, block_keys, coarse
 from stripe.stats.intervals import CONFIDENCE, check_confidence, jackknife
 from stripe.stats.measuring import centre
@@ -146,42 +146,6 @@ def _corrected(counts: Counts, every: float, without: Array, confidence: float) 
     bias = every - float(np.sum((sizes * every - (sizes - 1) * without) / sizes))
     low, high = jackknife(counts, every, without, confidence)
     return every - bias, low - bias, high - bias
-
-
-def effective_rank(values: Array) -> float:
-    """Participation ratio (sum l)^2 / sum l^2 of the eigenvalues l of the covariance of (samples, channels).
-
-    Both sums are estimated without bias, whatever the distribution: they are means over four samples x, y, z, w of
-    |x - y|^2 |z - w|^2 / 4 and of ((x - y)(z - w))^2 / 4, the second the estimate of Himeno and Yamada (2014). The
-    eigenvalues of the estimated covariance alone would tell too few directions, as their squares are too large. It is
-    1 where all samples lie on a line, at most the number of channels, and NaN when no channel varies or with fewer
-    than four samples.
-
-    Example:
-        >>> import numpy as np
-        >>> noise = 0.1 * np.random.default_rng(0).standard_normal((500, 16))
-        >>> attention = np.linspace(0.2, 0.8, 16) + noise  # 500 images, 16 channels
-        >>> round(effective_rank(attention), 1)  # noise in every direction
-        16.0
-    """
-    values = matrix(values)
-    n, channels = values.shape
-    if n < 4:
-        return float("nan")
-    mean = centre(values)
-    if n < channels:
-        off = values - mean
-        gram = np.asarray(off @ off.T)
-        fourth = float(np.square(gram.diagonal()).sum())
-    else:
-        gram, fourth = np.zeros((channels, channels)), 0.0
-        for _, part in deviation_blocks(values, mean):
-            gram += part.T @ part
-            fourth += float(np.square(np.einsum("nc,nc->n", part, part)).sum())
-    trace, squares = float(np.trace(gram)) ** 2, float(np.vdot(gram, gram))
-    of_trace = (n * n - 3 * n + 1) * trace - n * (n - 1) * fourth + 2 * squares
-    of_squares = (n - 1) * (n - 2) * squares + trace - n * (n - 1) * fourth
-    return float(min(ratio(of_trace, of_squares), channels))
 
 
 def canonical_correlations(scores: Array, others: Array) -> Array:

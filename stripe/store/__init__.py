@@ -4,7 +4,7 @@ A run is a directory, or an object-storage prefix such as ``s3://bucket/run``::
 
     run.json                                    the manifest, the only word on what is finished
     attention/epoch=0012/part-0000-000.parquet  a row per sample: sample, label, attention:<gate>, squeeze:<gate>
-    .moments/epoch=0012/part-0000-000.moments   the moments of those rows, a Parquet table; see `Moments`
+    .moments/epoch=0012/part-0000-000.moments   the moments of all rows of the epoch, a Parquet table; see `Moments`
     moments/epoch=0012/part-0000-000.parquet    in place of both, in a run of moments: that table alone
     .unfinished/epoch=0013/                     what is being written; readers never look here
     .damaged/                                   what a repair set aside

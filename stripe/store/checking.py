@@ -7,10 +7,10 @@ import os
 import posixpath
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,9 @@ from stripe.store.manifest import (
 from stripe.store.parts import measure, measuring, parse_footer, read_footer, write_moments
 from stripe.store.reading import measure_rows, read_moments, read_part, to_block
 
+if TYPE_CHECKING:
+    from stripe.stats import Moments
+
 DAMAGED = ".damaged"
 
 
@@ -43,7 +46,7 @@ class EpochCheck:
     """What was found of an epoch; no problem: all its values can be read, and are those that were written.
 
     ``moments`` says the same of the moments kept beside its rows: "whole" where they are those of the rows, "none"
-    where a part has none, as of an early version, or what is wrong with them. They can be rebuilt from whole rows.
+    where there are none, as of an early version, or what is wrong with them. They can be rebuilt from whole rows.
     """
 
     epoch: int
@@ -164,35 +167,32 @@ def _check_epoch(directory: Directory, manifest: Manifest, epoch: Epoch) -> Epoc
     found = EpochCheck(epoch.epoch, len(epoch.parts), rows, size, None)
     try:
         if not manifest.has_samples:
-            for part in epoch.parts:
-                read_moments(directory, manifest, epoch.epoch, part)
+            read_moments(directory, manifest, epoch)
             return found
-        samples, moments = zip(
-            *(_read_whole(directory, manifest, epoch.epoch, part) for part in epoch.parts), strict=True
-        )
+        samples, measured = [], measuring(manifest)
+        for part in epoch.parts:
+            for table in read_part(directory, manifest, epoch.epoch, part):
+                samples.append(table["sample"].to_numpy())
+                measure(measured, manifest, to_block(table, manifest))
         values, times = np.unique(np.concatenate(samples), return_counts=True)
         require((times == 1).all(), f"samples come twice: {listing(values[times > 1].tolist())}")
     except (FileNotFoundError, ValueError) as error:
         return replace(found, problem=one_line(error))
-    return replace(found, moments=next((each for each in moments if each != "whole"), "whole"))
+    return replace(found, moments=_compared(directory, manifest, epoch, measured.moments()))
 
 
-def _read_whole(directory: Directory, manifest: Manifest, epoch: int, part: Part) -> tuple[NDArray[np.int64], str]:
-    """Return the samples of a part, and what is to be said of the moments beside it."""
-    samples, measured = [], measuring(manifest)
-    for table in read_part(directory, manifest, epoch, part):
-        samples.append(table["sample"].to_numpy())
-        measure(measured, manifest, to_block(table, manifest))
+def _compared(directory: Directory, manifest: Manifest, epoch: Epoch, measured: Mapping[str, Moments]) -> str:
+    """Say of the moments kept beside an epoch's rows what `EpochCheck` does, given those of the rows."""
+    name = manifest.moments_file(epoch)
     try:
-        kept = read_moments(directory, manifest, epoch, part)
+        kept = read_moments(directory, manifest, epoch)
     except ValueError as error:
-        return np.concatenate(samples), one_line(error)
+        return one_line(error)
     if kept is None:
-        lost = f"{manifest.moments_file(epoch, part.name)} is missing: rebuild it with `stripe check --repair`"
-        return np.concatenate(samples), "none" if part.moments is None else lost
-    other = next((gate for gate, its in measured.moments().items() if not its.is_close(kept[gate])), None)
-    wrong = f"{manifest.moments_file(epoch, part.name)} is not of the rows of {part.name}, as gate '{other}' shows"
-    return np.concatenate(samples), wrong if other else "whole"
+        lost = f"{name} is missing: rebuild it with `stripe check --repair`"
+        return "none" if epoch.moments is None else lost
+    other = next((gate for gate, its in measured.items() if not its.is_close(kept[gate])), None)
+    return f"{name} is not of the rows of epoch {epoch.epoch}, as gate '{other}' shows" if other else "whole"
 
 
 # ---- rebuilding -------------------------------------------------------------------------------------------
@@ -231,7 +231,8 @@ def _rebuilt(directory: Directory) -> Manifest | None:
             steps |= {} if notes.get("step") is None else {number: notes["step"]}
             mixed.update(notes.get("mixed", ()))
     finished = sorted(parts.keys() - interrupted)
-    epochs = [Epoch(number, tuple(_with_gaps(parts[number])), steps.get(number)) for number in finished]
+    whole = (Epoch(number, tuple(_with_gaps(parts[number])), steps.get(number)) for number in finished)
+    epochs = [replace(epoch, moments=_moments_crc(directory, manifest, epoch)) for epoch in whole]
     created = min(info.mtime for info in infos).astimezone(UTC).isoformat(timespec="seconds")
     return replace(manifest, created=created, epochs=tuple(epochs), mixed=tuple(sorted(mixed)))
 
@@ -249,21 +250,19 @@ def _describe(directory: Directory, info: fs.FileInfo) -> tuple[str | None, Part
         manifest = Manifest.from_json(carried[ORIGIN.encode()])
         part = Part(info.base_name, metadata.num_rows, info.size, zlib.crc32(footer))
         notes = read_notes(carried.get(NOTES.encode()))
-        return manifest.origin(), replace(part, moments=_moments_crc(directory, manifest, info)), notes
+        return manifest.origin(), part, notes
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         if out_of_reach(error):
             raise
         return None, Part(info.base_name, 1, max(1, info.size)), {}
 
 
-def _moments_crc(directory: Directory, manifest: Manifest, info: fs.FileInfo) -> int | None:
-    """Return what a manifest says of the moments beside a part: None where there are none that can be read."""
-    number = epoch_number(info.path)
-    if not manifest.has_samples or number is None:
+def _moments_crc(directory: Directory, manifest: Manifest, epoch: Epoch) -> int | None:
+    """Return what a manifest says of the moments beside an epoch's rows: None where there are none that can be read."""
+    if not manifest.has_samples:
         return None
-    name = manifest.moments_file(number, info.base_name)
     try:
-        with directory.files.open_input_file(name) as stream:
+        with directory.files.open_input_file(manifest.moments_file(epoch)) as stream:
             return zlib.crc32(read_footer(stream))
     except (OSError, ValueError) as error:
         if out_of_reach(error) and not isinstance(error, FileNotFoundError):
@@ -282,15 +281,11 @@ def _with_gaps(parts: Iterable[Part]) -> list[Part]:
 
 
 def _with_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> Epoch:
-    """Measure the parts of an epoch anew, and write their moments beside them, each file by rename."""
+    """Measure the rows of an epoch anew, and write their moments beside them by rename."""
     if not manifest.has_samples:
         return epoch
-    parts, gates = [], [gate.name for gate in manifest.gates]
-    for part in epoch.parts:
-        moments = measure_rows(directory, manifest, epoch.epoch, part, gates)
-        name = manifest.moments_file(epoch.epoch, part.name)
-        parts.append(replace(part, moments=write_moments(directory, name, moments)))
-    return replace(epoch, parts=tuple(parts))
+    moments = measure_rows(directory, manifest, epoch, [gate.name for gate in manifest.gates])
+    return replace(epoch, moments=write_moments(directory, manifest.moments_file(epoch), moments))
 
 
 def _set_aside(directory: Directory, name: str, keep: bool = False) -> None:

@@ -183,14 +183,9 @@ class Directory:
         return {number for info in infos if (number := epoch_number(info.path)) is not None}
 
     def unnamed(self, manifest: Manifest) -> list[str]:
-        """List the parts in the folders of epochs, and the moments beside them, that the manifest does not name."""
+        """List the parts in the folders of epochs, and the moments of epochs, that the manifest does not name."""
         named = {f"{manifest.folder(found.epoch)}/{part.name}" for found in manifest.epochs for part in found.parts}
-        named |= {
-            manifest.moments_file(found.epoch, part.name)
-            for found in manifest.epochs
-            for part in found.parts
-            if part.moments is not None
-        }
+        named |= {manifest.moments_file(found) for found in manifest.epochs if found.moments is not None}
         found = [info.path for root in ROOTS for info in self.files_in(root) if PART_NAME.fullmatch(info.base_name)]
         found += [info.path for info in self.files_in(MOMENTS_FOLDER)]
         return [path for path in found if path not in named]

@@ -28,7 +28,7 @@ MANIFEST = "run.json"
 ORIGIN = "stripe"  # the key, in a part's metadata, of Manifest.origin
 NOTES = "stripe.epoch"  # and that of Manifest.notes
 FOLDERS = {"samples": "attention", "moments": "moments", "label-moments": "moments"}  # by contents
-MOMENTS_FOLDER, MOMENTS_SUFFIX = ".moments", ".moments"  # of the files beside parts; Polars reads whole folders
+MOMENTS_FOLDER, MOMENTS_SUFFIX = ".moments", ".moments"  # of the files beside the rows; Polars reads whole folders
 PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
 MAX_CHANNELS = 2**20  # this and the next refuse a hostile manifest, far above any real one
 MAX_COUNT = 2**50
@@ -37,41 +37,40 @@ LAYOUT = re.compile(r"N(?=[^C]*C[^C]*$)[RGCDHWLS]{1,15}")
 
 @dataclass(frozen=True)
 class Part:
-    """A finished Parquet file: its name inside the epoch's folder, rows, size, and CRC-32 of its footer.
-
-    ``moments`` is the CRC-32 of the footer of the file with the moments of its rows, None where there is no such file.
-    """
+    """A finished Parquet file: its name inside the epoch's folder, rows, size, and CRC-32 of its footer."""
 
     name: str
     rows: int
     bytes: int
     footer: int | None = None  # pages carry their own checksums; early runs have none of the footer
-    moments: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a name that could lead out of the folder, and sizes that are none (ValueError)."""
         require(type(self.name) is str and PART_NAME.fullmatch(self.name), f"unsafe part name {self.name!r:.80}")
         require_count(self.rows, 1, MAX_COUNT, f"rows of {self.name}")
         require_count(self.bytes, 1, MAX_COUNT, f"bytes of {self.name}")
-        for crc in (self.footer, self.moments):
-            require_count(0 if crc is None else crc, 0, 2**32 - 1, f"footer of {self.name}")
+        require_count(0 if self.footer is None else self.footer, 0, 2**32 - 1, f"footer of {self.name}")
 
 
 @dataclass(frozen=True)
 class Epoch:
     """A finished epoch: its number, its parts in the order they are read, and the step of the training, where known.
 
-    A step is an update of the weights; an epoch recorded after the first 500 of them has step 500.
+    A step is an update of the weights; an epoch recorded after the first 500 of them has step 500. ``moments`` is the
+    CRC-32 of the footer of the file with the moments of all its rows, None where there is no such file.
     """
 
     epoch: int
     parts: tuple[Part, ...]
     step: int | None = None
+    moments: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a number that is no epoch, an epoch without parts, and a part named twice (ValueError)."""
         require_count(self.epoch, 0, MAX_COUNT, "epoch")
         require_count(0 if self.step is None else self.step, 0, MAX_COUNT, f"step of epoch {self.epoch}")
+        crc = 0 if self.moments is None else self.moments
+        require_count(crc, 0, 2**32 - 1, f"footer of the moments of epoch {self.epoch}")
         require(self.parts, f"epoch {self.epoch} has no parts")
         require_unique((part.name for part in self.parts), "part names must differ")
 
@@ -122,10 +121,7 @@ class Manifest:
             require_count(record["schema"], 1, SCHEMA_VERSION, "schema version")
             read_gate = _gate if record["schema"] == SCHEMA_VERSION else _gate_of_version_1
             gates = tuple(read_gate(**gate) for gate in record["gates"])
-            epochs = tuple(
-                Epoch(**{**epoch, "parts": tuple(Part(**part) for part in epoch["parts"])})
-                for epoch in record["epochs"]
-            )
+            epochs = tuple(_epoch(**epoch) for epoch in record["epochs"])
             mixed = tuple(record.get("mixed", ()))
             return cls(**{**record, "schema": SCHEMA_VERSION, "gates": gates, "epochs": epochs, "mixed": mixed})
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -156,9 +152,10 @@ class Manifest:
         """Return where the parts of ``epoch`` lie."""
         return f"{FOLDERS[self.contents]}/{epoch_name(epoch)}"
 
-    def moments_file(self, epoch: int, part: str) -> str:
-        """Return where the moments of a part of ``epoch`` lie."""
-        return f"{MOMENTS_FOLDER}/{epoch_name(epoch)}/{part.removesuffix('.parquet')}{MOMENTS_SUFFIX}"
+    def moments_file(self, epoch: Epoch) -> str:
+        """Return where the moments of an epoch's rows lie: its first part's name tells it from what it replaced."""
+        first = epoch.parts[0].name.removesuffix(".parquet")
+        return f"{MOMENTS_FOLDER}/{epoch_name(epoch.epoch)}/{first}{MOMENTS_SUFFIX}"
 
     @cached_property
     def arrow_schema(self) -> pa.Schema:
@@ -189,6 +186,17 @@ def read_notes(text: bytes | None) -> dict[str, Any]:
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"notes {text[:80]!r} of a part: {one_line(error)}") from error
     return {"step": step, "mixed": mixed}
+
+
+def _epoch(*, parts: Any, **plain: Any) -> Epoch:
+    """Build an epoch from the object in run.json; development versions said of each part what moments were beside it.
+
+    Those of an epoch's only part are the epoch's; of several, the epoch has none, and is measured by its rows.
+    """
+    found = [{"moments": None, **part} for part in parts]
+    early = [part.pop("moments") for part in found]
+    moments = early[0] if len(early) == 1 else None
+    return Epoch(**{"moments": moments} | plain, parts=tuple(Part(**part) for part in found))
 
 
 # ---- gates, as run.json holds them ----

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,8 @@ from stripe.messages import require
 
 if TYPE_CHECKING:
     from stripe.stats import Groups, Moments
+
+Key = TypeVar("Key", bound=Hashable)
 
 _VECTOR = pa.list_(pa.float64())
 MOMENTS_SCHEMA = pa.schema(
@@ -96,6 +98,14 @@ def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moment
             row, vector, start = row + 1 + blocks + (classes or 0), vector + width, int(ends[-1])
 
     return dict(parts())
+
+
+def merged(parts: Iterable[Mapping[Key, Moments]]) -> dict[Key, Moments]:
+    """Merge the moments of several parts, each of which may hold those of many gates."""
+    whole: dict[Key, Moments] = {}
+    for part in parts:
+        whole |= {key: whole[key].merge(its) if key in whole else its for key, its in part.items()}
+    return whole
 
 
 def _rows(key: str, groups: Groups) -> list[dict[str, Any]]:

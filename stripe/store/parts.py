@@ -1,4 +1,4 @@
-"""Parquet parts: row groups are encoded into staged files of bounded size, with the moments of their rows beside."""
+"""Parquet parts: row groups are encoded into staged files of bounded size; the moments of all rows go beside them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Block = Mapping[str, NDArray[Any]]  # column -> (rows,) or (rows, channels)
 
 
 class PartWriter:
-    """Encodes row groups into staged parts of about ``PART_BYTES``, and measures them; used by one thread at a time.
+    """Encodes a rank's rows of an epoch into staged parts, and measures them; used by one thread at a time.
 
-    A part of a run of moments holds the moments of its rows, any other one the rows, with the moments in a file that
-    has the same name with MOMENTS_SUFFIX.
+    Parts are of about ``PART_BYTES``. The moments of all rows are a file beside them, with MOMENTS_SUFFIX and no
+    sequence number; in a run of moments they are the only part.
     """
 
     def __init__(self, directory: Directory, manifest: Manifest, name: str, step: int | None = None) -> None:
@@ -67,35 +67,32 @@ class PartWriter:
                 self._writer.write_table(rows, row_group_size=len(rows))
         measure(self._measured, self._manifest, block)
         if self._writer and self._sink.tell() >= PART_BYTES:
-            self.close()
+            with self._directory.writing():
+                self._complete(self._writer, self._name)
+            self._sequence += 1
 
     def close(self) -> None:
-        """Complete the open part, if there is one, and push it to the disk."""
+        """Complete the open part, if there is one, write the moments of all rows, and push both to the disk."""
         if self._measured.empty:
             return
+        beside = f"{self._prefix}{MOMENTS_SUFFIX}", MOMENTS_SCHEMA
+        name, schema = beside if self._manifest.has_samples else (self._name, self._schema)
         with self._directory.writing():
             if self._writer:
                 self._complete(self._writer, self._name)
-            if self._manifest.has_samples:
-                self._write_moments(f"{self._name}{MOMENTS_SUFFIX}", MOMENTS_SCHEMA)
-            else:
-                self._write_moments(self._name, self._schema)
-        self._writer, self._sequence = None, self._sequence + 1
-        self._measured = measuring(self._manifest)
+            self._writer = self._open(name, schema)
+            self._writer.write_table(to_table(self._measured.moments(), schema))
+            self._complete(self._writer, name)
 
     @property
     def _name(self) -> str:
         return f"{self._prefix}-{self._sequence:03d}"
 
-    def _write_moments(self, name: str, schema: pa.Schema) -> None:
-        self._writer = self._open(name, schema)
-        self._writer.write_table(to_table(self._measured.moments(), schema))
-        self._complete(self._writer, name)
-
     def _complete(self, writer: pq.ParquetWriter, name: str) -> None:
         writer.close()
         self._sink.close()
         self._directory.sync(name)
+        self._writer = None
 
     def _open(self, name: str, schema: pa.Schema) -> pq.ParquetWriter:
         self._directory.files.create_dir(posixpath.dirname(name), recursive=True)
@@ -120,7 +117,7 @@ def parquet_writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_moments(directory: Directory, name: str, moments: Mapping[str, Moments]) -> int:
-    """Write moments beside a part that is in its place, by rename; return the CRC-32 of the file's footer."""
+    """Write the moments of an epoch whose parts are in their place, by rename; return the CRC-32 of their footer."""
     with directory.writing():
         directory.files.create_dir(posixpath.dirname(name), recursive=True)
     with (
@@ -133,7 +130,7 @@ def write_moments(directory: Directory, name: str, moments: Mapping[str, Moments
 
 
 def measuring(manifest: Manifest) -> GateMoments:
-    """Return what measures the rows of a part: means of classes are kept where they are asked for, or few."""
+    """Return what measures the rows of an epoch: means of classes are kept where they are asked for, or few."""
     from stripe.stats import CLASSES, GateMoments  # a run can be read without it
 
     channels = {gate.name: gate.channels for gate in manifest.gates}

@@ -19,8 +19,8 @@ from stripe.gate import Gate, Gates, name_of
 from stripe.messages import listing, one_line, require
 from stripe.store.directory import Directory, out_of_reach
 from stripe.store.display import run_html
-from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest, Part
-from stripe.store.moments import MOMENTS_SCHEMA, from_table
+from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Epoch, Manifest, Part
+from stripe.store.moments import MOMENTS_SCHEMA, from_table, merged
 from stripe.store.parts import Block, measure, measuring, parse_footer, read_footer
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class Run:
     @property
     def keeps_moments(self) -> bool:
         """Whether moments of all samples are at hand without reading a row."""
-        parts = (part for epoch in self.manifest.epochs for part in epoch.parts)
-        return not self.has_samples or all(part.moments is not None for part in parts)
+        return not self.has_samples or all(epoch.moments is not None for epoch in self.manifest.epochs)
 
     @property
     def mixed(self) -> str:
@@ -172,17 +171,13 @@ class Run:
         """Return the moments of each epoch and gate: those kept beside the rows, or measured from rows without them."""
         chosen = self._channels(gates)
         found: dict[tuple[int, str], Moments] = {}
-        for epoch in self.epochs if epochs is None else epochs:
-            for part in self._parts(epoch):
-                for gate, its in self._part_moments(epoch, part, list(chosen)).items():
-                    found[epoch, gate] = found[epoch, gate].merge(its) if (epoch, gate) in found else its
+        for number in self.epochs if epochs is None else epochs:
+            epoch = self._epoch(number)
+            its = read_moments(self._directory, self.manifest, epoch)
+            if its is None:
+                its = measure_rows(self._directory, self.manifest, epoch, list(chosen))
+            found |= {(number, gate): its[gate] for gate in chosen}
         return found
-
-    def _part_moments(self, epoch: int, part: Part, gates: Sequence[str]) -> dict[str, Moments]:
-        found = read_moments(self._directory, self.manifest, epoch, part)
-        if found is None:
-            found = measure_rows(self._directory, self.manifest, epoch, part, gates)
-        return {gate: found[gate] for gate in gates}
 
     def _channels(self, gates: Sequence[Gate | str] | None) -> dict[str, int]:
         """Return the channels of the gates asked for, by name; all by default."""
@@ -201,14 +196,14 @@ class Run:
 
     def _tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Iterate over the row groups of an epoch."""
-        parts = self._parts(epoch)
+        parts = self._epoch(epoch).parts
         return (table for part in parts for table in read_part(self._directory, self.manifest, epoch, part, columns))
 
-    def _parts(self, epoch: int) -> Sequence[Part]:
-        """Return the parts of an epoch; ValueError for one that was not recorded."""
-        parts = {found.epoch: found.parts for found in self.manifest.epochs}
-        require(epoch in parts, f"run '{self.path}' has no epoch {epoch}; it has {listing(self.epochs)}")
-        return parts[epoch]
+    def _epoch(self, number: int) -> Epoch:
+        """Return what the manifest says of an epoch; ValueError for one that was not recorded."""
+        epochs = {epoch.epoch: epoch for epoch in self.manifest.epochs}
+        require(number in epochs, f"run '{self.path}' has no epoch {number}; it has {listing(self.epochs)}")
+        return epochs[number]
 
 
 def read_part(
@@ -227,33 +222,44 @@ def read_part(
             yield from _row_groups(stream, metadata, manifest.arrow_schema, columns)
 
 
-def read_moments(directory: Directory, manifest: Manifest, epoch: int, part: Part) -> dict[str, Moments] | None:
-    """Return the moments of a part's rows by gate; None where they are not kept, or their file is gone.
+def read_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> dict[str, Moments] | None:
+    """Return the moments of an epoch's rows by gate; None where they are not kept, or their file is gone.
 
     Raises ValueError for a file that is cut, damaged, or not what the manifest says.
     """
-    channels = {gate.name: gate.channels for gate in manifest.gates}
     if not manifest.has_samples:
-        return from_table(pa.concat_tables(read_part(directory, manifest, epoch, part)), channels)
-    name = manifest.moments_file(epoch, part.name)
-    if part.moments is None or not directory.holds(name):
+        parts = (pa.concat_tables(read_part(directory, manifest, epoch.epoch, part)) for part in epoch.parts)
+        return merged(from_table(part, _channels(manifest)) for part in parts)
+    name = manifest.moments_file(epoch)
+    if epoch.moments is None or not directory.holds(name):
         return None
     with _damage_named(directory, name, "rebuild it with `stripe check --repair`"):
-        with directory.reading(), directory.files.open_input_file(name) as stream:
-            metadata = _metadata(stream, part.moments)
-            return from_table(pa.concat_tables(_row_groups(stream, metadata, MOMENTS_SCHEMA, None)), channels)
+        return read_moments_file(directory, manifest, name, epoch.moments)
 
 
-def measure_rows(
-    directory: Directory, manifest: Manifest, epoch: int, part: Part, gates: Sequence[str]
+def read_moments_file(
+    directory: Directory, manifest: Manifest, name: str, footer_crc: int | None = None
 ) -> dict[str, Moments]:
-    """Return the moments of some gates by reading a part's rows."""
+    """Return the moments that a file beside the rows holds, by gate; ValueError where its footer has another CRC-32."""
+    with directory.reading(), directory.files.open_input_file(name) as stream:
+        metadata = _metadata(stream, footer_crc)
+        table = pa.concat_tables(_row_groups(stream, metadata, MOMENTS_SCHEMA, None))
+        return from_table(table, _channels(manifest))
+
+
+def measure_rows(directory: Directory, manifest: Manifest, epoch: Epoch, gates: Sequence[str]) -> dict[str, Moments]:
+    """Return the moments of some gates by reading an epoch's rows."""
     chosen = replace(manifest, gates=tuple(gate for gate in manifest.gates if gate.name in gates))
     measured = measuring(chosen)
     columns = ["sample", "label", *(f"attention:{gate.name}" for gate in chosen.gates)]
-    for table in read_part(directory, manifest, epoch, part, columns):
-        measure(measured, chosen, to_block(table, chosen))
+    for part in epoch.parts:
+        for table in read_part(directory, manifest, epoch.epoch, part, columns):
+            measure(measured, chosen, to_block(table, chosen))
     return measured.moments()
+
+
+def _channels(manifest: Manifest) -> dict[str, int]:
+    return {gate.name: gate.channels for gate in manifest.gates}
 
 
 def to_block(table: pa.Table, manifest: Manifest) -> Block:

@@ -34,8 +34,9 @@ from stripe.store.manifest import (
     epoch_name,
     rank_and_sequence,
 )
-from stripe.store.parts import PartWriter, parse_footer, read_footer
-from stripe.store.reading import read_part
+from stripe.store.moments import merged
+from stripe.store.parts import PartWriter, parse_footer, read_footer, write_moments
+from stripe.store.reading import read_moments_file, read_part
 from stripe.store.rows import EpochWriter
 
 DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
@@ -239,34 +240,44 @@ class RunWriter:
         epochs = {epoch.epoch: epoch for epoch in current.epochs}
         used = [rank_and_sequence(part.name)[1] for part in epochs[number].parts] if number in epochs else [-1]
         with self._directory.writing():
-            epochs[number] = Epoch(number, tuple(self._move_parts(staged, number, first=max(used) + 1)), step)
+            parts = tuple(self._move_parts(staged, number, first=max(used) + 1))
+            epochs[number] = self._with_moments(Epoch(number, parts, step))
         ascending = tuple(epochs[key] for key in sorted(epochs))
         self._directory.write_manifest(replace(current, epochs=ascending))
         self._directory.clear(number)
 
     def _staged(self, number: int) -> list[str]:
-        """List what has been written of an epoch and not yet published, by rank and sequence."""
+        """List the parts of an epoch that have been written and not yet published, by rank and sequence."""
         infos = self._directory.files_in(f"{STAGING}/{epoch_name(number)}")
         return sorted((info.path for info in infos if not info.path.endswith(MOMENTS_SUFFIX)), key=rank_and_sequence)
 
     def _move_parts(self, staged: Sequence[str], number: int, first: int) -> Iterator[Part]:
-        """Give staged parts and their moments their final names, numbered from ``first`` within each rank."""
+        """Give staged parts their final names, numbered from ``first`` within each rank."""
         files, folder = self._directory.files, self._manifest.folder(number)
         files.create_dir(folder, recursive=True)
         for path in staged:
             rank, sequence = rank_and_sequence(path)
             name = f"part-{rank:04d}-{first + sequence:03d}.parquet"
             footer, size = self._footer(path)
-            moments = None
-            if self._manifest.has_samples:
-                moments = zlib.crc32(self._footer(f"{path}{MOMENTS_SUFFIX}")[0])
-                target = self._manifest.moments_file(number, name)
-                files.create_dir(posixpath.dirname(target), recursive=True)
-                files.move(f"{path}{MOMENTS_SUFFIX}", target)
-                self._directory.sync(posixpath.dirname(target))
-            yield Part(name, parse_footer(footer).num_rows, size, zlib.crc32(footer), moments)
+            yield Part(name, parse_footer(footer).num_rows, size, zlib.crc32(footer))
             files.move(path, f"{folder}/{name}")
         self._directory.sync(folder, folder.partition("/")[0])
+
+    def _with_moments(self, epoch: Epoch) -> Epoch:
+        """Give the staged moments of an epoch's rows their final name, those of several ranks merged into one file."""
+        infos = self._directory.files_in(f"{STAGING}/{epoch_name(epoch.epoch)}")
+        staged = [info.path for info in infos if info.path.endswith(MOMENTS_SUFFIX)]
+        if not staged:  # a run of moments: they are its parts
+            return epoch
+        target = self._manifest.moments_file(epoch)
+        if len(staged) > 1:
+            ranks = (read_moments_file(self._directory, self._manifest, path) for path in staged)
+            return replace(epoch, moments=write_moments(self._directory, target, merged(ranks)))
+        crc = zlib.crc32(self._footer(staged[0])[0])
+        self._directory.files.create_dir(posixpath.dirname(target), recursive=True)
+        self._directory.files.move(staged[0], target)
+        self._directory.sync(posixpath.dirname(target))
+        return replace(epoch, moments=crc)
 
     def _footer(self, path: str) -> tuple[bytes, int]:
         """Return the footer and the size of a file."""

@@ -1,0 +1,130 @@
+"""The effective rank: in how many directions attention varies, from products of channels summed over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from stripe.stats.arithmetic import BLOCK_VALUES, Array, matrix, ratio
+from stripe.stats.measuring import centre
+from stripe.stats.moments import Moments
+from stripe.stats.runs import RecordedRun
+
+MANY = 16  # samples a channel, from which products of float32 values are taken in float32
+HELD_VALUES = 2**24  # products that are held at once, 128 MB: gates take turns where theirs are more
+
+
+def effective_rank(values: Array) -> float:
+    """Participation ratio (sum l)^2 / sum l^2 of the eigenvalues l of the covariance of (samples, channels).
+
+    Both sums are estimated without bias, whatever the distribution: they are means over four samples x, y, z, w of
+    |x - y|^2 |z - w|^2 / 4 and of ((x - y)(z - w))^2 / 4, the second the estimate of Himeno and Yamada (2014). The
+    eigenvalues of the estimated covariance alone would tell too few directions, as their squares are too large. It is
+    1 where all samples lie on a line, at most the number of channels, and NaN when no channel varies or with fewer
+    than four samples. For float32 values with at least 16 samples a channel it is within 1e-5, relative, of what
+    float64 gives.
+
+    Example:
+        >>> import numpy as np
+        >>> noise = 0.1 * np.random.default_rng(0).standard_normal((500, 16))
+        >>> attention = np.linspace(0.2, 0.8, 16) + noise  # 500 images, 16 channels
+        >>> round(effective_rank(attention), 1)  # noise in every direction
+        16.0
+    """
+    values = matrix(values)
+    mean = centre(values)
+    products = _Products(len(values), mean, values.min(axis=0), values.max(axis=0), values.dtype)
+    products.add(values)
+    return products.effective_rank()
+
+
+def effective_ranks(run: RecordedRun, epoch: int, moments: Mapping[str, Moments]) -> dict[str, float]:
+    """Return the effective rank in an epoch of every gate whose moments are given, reading its rows."""
+    ranks = dict.fromkeys(moments, float("nan"))
+    for gates in _turns(moments):
+        products = {gate: _products_of(moments[gate]) for gate in gates}
+        for batch in run.batches(epoch, gates):
+            for gate, values in batch.items():
+                products[gate].add(_sound(values, moments[gate]))
+        ranks |= {gate: each.effective_rank() for gate, each in products.items()}
+    return ranks
+
+
+def _turns(moments: Mapping[str, Moments]) -> Iterator[list[str]]:
+    """Yield the gates that have samples, as many at once as memory is for."""
+    turn: list[str] = []
+    held = 0
+    for gate, each in moments.items():
+        size = each.mean.size * min(each.mean.size, each.count)
+        if turn and held + size > HELD_VALUES:
+            yield turn
+            turn, held = [], 0
+        if size:
+            turn, held = [*turn, gate], held + size
+    if turn:
+        yield turn
+
+
+def _products_of(moments: Moments) -> _Products:
+    keep = moments.finite
+    mean, low, high = (each[keep] for each in (moments.mean, moments.low, moments.high))
+    return _Products(moments.count, mean, low, high, np.dtype(np.float32))
+
+
+def _sound(values: Array, moments: Moments) -> Array:
+    """Leave out the samples and channels that the moments leave out."""
+    if not moments.nonfinite:
+        return values
+    values = values[:, moments.finite]
+    return values[np.isfinite(values).all(axis=1)]
+
+
+class _Products:
+    """Products of channels about the mean, summed over samples; of samples, where they are fewer than the channels.
+
+    Rounded to float32, the product of a block's rows is off by some 1e-7; blocks are added up in float64. What is
+    subtracted for the bias is small beside it where samples are many.
+    """
+
+    def __init__(self, samples: int, mean: Array, low: Array, high: Array, dtype: npt.DTypeLike) -> None:
+        """Expect so many rows of type ``dtype`` whose channels have this mean, lowest and highest value."""
+        channels = mean.size
+        many = samples >= MANY * channels
+        self._dtype = np.float32 if dtype == np.float32 and many else np.float64
+        reach = np.frexp(max((high - mean).max(), (mean - low).max()))[1]
+        self._scale = 2.0 ** -int(np.clip(reach, -100, 100))  # the largest deviation is about 1; nothing is rounded
+        self._near = (mean * self._scale).astype(self._dtype)
+        self._rest = (mean * self._scale - self._near).astype(self._dtype)  # what float32 leaves of the mean
+        self._samples, self._channels = samples, channels
+        self._gram, self._rows = (None, []) if samples < channels else (np.zeros((channels, channels)), None)
+        self._fourth = 0.0
+
+    def add(self, values: Array) -> None:
+        """Take rows, (n, channels)."""
+        step = max(16, BLOCK_VALUES // self._channels)
+        for start in range(0, len(values), step):
+            part = np.multiply(values[start : start + step], self._scale, dtype=self._dtype)
+            part -= self._near
+            part -= self._rest
+            squares = np.einsum("nc,nc->n", part, part).astype(np.float64)
+            self._fourth += float(squares @ squares)
+            if self._gram is None:
+                self._rows.append(part)
+            else:
+                self._gram += part.T @ part
+
+    def effective_rank(self) -> float:
+        """Return what `effective_rank` does, once all rows have come."""
+        n = self._samples
+        if n < 4:
+            return float("nan")
+        gram = self._gram
+        if gram is None:
+            rows = np.concatenate(self._rows)
+            gram = rows @ rows.T
+        trace, squares = float(np.trace(gram)) ** 2, float(np.vdot(gram, gram))
+        of_trace = (n * n - 3 * n + 1) * trace - n * (n - 1) * self._fourth + 2 * squares
+        of_squares = (n - 1) * (n - 2) * squares + trace - n * (n - 1) * self._fourth
+        return float(min(ratio(of_trace, of_squares), self._channels))
