@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from stripe.cli import Help
 from stripe.cli.process import add_traceback, dispatch
 from stripe.files import write_json
 
@@ -52,7 +53,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         f"{parser.prog} {chosen.benchmark}",
         parents=[output],
         description=module.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     module.add_arguments(own)

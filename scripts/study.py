@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 
+from stripe.cli import Help
 from stripe.cli.process import add_traceback, dispatch, dispatch_process
 
 STUDIES = {
@@ -40,8 +41,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     """Parse the study's name, then what it asks for itself."""
     chosen = parser.parse_args(argv)
     module = import_module(f"studies.{chosen.study}")
-    form = argparse.ArgumentDefaultsHelpFormatter
-    own = argparse.ArgumentParser(f"{parser.prog} {chosen.study}", description=module.__doc__, formatter_class=form)
+    own = argparse.ArgumentParser(f"{parser.prog} {chosen.study}", description=module.__doc__, formatter_class=Help)
     module.add_arguments(own)
     add_traceback(own)
     return own.parse_args(chosen.arguments, argparse.Namespace(study=chosen.study))

@@ -91,7 +91,7 @@ def test_normalisation_comes_from_the_training_split(digits):
     assert not np.allclose(test.images.numpy().mean() / 255, digits.mean[0], rtol=1e-3)
 
 
-def test_given_constants_win():
+def test_a_given_mean_and_std_win():
     assert load_images("digits", "test", **PLAIN).describe() == {
         "uri": "digits",
         "split": "test",
@@ -636,9 +636,9 @@ def test_hold_out_leaves_two_on_each_side(samples):
 
 
 @pytest.mark.parametrize(
-    "constants",
+    "given",
     [{"mean": (0.5,) * 3}, {"std": (0.5,) * 3}, {"mean": (0.5,) * 3, "std": (0.5,)}, PLAIN | {"std": (0, 1, 1)}],
 )
-def test_unusable_constants(constants):
+def test_an_unusable_mean_and_std(given):
     with pytest.raises(ValueError, match="expected three values each, std above 0"):
-        load_images("digits", "test", **constants)
+        load_images("digits", "test", **given)

@@ -16,23 +16,14 @@ from stripe.models import create_model, load_checkpoint
 from stripe.training import evaluate
 from tests.test_cli import fails
 
-TRAIN = [
-    "--dataset",
-    "digits",
-    "--depth",
-    "11",
-    "--module",
-    "senet",
-    "--train-samples",
-    "400",
-    "--train-batch",
-    "20",
-    "--epochs",
-    "4",
-    "--scheduler",
-    "cosine",
-]
-FOLD = ["--learning-steps", "5", "--train-samples", "400", "--test-samples", "60", "--samples", "40", "--batch", "60"]
+TRAIN = (
+    "--dataset digits --depth 8 --block-name basicblock --module senet"
+    " --train-samples 400 --train-batch 20 --epochs 4 --scheduler cosine"
+).split()
+FOLD = (
+    "--learning-steps 5 --train-samples 200 --train-batch 20 --test-samples 60 --samples 40 --batch 60"
+).split()
+PLAIN = {"depth": 8, "block": "basicblock"}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +81,7 @@ def test_every_step_has_its_accuracies(trained, folded):
 
 def test_the_folded_network_is_a_plain_checkpoint(folded):
     model = load_checkpoint(folded / "folded.pt")
-    plain = create_model("resnet", depth=11)
+    plain = create_model("resnet", **PLAIN)
     plain.load_state_dict(model.state_dict(), strict=True)
     images = next(iter(Loader(load_images("digits", "test", samples=4), 4)))[0]
     assert find_gates(model, images) == []
@@ -111,7 +102,7 @@ def test_tables_hold_predictors_latencies_and_onnx(folded):
     assert content["measure"] == "accuracy"
     assert [row["gate"] for row in content["gates"]] == ["layer1.0", "layer2.0", "layer3.0"]
     assert {row["direction"] for row in content["gates"]} == {"back"}
-    assert content["gates"][0]["into"] == "layer1.0.bn3.weight, layer1.0.bn3.bias"
+    assert content["gates"][0]["into"] == "layer1.0.bn2.weight, layer1.0.bn2.bias"
     assert {row["predictor"] for row in content["predictors"]} == {"foretold", "1 - strength", "within", "energy error"}
     latency = pd.DataFrame(content["latency"])
     assert list(latency["folded"]) == [0, 1, 2, 3] * 2
@@ -211,7 +202,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
     assert "4 gates to fold: expected 0 to 3" in fails(capsys, *ckpt, "--counts", "4")
     assert "-6 gates to fold: expected 0 to 3" in fails(capsys, *ckpt, "--keep", "9")
     plain = tmp_path / "plain.pt"
-    torch.save({"state_dict": create_model("resnet", depth=11).state_dict()}, plain)
+    torch.save({"state_dict": create_model("resnet", **PLAIN).state_dict()}, plain)
     words = ["fold", "--ckpt", plain, *FOLD, "--out", tmp_path / "out"]
     assert "name one with --dataset" in fails(capsys, *words)
     assert "has no gate to fold" in fails(capsys, *words, "--dataset", "digits")

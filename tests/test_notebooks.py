@@ -59,8 +59,8 @@ def validation(run):
     return Validation("same", RULE, 3, 20, table, accuracies, vectors, observed)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run(path):
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+def test_notebooks_that_train_run_on_less(path):  # the first one, of the example, is run as it is below
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         for usual, small in SMALL.items():

@@ -172,14 +172,13 @@ def loaded_by(module):
     return set(python(f"import sys, {module}; print('\\n'.join(sys.modules))").split())
 
 
-@pytest.mark.parametrize("room", ["stats", "store", "plots", "figures", "report", "graphs", "cli"])
-def test_reading_and_analysing_never_imports_torch(room):
-    assert "torch" not in loaded_by(f"stripe.{room}")
-
-
-def test_the_rules_of_finding_need_no_torch():
-    assert "torch" not in loaded_by("stripe.gates.rules")
-    assert "torch" in loaded_by("stripe.gates.finding")  # the control of this test and of the one before
+def test_reading_and_analysing_and_the_rules_of_finding_never_import_torch():
+    rooms = ["stats", "store", "plots", "figures", "report", "graphs", "cli", "gates.rules", "gates.finding"]
+    code = f"import importlib, sys\nfor room in {rooms}:"
+    code += "\n    importlib.import_module('stripe.' + room); print(room, 'torch' in sys.modules)"
+    loads = dict(line.split() for line in python(code).splitlines())
+    assert loads.pop("gates.finding") == "True"  # the control
+    assert [room for room, torch in loads.items() if torch == "True"] == []
 
 
 def test_import_stripe_loads_nothing_heavy():
@@ -243,12 +242,16 @@ def test_help_loads_nothing_heavy(script):
 
 FAULTS = """
 import resource, numpy, stripe
-{keep}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    numpy.ones(8_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        numpy.ones(8_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = faults()
+assert stripe.keep_memory()
+print(usual, faults())
 """
+"""Counts the pages that twenty arrays of 64 MB fetch, where what is freed is not kept and where it is."""
 
 
 TRAINING = """
@@ -265,15 +268,9 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
-def test_training_leaves_memory_as_it_was():
-    trained, kept = (int(python(FAULTS.format(keep=TRAINING + last))) for last in ("", "assert stripe.keep_memory()"))
-    assert kept < trained / 2
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
-def test_kept_memory_is_not_fetched_again():
-    """Count the pages that twenty arrays of 64 MB fetch, where what is freed is kept and where it is not."""
-    kept, usual = (int(python(FAULTS.format(keep=keep))) for keep in ("assert stripe.keep_memory()", ""))
+@pytest.mark.parametrize("before", ["", TRAINING], ids=["at once", "after a training"])
+def test_memory_is_kept_when_asked_for_and_not_by_training(before):
+    usual, kept = map(int, python(before + FAULTS).split())
     assert kept < usual / 5
 
 
@@ -312,14 +309,19 @@ def tracked():
     return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
 
 
-def test_the_source_distribution_holds_every_file_of_the_repository(tmp_path):
+def build(form, tree):
+    """Build a distribution, sdist or wheel, from a copy of what git tracks; return its path."""
     for name in tracked():
-        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "tree" / name)
-    build = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
-    command = [sys.executable, "-W", "ignore", "-c", build]
-    done = subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True, check=True)
-    archive = tmp_path / "tree/dist" / done.stdout.splitlines()[-1]
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    code = f"from setuptools.build_meta import build_{form} as build; print(build('dist'))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True)
+    return tree / "dist" / done.stdout.splitlines()[-1]
+
+
+def test_the_source_distribution_holds_every_file_of_the_repository(tmp_path):
+    archive = build("sdist", tmp_path)
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     assert tracked() - names == set()
@@ -340,13 +342,7 @@ check runs/probe
 
 @pytest.mark.slow
 def test_the_wheel_alone_runs_every_command_in_an_empty_folder(tmp_path):
-    for name in tracked():
-        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "tree" / name)
-    build = "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))"
-    command = [sys.executable, "-W", "ignore", "-c", build]
-    done = subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True, check=True)
-    wheel = tmp_path / "tree/dist" / done.stdout.splitlines()[-1]
+    wheel = build("wheel", tmp_path / "tree")
     venv.create(tmp_path / "venv", with_pip=False)
     own = str(tmp_path / "venv/bin/python")
     assert pip("--python", own, "install", "--quiet", "--no-deps", "--no-index", str(wheel)).returncode == 0

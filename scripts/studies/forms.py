@@ -124,8 +124,8 @@ def load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
     """Load the images to train on and to hold out, and the test images."""
     samples = arguments.train_samples + arguments.val_samples
     images = load_images(arguments.dataset, "train", samples=samples, data_dir=arguments.data_dir)
-    constants = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
-    test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **constants)
+    as_trained = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
+    test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **as_trained)
     return images, test
 
 

@@ -92,9 +92,9 @@ def _trend(first: pd.Series, last: pd.Series, rho: float) -> str:
 # ---- other images ----------------------------------------------------------------------------------------
 
 
-def inputs(arguments: argparse.Namespace, constants: dict[str, Any]) -> dict[str, ImageSet]:
+def inputs(arguments: argparse.Namespace, normalisation: dict[str, Any]) -> dict[str, ImageSet]:
     """Load images of every kind, normalised as the network's; digits are as many as there are."""
-    where = {"data_dir": arguments.data_dir, **constants}
+    where = {"data_dir": arguments.data_dir, **normalisation}
     train, test = (load_images(arguments.dataset, s, samples=arguments.samples, **where) for s in ("train", "test"))
     pixels = test.images if isinstance(test.images, Tensor) else test.images.decode()
     digits = load_images("digits", "test", size=pixels.shape[-1], mean=test.mean, std=test.std)

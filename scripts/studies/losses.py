@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     tests = [Path("tests", f"test_{room}.py") for room in ROOMS]
     tests += [Path("tests", f"test_loops.py::test_{name}") for name in LOOPS]
-    parser.add_argument("--tests", type=Path, nargs="+", default=tests, metavar="FILE", help="of this project")
+    told = "of this project (default: all that kill, damage or mislead)"
+    parser.add_argument("--tests", type=Path, nargs="+", default=tests, metavar="FILE", help=told)
     parser.add_argument("--out", type=Path, default=Path("figures/study"), metavar="DIR", help="where losses.csv goes")
 
 

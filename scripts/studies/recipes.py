@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     cases = list(cases_of(arguments.seeds))
     if missing := table.missing(cases):
         images = load_images(arguments.dataset, "train", samples=arguments.train_samples, data_dir=arguments.data_dir)
-        constants = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
-        test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **constants)
+        as_trained = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
+        test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **as_trained)
     for case in missing:
         if time.monotonic() >= deadline:
             break

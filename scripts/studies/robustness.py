@@ -85,9 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         checkpoint = read_checkpoint(path)
         model, data = asr.deploy(checkpoint.model), checkpoint.description.get("data", {})
-        constants = {key: data[key] for key in ("size", "mean", "std") if key in data}
+        own = {key: data[key] for key in ("size", "mean", "std") if key in data}
         options = {"samples": arguments.samples, "data_dir": arguments.data_dir}
-        loader = Loader(load_images(arguments.dataset, "test", **options, **constants), arguments.batch)
+        loader = Loader(load_images(arguments.dataset, "test", **options, **own), arguments.batch)
         for case in tqdm(missing, name, disable=None):
             disturbance = Disturbance(**{key: case[key] for key in ("a", "b", "s", "seed")})
             with disturbance.applied(model):

@@ -98,12 +98,17 @@ def script(command: str) -> int:
     return dispatch_process(parse, _run)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, where there is one to show."""
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults as they would be typed, where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = "default:" in (action.help or "")
-        return action.help if told or action.default in (None, False) else super()._get_help_string(action)
+        default = action.default
+        if "default:" in (action.help or "") or default is None or default is False or default == []:
+            return action.help
+        shown = super()._get_help_string(action)
+        if not shown or not isinstance(default, list | tuple):
+            return shown
+        return shown.replace("%(default)s", " ".join(map(str, default)).replace("%", "%%"))
 
 
 class _Completion(argparse.Action):
@@ -123,7 +128,7 @@ class _Completion(argparse.Action):
 def _configure(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.description = command.SUMMARY
     parser.epilog = f"example: {parser.prog} {command.EXAMPLE}"
-    parser.formatter_class = _Help
+    parser.formatter_class = Help
     parser.set_defaults(run=command.run)
     command.add_arguments(parser)
     _add_version(parser)

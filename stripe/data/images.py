@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stripe.data.decoding import MODES, Encoded, Images, in_memory, open_image, sized
-from stripe.data.normalisation import checked_constants, statistics
+from stripe.data.normalisation import checked_mean_std, statistics
 from stripe.data.sources import Split, open_source
 from stripe.messages import listing
 
@@ -112,7 +112,7 @@ def load_images(
         samples: how many to load, spread evenly over the split; by default all.
         data_dir: folder of torchvision's data sets.
         mean: with `std`, another network's normalisation, per channel in 0..1; by default CIFAR's published
-            constants or those of the set's own training split.
+            ones or those of the set's own training split.
         std: see `mean`.
         channels: 3 for colour, 1 for grey, into which images in colour are turned; by default as many as `mean` has.
         skip_broken: leave out images that cannot be decoded, for which all are decoded first, and warn of their number.
@@ -144,17 +144,17 @@ def load_images(
     rows = usable[_spread(len(usable), samples, uri, split)]
     images = in_memory(sized(part.stored, rows, size, channels), uri)
     if mean is not None or std is not None:
-        constants = checked_constants(mean, std, channels)
-    elif source.constants is not None and channels == 3:
-        constants = source.constants
+        mean_std = checked_mean_std(mean, std, channels)
+    elif source.mean_std is not None and channels == 3:
+        mean_std = source.mean_std
     elif split == reference and len(rows) == len(usable):
-        constants = statistics(images, uri)
+        mean_std = statistics(images, uri)
     else:
         whole = open_split(reference)
         every, _ = (usable, skipped) if split == reference else _usable(whole, uri, reference, skip_broken=skip_broken)
-        constants = statistics(sized(whole.stored, every, size, channels), uri)
+        mean_std = statistics(sized(whole.stored, every, size, channels), uri)
     files = {row: part.files[row] for row in rows.tolist() if part.files}
-    return ImageSet(uri, split, images, part.labels[rows], rows, part.classes, *constants, source.flip, files, skipped)
+    return ImageSet(uri, split, images, part.labels[rows], rows, part.classes, *mean_std, source.flip, files, skipped)
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:

@@ -11,13 +11,13 @@ import torch
 from stripe.data import decoding
 from stripe.data.decoding import Images, decode_all
 
-Constants = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, for pixels in 0..1
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]  # of each channel, for pixels in 0..1
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 
 
-def statistics(images: Images, uri: str) -> Constants:
+def statistics(images: Images, uri: str) -> MeanStd:
     """Return each channel's mean and std over all pixels, in 0..1; a std of 1 where all pixels are equal.
 
     Counts how often each of the 256 values occurs, so the result does not depend on the order of the sum. Of
@@ -33,10 +33,10 @@ def statistics(images: Images, uri: str) -> Constants:
     mean = shares @ values
     std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
     std[counts.count_nonzero(1) == 1] = 1.0
-    return checked_constants(mean.tolist(), std.tolist(), shape[0])
+    return checked_mean_std(mean.tolist(), std.tolist(), shape[0])
 
 
-def checked_constants(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> Constants:
+def checked_mean_std(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> MeanStd:
     """Return a given mean and std if they can normalise so many channels."""
     given = [*(mean or ()), *(std or ())]
     usable = len(given) == 2 * channels and all(isinstance(x, Real) and math.isfinite(x) for x in given)

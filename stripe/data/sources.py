@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from stripe.data.decoding import IMAGE_FORMATS, Reader
-from stripe.data.normalisation import CIFAR_MEAN, CIFAR_STD, Constants
+from stripe.data.normalisation import CIFAR_MEAN, CIFAR_STD, MeanStd
 from stripe.store import Table, find_tables
 
 UNKNOWN = -1  # the label of an image whose class is not known
@@ -40,7 +40,7 @@ class Source:
     open: Callable[[str], Split]
     size: int | None = None
     flip: bool = True
-    constants: Constants | None = None
+    mean_std: MeanStd | None = None
 
 
 def open_source(uri: str, data_dir: str) -> Source:
@@ -74,7 +74,7 @@ def _open_torchvision(uri: str, data_dir: str) -> Source:
     """Open one of torchvision's sets, which must be in `data_dir` already."""
     from torchvision import datasets
 
-    name, size, constants = _TORCHVISION[uri]
+    name, size, mean_std = _TORCHVISION[uri]
 
     def open_split(split: str) -> Split:
         which = {"split": split} if name == "STL10" else {"train": split == "train"}
@@ -91,7 +91,7 @@ def _open_torchvision(uri: str, data_dir: str) -> Source:
         labels = torch.as_tensor(dataset.labels if name == "STL10" else dataset.targets).long()
         return Split(images, labels, tuple(dataset.classes))
 
-    return Source(("train", "test"), open_split, size=size, constants=constants)
+    return Source(("train", "test"), open_split, size=size, mean_std=mean_std)
 
 
 def _open_folder(uri: str, data_dir: str) -> Source:
@@ -218,7 +218,7 @@ def _column(kinds: Mapping[str, str | None], wanted: str, uri: str) -> str:
     raise ValueError(f"'{uri}' has no column of type {wanted}, only {', '.join(kinds)}")
 
 
-_TORCHVISION: dict[str, tuple[str, int, Constants | None]] = {
+_TORCHVISION: dict[str, tuple[str, int, MeanStd | None]] = {
     "cifar10": ("CIFAR10", 32, (CIFAR_MEAN, CIFAR_STD)),
     "cifar100": ("CIFAR100", 32, (CIFAR_MEAN, CIFAR_STD)),
     "stl10": ("STL10", 96, None),

@@ -34,7 +34,7 @@ from stripe.gates.trace import in_parts, op_name
 from stripe.torch_internals import DispatchMode, is_in_place
 
 Sink = Callable[[Gate, Kind, Tensor], None]
-Rows = Callable[[Gate, Tensor], Tensor]
+Extract = Callable[[Gate, Tensor], Tensor]
 
 
 @contextmanager
@@ -105,13 +105,13 @@ def _shifted(gate: Gate, shift: Tensor, product: Tensor) -> None:
     product.add_(like_position(gate, shift, product))
 
 
-def _reading(gate: Gate, kind: Kind, tap: Tap | None, rows: Rows, sink: Sink) -> _Job:
-    """Make the job that hands rows of a tensor to the sink."""
-    least = 2 if rows is flat else 3
+def _reading(gate: Gate, kind: Kind, tap: Tap | None, extract: Extract, sink: Sink) -> _Job:
+    """Make the job that hands what is extracted from a tensor to the sink."""
+    least = 2 if extract is flat else 3
 
     def read(tensor: Tensor) -> None:
         tensor = tensor.dequantize() if tensor.is_quantized else tensor.detach()
-        values = rows(gate, tensor) if tensor.ndim >= least else None
+        values = extract(gate, tensor) if tensor.ndim >= least else None
         if values is None or values.shape[1] != gate.channels:
             raise ValueError(
                 f"{kind} of gate {gate.name!r} came from a tensor of shape {tuple(tensor.shape)}; expected"
