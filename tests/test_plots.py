@@ -569,7 +569,7 @@ def test_scores_are_drawn_on_one_scale_in_the_colours_of_their_classes() -> None
     values = np.array([[0.0, 0.0], [3.0, 1.0], [6.0, -1.0]])
     figure = plots.scores({"a.se": values, "b.se": 2 * values}, shares={"a.se": 0.876}, labels=[4, -1, 7])
     first, second = figure.axes
-    assert first.get_title() == "a: 88% of the variance"
+    assert first.get_title() == "a: 87.6 % of the variance"
     assert second.get_title() == "b"
     [points] = second.collections
     np.testing.assert_array_equal(points.get_offsets(), 2 * values)

@@ -40,10 +40,11 @@ EXACT = 200  # inputs on which a file with everything folded is compared with co
 SEEN = 8  # inputs on which the others are
 MASKED = 0.3  # probability from which a pixel counts as text
 BATCH = 50
+LEARNED = 50  # steps of learning scores, a batch each
 SCORED = 30  # batches on which the gate whose scores all take is chosen
 SPECTRUM = 1000  # inputs at most on which directions are found
 PROJECTED = (0, 1, 2, 4, 8)  # directions left
-COMPACT = ((1, "own"), (2, "own"), (4, "own"), (2, "shared"), (4, "shared"), (8, "shared"))
+COMPACT = ((2, "own"), (2, "shared"), (4, "shared"), (8, "shared"))
 """Scores per gate, and whether all gates take those of one."""
 
 
@@ -221,11 +222,11 @@ class _Study:
     def _compact(self, k: int, scores: str) -> Row:
         """Put k scores in place of every gate's attention, its own or one gate's for all, and judge the network."""
         network = _converted(self.path)
-        known = torch.from_numpy(self.known[: self.subject.batch * self.subject.steps // 3])
+        known = torch.from_numpy(self.known[: self.subject.batch * LEARNED])
         batches = [(batch,) for batch in known.split(self.subject.batch)]
         images = known[:3]
         source = folding.choose_source(network, images, batches[:SCORED], k=k) if scores == "shared" else None
-        small, report = folding.compact(network, images, batches, k=k, source=source, steps=self.subject.steps // 3)
+        small, report = folding.compact(network, images, batches, k=k, source=source, steps=LEARNED)
         with torch.inference_mode():
             parts = [small(part).numpy() for part in torch.from_numpy(self.fresh[0]).split(BATCH)]
         found = np.concatenate(parts).astype(np.float64)
@@ -364,7 +365,8 @@ def _numbers(records: pd.DataFrame) -> pd.DataFrame:
     """Return what attention of a few directions and what a few scores cost."""
     rows = records[records["case"].isin(["projected", "compact"])]
     rows = rows.reindex(columns=list(dict.fromkeys([*records, "scores", "served", "parameters"])))
-    return rows.assign(attention=(rows["scores"] + " scores").fillna("projected"))
+    given = rows["scores"].astype(str) + " scores"
+    return rows.assign(attention=given.where(rows["case"] == "compact", "projected"))
 
 
 def figures(folder: Path) -> None:

@@ -16,7 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.typing import ColorType
 
 RESOLUTION = 200  # dots per inch that a heatmap counts on: larger matrices are averaged to the pixels there are
@@ -159,3 +159,10 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
         fontsize=TICK_SIZE,
         frameon=False,
     )
+
+
+class Decimals(LogFormatter):
+    """Ticks of a logarithmic axis. Writes 0.02 where LogFormatter writes 2e-02, and nothing where that writes nothing."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""

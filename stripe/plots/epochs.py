@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from stripe.plots.drawing import (
     LABEL_SIZE,
     OBSERVED,
     PAGE_WIDTH,
     TICK_SIZE,
+    Decimals,
     draw_by_gate,
     dress,
     gate_colors,
@@ -93,7 +93,7 @@ def drift_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str
     draw_by_gate(ax, table, "drift")
     if (table["drift"] > 0).any():
         ax.set_yscale("log", nonpositive="mask")
-        ax.yaxis.set(major_formatter=_Decimals(), minor_formatter=_Decimals())
+        ax.yaxis.set(major_formatter=Decimals(), minor_formatter=Decimals())
     label = "drift per epoch\n(mean between recorded epochs)" if uneven else "drift since the epoch before"
     dress(ax, "epoch", label, title)
     return ax
@@ -124,10 +124,3 @@ def training_curves(metrics: Mapping[str, pd.DataFrame], *, title: str = "") -> 
     named = [pair for pair in zip(handles, labels, strict=True) if pair[1] not in ("run", "images")]
     fig.legend(*zip(*named, strict=True), loc="outside lower center", ncols=3, fontsize=TICK_SIZE, frameon=False)
     return fig
-
-
-class _Decimals(LogFormatter):
-    """Writes 0.02 where LogFormatter writes 2e-02, and nothing where that writes nothing."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:g}" if super().__call__(x, pos) else ""

@@ -16,6 +16,7 @@ from stripe.plots.drawing import (
     MARKERS,
     PAGE_WIDTH,
     TICK_SIZE,
+    Decimals,
     dress,
     legend_below,
     new_axes,
@@ -115,6 +116,7 @@ def rank_tradeoff(table: pd.DataFrame, *, measure: str = "accuracy", title: str 
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         dress(ax, "numbers per image (dashed: full attention)", label, "")
     axes[0].set_yscale("log")
+    axes[0].yaxis.set(major_formatter=Decimals(), minor_formatter=Decimals())
     axes[1].axhline(0, color="0.5", linewidth=0.8, linestyle="--", zorder=0)
     fig.suptitle(title, fontsize=LABEL_SIZE, wrap=True)
     fig.legend(

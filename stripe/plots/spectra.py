@@ -44,7 +44,7 @@ def rank_curve(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", 
     ax = new_axes(ax, height=2.6)
     draw_by_gate(ax, table, "share", over="directions", interval=("share_low", "share_high"))
     named = name_interval(table["share_low"], confidence)
-    dress(ax, "first directions", f"share of variance over images\n{named}", title)
+    dress(ax, "directions, the widest first", f"share of variance over images\n{named}", title)
     ax.set_ylim(0, 1.03)
     return ax
 
@@ -84,7 +84,7 @@ def scores(
             raise ValueError(f"panels[{gate}] {values.shape}; expected ({len(classes)} images, 2 or more directions)")
     if not named:
         raise ValueError("panels is empty; expected scores (images, directions) by gate")
-    told = {name_of(gate): f": {share:.0%} of the variance" for gate, share in (shares or {}).items()}
+    told = {name_of(gate): f": {100 * share:.1f} % of the variance" for gate, share in (shares or {}).items()}
     columns = min(3, len(named))
     rows = math.ceil(len(named) / columns)
     size = COLUMN_WIDTH if columns == 1 else PAGE_WIDTH, 0.8 + 2.2 * rows

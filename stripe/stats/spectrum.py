@@ -115,8 +115,8 @@ def rank_table(spectra: Mapping[str, Spectrum]) -> pd.DataFrame:
         >>> attention = stripe.load_example().attention("layer3.1", 20)
         >>> rank_table({"layer3.1": spectrum(attention, directions=2)}).round(2)
                gate  directions  share  share_low  share_high
-        0  layer3.1           1   0.99       0.99        1.00
-        1  layer3.1           2   1.00       1.00        1.00
+        0  layer3.1           1   0.79       0.75        0.82
+        1  layer3.1           2   0.97       0.97        0.97
     """
     columns = ["gate", "directions", "share", "share_low", "share_high"]
     rows = [

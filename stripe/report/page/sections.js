@@ -232,5 +232,5 @@ function drawShares(chart) {
   if (!lines.length) return;
   const say = ({ name, ys, low, high }, i) =>
     `${name}, ${i + 1} · ${show(ys[i])} of the variance (${show(low[i])} to ${show(high[i])})`;
-  drawLines(chart, { lines, y: () => [0, 1], xlabel: "first directions", height: 260, say });
+  drawLines(chart, { lines, y: () => [0, 1], xlabel: "directions, the widest first", height: 260, say });
 }
