@@ -27,7 +27,8 @@ from stripe.plots.drawing import RESOLUTION
 from stripe.store import Run, open_run
 
 GATES, EPOCHS, IMAGES = 6, 6, 100  # at most as many are drawn unless gates are named; images are those of the grid
-CLASSES = 10  # lines of the excitation at most
+SPECTRUM_IMAGES = 1000  # at most, from which the directions are found
+CLASSES = 10  # lines of the excitation, and colours of the scores, at most
 MAX_NAME = 150  # bytes of a figure's name, of the 255 that most file systems take
 RANGE = 0.005, 0.995  # quantiles of a gate between which its colours in the grid span; the colour bar points beyond
 OVER_EPOCHS = {"grid", "std", "strength-over-epochs", "drift"}  # the figures that compare epochs
@@ -155,6 +156,7 @@ def save(figure: Figure | Axes, path: str | os.PathLike[str], formats: Sequence[
 
 def _each(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Figure]]:
     yield from _each_of_samples(run, gates, epoch)
+    yield from _each_of_spectrum(run, gates, epoch)
     table = stats.summarize(run)
     yield "strength", _figure_of(plots.strength_by_gate(table[table["epoch"] == epoch], title=f"epoch {epoch}"))
     if len(run.epochs) > 1:
@@ -181,6 +183,28 @@ def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tup
     if len(labels) > 1:
         panels = {(gate, label): its[label] for gate, its in means.items() for label in labels if label in its}
         yield "excitation", plots.excitation(panels, title=f"epoch {epoch}")
+
+
+def _each_of_spectrum(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Figure]]:
+    """Draw in how few directions attention varies: how much they hold, where images lie along two, what they are."""
+    first = np.argsort(run.samples(epoch), kind="stable")[:SPECTRUM_IMAGES]
+    ids, attention = run.samples(epoch)[first], {gate: run.attention(gate, epoch)[first] for gate in gates}
+    enough = {gate: its for gate, its in attention.items() if np.isfinite(its).all(axis=1).sum() > 2}
+    found = {gate: stats.spectrum(its, sample_ids=ids) for gate, its in enough.items()}
+    if not found:
+        return
+    title = f"epoch {epoch}"
+    yield "rank-curve", _figure_of(plots.rank_curve(stats.rank_table(found), title=title))
+    wide = {gate: its for gate, its in found.items() if len(its.directions) > 1}
+    if wide:
+        panels = {gate: its.scores(attention[gate]) for gate, its in wide.items()}
+        shares = {gate: its.shares[1] for gate, its in wide.items() if np.isfinite(its.shares[1])}
+        labels = run.labels(epoch)[first]
+        shown = spread(np.unique(labels[labels >= 0]).tolist(), CLASSES)
+        classes = np.where(np.isin(labels, shown), labels, -1)
+        yield "scores", plots.scores(panels, shares=shares, labels=classes, title=title)
+    vectors = {(gate, k): each for gate, its in found.items() for k, each in enumerate(its.directions[:2], 1)}
+    yield "directions", plots.directions(vectors, title=title)
 
 
 def _first_images(run: Run, gate: str, epoch: int) -> npt.NDArray[np.float32]:
@@ -241,6 +265,9 @@ def _each_of_validation(run: Run, text: str) -> Iterator[tuple[str, Figure]]:
 
 def _each_of_fold(run: Run, text: str) -> Iterator[tuple[str, Figure]]:
     found = json.loads(text)
+    if "ranks" in found:
+        yield "rank-tradeoff", plots.rank_tradeoff(pd.DataFrame(found["ranks"]), measure=found["measure"])
+        return
     latencies = pd.DataFrame(found["latency"]) if "latency" in found else None
     ax = plots.fold_pareto(pd.DataFrame(found["variants"]), latencies, measure=found["measure"])
     yield "fold-pareto", _figure_of(ax)

@@ -4,12 +4,25 @@ import copy
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
 import stripe
-from stripe.folding import CompactGate, compact, damage, fold, measure_gates, onnx_session, save_onnx
+from stripe.folding import (
+    CompactGate,
+    Tradeoff,
+    choose_source,
+    compact,
+    damage,
+    fold,
+    measure_gates,
+    onnx_session,
+    save_onnx,
+    tradeoff,
+)
 from stripe.gates import find_gates, read_gates, replace_gates
 from stripe.models import create_model
 
@@ -168,6 +181,77 @@ def test_compact_networks_are_copied_pickled_and_exported(network, batches, tmp_
     session = onnx_session(file.path if hasattr(file, "path") else tmp_path / "small.onnx")
     [found] = session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})
     np.testing.assert_allclose(found, expected[:2].detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_source_is_the_gate_whose_scores_tell_of_the_others():
+    """Of three gates the second one's squeeze holds the number that drives it and the third; the first is constant."""
+
+    class Driven(nn.Module):
+        def __init__(self, places):
+            super().__init__()
+            self.lift, self.places = nn.Conv2d(3, 8, 1), places
+
+        def forward(self, x):
+            driver, x = x[:, :1].mean((2, 3)), self.lift(x * torch.tensor([0.0, 1.0, 1.0])[:, None, None])
+            for i, place in enumerate(self.places):
+                x = torch.cat([x[:, :7], driver[:, :, None, None] + 0 * x[:, :1]], 1) if i == 1 else x
+                gate = torch.sigmoid((driver if place else 0 * driver) + torch.linspace(-1, 1, 8))
+                x = x * gate[:, :, None, None] + (0.1 if i < 2 else 0)
+            return x.mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Driven([0, 1, 1]).eval()
+    batches = [(torch.randn(64, 3, 12, 12) + 3 * torch.randn(64, 3, 1, 1),) for _ in range(4)]
+    gates = [gate.name for gate in find_gates(model, batches[0][0][:3])]
+    assert choose_source(model, batches[0][0][:3], batches, k=1) == gates[1]
+
+
+@pytest.fixture(scope="module")
+def curve(network, batches):
+    labels = network(fresh(96)).argmax(1)
+    labels[:48] = torch.arange(48) % 10
+    held_out = [(images, its) for images, its in zip(fresh(96).split(32), labels.split(32), strict=True)]
+    asked = {"ranks": [0, 1, 4], "sources": [None, "layer1.0"], "steps": 1, "held_out": held_out[:1]}
+    return tradeoff(network, batches[0][0][:2], batches, held_out, **asked), held_out
+
+
+def test_a_tradeoff_is_what_each_network_costs(network, curve):
+    found, held_out = curve
+    table = found.table.set_index("network")
+    assert list(table.index) == ["original", "k0", "k1", "k1-layer1.0", "k4", "k4-layer1.0"]
+    assert list(table["numbers"]) == [448, 0, 3, 1, 12, 4]
+    assert found.measure == "accuracy"
+    for name, row in table.iterrows():
+        measured = damage(found.networks[name], network, held_out)
+        assert row["divergence"] == pytest.approx(measured.divergence, abs=1e-9)
+        assert row["worth"] == pytest.approx(measured.accuracy)
+        assert row["drop"] == pytest.approx(table["worth"]["original"] - measured.accuracy)
+        assert row["divergence_low"] <= row["divergence"] <= row["divergence_high"]
+    assert table["divergence"]["k1"] < table["divergence"]["k0"] / 2
+    assert table["parameters"]["k0"] < table["parameters"]["k1-layer1.0"] < table["parameters"]["k1"]
+    assert table["parameters"]["k1"] < table["parameters"]["original"]
+
+
+def test_networks_are_compared_image_by_image(network, curve):
+    """The interval is of differences on the same images: none where all answers are the same, as those of a copy."""
+    found, held_out = curve
+    original = found.table.iloc[0]
+    assert (original["drop_low"], original["drop_high"], original["divergence_high"]) == (0, 0, 0)
+    alone = tradeoff(network, held_out[0][0][:2], held_out, [(images,) for images, _ in held_out], ranks=[0], steps=1)
+    assert alone.measure == "agreement"
+    lost = 100 * (network(fresh(96)).argmax(1) != alone.networks["k0"](fresh(96)).argmax(1)).double()
+    low, high = scipy.stats.t.interval(0.95, 95, lost.mean(), scipy.stats.sem(lost))
+    assert alone.table["drop_low"][1] == pytest.approx(low)
+    assert alone.table["drop_high"][1] == pytest.approx(high)
+
+
+def test_the_fewest_numbers_that_cost_little_enough_are_chosen(curve):
+    rows = [("original", 9, 0.0, 0.0), ("k0", 0, 0.3, 2.0), ("k1", 3, 0.2, 0.4), ("k4", 4, 0.1, 0.1)]
+    table = pd.DataFrame(rows, columns=["network", "numbers", "divergence", "drop"])
+    found = Tradeoff(table, "accuracy", {})
+    assert [found.chosen(drop) for drop in (5.0, 0.5, 0.2, 0.0)] == ["k0", "k1", "k4", "k4"]
+    held_out = Tradeoff(table.assign(validation_drop=[0, 0, 0, 0]), "accuracy", {})
+    assert held_out.chosen(0.5) == "k0"
 
 
 def test_the_original_is_left_as_it_is(network, batches):

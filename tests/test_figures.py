@@ -84,7 +84,7 @@ def test_the_same_figures_have_the_same_bytes(gallery, tmp_path):
 def test_a_run_without_files_beside_it_shows_its_attention_alone(example):
     names = set(drawn(example))
     assert names == {file_name("stripe", gate.name) for gate in stripe.open_run(example).gates} | {
-        "grid", "std", "strength", "strength-over-epochs", "drift",
+        "grid", "std", "strength", "strength-over-epochs", "drift", "rank-curve", "scores", "directions",
     }  # fmt: skip
 
 
@@ -127,6 +127,10 @@ def test_a_fold_table_is_drawn_over_the_latency_of_the_largest_batch(example):
     (example / "fold.json").write_text(json.dumps({"measure": "agreement", "variants": VARIANTS}))
     ax = drawn(example)["fold-pareto"].axes[0]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("folded gates", "test agreement (%)")
+    row = {"k": 0, "source": "", "numbers": 0, "divergence": 0.2, "drop": 1.5}
+    row |= {f"{name}_{end}": row[name] for name in ("divergence", "drop") for end in ("low", "high")}
+    (example / "fold.json").write_text(json.dumps({"measure": "agreement", "ranks": [row]}))
+    assert drawn(example)["rank-tradeoff"].axes[1].get_ylabel() == "agreement lost (points)"
 
 
 @pytest.mark.parametrize(("name", "text"), [("fold.json", '{"rows": []}'), ("validation.json", "{}")])

@@ -20,9 +20,7 @@ TRAIN = (
     "--dataset digits --depth 8 --block-name basicblock --module senet"
     " --train-samples 400 --train-batch 20 --epochs 4 --scheduler cosine"
 ).split()
-FOLD = (
-    "--learning-steps 5 --train-samples 200 --train-batch 20 --test-samples 60 --samples 40 --batch 60"
-).split()
+FOLD = ("--learning-steps 5 --train-samples 200 --train-batch 20 --test-samples 60 --samples 40 --batch 60").split()
 PLAIN = {"depth": 8, "block": "basicblock"}
 
 
@@ -131,6 +129,27 @@ def test_keep_leaves_the_most_sensitive_gates(trained, tmp_path):
     assert sum("sigmoid" in str(node.target) for node in model.graph.nodes) == 1
 
 
+def test_a_few_scores_take_the_place_of_attention(trained, tmp_path, capsys):
+    words = ["--ckpt", trained / "checkpoints" / "last.pt", *FOLD, "--rank", "0", "1", "--shared", "layer2.0", "--onnx"]
+    assert main(["fold", *map(str, words), "--max-drop", "100", "--out", str(tmp_path)]) == 0
+    assert "chosen: k0" in capsys.readouterr().out
+    ranks, latency, onnx = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("ranks", "latency", "onnx"))
+    names = ["original", "k0", "k1", "k1-layer2.0"]
+    assert list(ranks["network"]) == list(latency["network"]) == [file.removesuffix(".onnx") for file in onnx["file"]]
+    assert list(ranks["network"]) == names
+    original, none, own, shared = onnx["nodes"]
+    assert none < shared < own
+    assert none < original
+    assert (tmp_path / "ranks.png").stat().st_size > 5000
+    assert find_gates(load_checkpoint(tmp_path / "folded.pt"), torch.randn(2, 3, 32, 32)) == []
+    assert json.loads((tmp_path / "fold.json").read_text())["ranks"][1]["numbers"] == 0
+    assert main(["fold", *map(str, words[:-3]), "--backends", "--max-drop", "0", "--out", str(tmp_path / "b")]) == 0
+    chosen = capsys.readouterr().out.partition("chosen: ")[2].split()[0]
+    program = torch.export.load(tmp_path / "b" / "folded.pt2").module()
+    assert program(torch.randn(5, 3, 32, 32)).shape == (5, 10)
+    assert (tmp_path / "b" / "folded.pt").exists() == (chosen == "k0")
+
+
 def test_a_network_of_other_classes_is_measured_by_agreement(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for split, name in ((split, name) for split in ("train", "test") for name in ("cat", "dog")):
@@ -198,6 +217,12 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
     assert "invalid choice: 'random'" in fails(capsys, *ckpt, "--order", "random")
     assert "--backends tflite: expected some of" in fails(capsys, *ckpt, "--backends", "tflite")
     assert "give one of them" in fails(capsys, *ckpt, "--keep", "1", "--max-drop", "1")
+    assert "--shared says where" in fails(capsys, *ckpt, "--rank", "0", "--shared")
+    assert "--rank -1: expected" in fails(capsys, *ckpt, "--rank", "1", "-1")
+    assert "--counts, --order: not with --rank" in fails(
+        capsys, *ckpt, "--rank", "1", "--counts", "1", "--order", "greedy"
+    )
+    assert "no gate is named 'layer9'" in fails(capsys, *ckpt, "--rank", "1", "--shared", "layer9")
     assert "--distill-steps -1" in fails(capsys, *ckpt, "--distill-steps", "-1")
     assert "4 gates to fold: expected 0 to 3" in fails(capsys, *ckpt, "--counts", "4")
     assert "-6 gates to fold: expected 0 to 3" in fails(capsys, *ckpt, "--keep", "9")

@@ -2,11 +2,12 @@
 
 import inspect
 import io
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 import matplotlib as mpl
@@ -74,6 +75,27 @@ def times(gates: int) -> pd.DataFrame:
     return table.assign(low=table["milliseconds"] - 0.02, high=table["milliseconds"] + 0.03)
 
 
+def shares(gates: int, directions: int = 8) -> pd.DataFrame:
+    """The k-th direction of gate g holds less than those before it, and the less the later the gate."""
+    rows = [(LONG.format(g, 0), k, 1 - 0.5**k / (1 + g)) for g in range(gates) for k in range(1, directions + 1)]
+    table = pd.DataFrame(rows, columns=["gate", "directions", "share"])
+    return table.assign(share_low=table["share"] - 0.02, share_high=table["share"] + 0.01)
+
+
+def compact(ranks: Sequence[int] = (0, 1, 2, 4, 8)) -> pd.DataFrame:
+    """A network of nine gates and 336 channels, and the cost of k numbers in place of each gate's, or of all gates'."""
+    rows = [(math.nan, "", 336, 0.0, 0.0)]
+    for k in ranks:
+        rows.append((k, "", 9 * k, 0.1 / (1 + k), 1 / (1 + k)))
+        rows += [(k, "layer2.1", k, 0.1 / (1 + k / 2), 1 / (1 + k / 2))] if k else []
+    table = pd.DataFrame(rows, columns=["k", "source", "numbers", "divergence", "drop"])
+    ends = {f"{name}_{end}": table[name] * by for name in ("divergence", "drop") for end, by in END.items()}
+    return table.assign(**ends)
+
+
+END = {"low": 0.8, "high": 1.2}
+
+
 def pair(channels: int) -> tuple[np.ndarray, np.ndarray]:
     return squeeze(30, channels).std(axis=0), attention(30, channels).std(axis=0)
 
@@ -110,6 +132,20 @@ FIGURES: dict[str, Callable[[], Axes | Figure]] = {
     "excitation, 7 gates": lambda: plots.excitation(
         {(LONG.format(g, 0), k): attention(30, 8 * g)[k // 9] for g in range(1, 8) for k in (0, 100)}
     ),
+    "directions": lambda: plots.directions(
+        {(f"layer{g}.se", k): attention(30, 64 * g)[k] / 8 for g in (1, 2, 3) for k in (1, 2)}, title="epoch 20"
+    ),
+    "rank curve, 6 gates": lambda: plots.rank_curve(shares(6), title="epoch 20"),
+    "rank curve, 20 gates": lambda: plots.rank_curve(shares(20)),
+    "scores": lambda: plots.scores(
+        {f"layer{g}.se": squeeze(90, 3) for g in (1, 2, 3)},
+        shares={"layer1.se": 0.98, "layer2.se": 0.5},
+        labels=np.arange(90) % 10,
+        title="epoch 20",
+    ),
+    "scores, 1 gate": lambda: plots.scores({LONG.format(1, 0): squeeze(90, 2) * [1, 0.01]}),
+    "ranks": lambda: plots.rank_tradeoff(compact(), title="digits"),
+    "ranks, nothing but folded": lambda: plots.rank_tradeoff(compact([0])),
     "fold": lambda: plots.fold_pareto(folds(6), times(6), title="digits"),
     "fold, 54 gates": lambda: plots.fold_pareto(folds(54), times(54)),
     "fold, no latency": lambda: plots.fold_pareto(folds(6)),
@@ -513,6 +549,57 @@ def test_vectors_of_different_length_are_refused() -> None:
         plots.learned_scatter({"a": ([1, 2, 3], [1, 2])})
     with pytest.raises(ValueError, match=r"std \(1, 2\)"):
         plots.learned_over_stripe([1, 2], [1, 2], [[1, 2]])
+
+
+# ---- directions ------------------------------------------------------------------------------------------
+
+
+def test_the_rank_curve_is_the_table() -> None:
+    table = shares(3)
+    ax = plots.rank_curve(table)
+    for line, band, (_, rows) in zip(ax.get_lines(), ax.collections, table.groupby("gate"), strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), rows[["directions", "share"]])
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (rows["share_low"].min(), rows["share_high"].max())
+    assert ax.get_ylim()[0] == 0
+    assert ax.get_ylabel().endswith("(95 % interval)")
+
+
+def test_scores_are_drawn_on_one_scale_in_the_colours_of_their_classes() -> None:
+    values = np.array([[0.0, 0.0], [3.0, 1.0], [6.0, -1.0]])
+    figure = plots.scores({"a.se": values, "b.se": 2 * values}, shares={"a.se": 0.876}, labels=[4, -1, 7])
+    first, second = figure.axes
+    assert first.get_title() == "a: 87.6 % of the variance"
+    assert second.get_title() == "b"
+    [points] = second.collections
+    np.testing.assert_array_equal(points.get_offsets(), 2 * values)
+    colors = [tuple(color[:3]) for color in points.get_facecolors().tolist()]
+    assert len(set(colors)) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["class 4", "class 7"]
+    assert colors[1] == (0.7, 0.7, 0.7)
+    assert first.get_aspect() == 1
+
+
+def test_scores_refuse_nothing_one_direction_and_other_images() -> None:
+    with pytest.raises(ValueError, match="panels is empty"):
+        plots.scores({})
+    with pytest.raises(ValueError, match=r"panels\[a\] \(3, 1\); expected \(3 images, 2 or more directions\)"):
+        plots.scores({"a": np.zeros((3, 1))})
+    with pytest.raises(ValueError, match=r"expected \(4 images"):
+        plots.scores({"a": np.zeros((3, 2))}, labels=[0, 0, 1, 1])
+
+
+def test_each_way_of_compact_networks_begins_where_all_gates_are_folded() -> None:
+    table = compact()
+    left, right = plots.rank_tradeoff(table).axes
+    for ax, name in ((left, "divergence"), (right, "drop")):
+        own, other = (container.lines[0].get_xydata() for container in ax.containers)
+        np.testing.assert_array_equal(own, table[(table["source"] == "") & table["k"].notna()][["numbers", name]])
+        np.testing.assert_array_equal(other[0], own[0])
+        assert other[:, 0].tolist() == [0, 1, 2, 4, 8]
+    assert left.get_yscale() == "log"
+    with pytest.raises(ValueError, match="table lacks source"):
+        plots.rank_tradeoff(table.drop(columns="source"))
 
 
 # ---- one value a gate and epoch --------------------------------------------------------------------------

@@ -288,6 +288,15 @@ def test_ids_beyond_a_double_stay_exact(tmp_path):
     assert heat["images"][0]["samples"] == [str(2**60 + 1), 5]
 
 
+def test_the_rank_curve_is_that_of_the_last_epoch(tmp_path):
+    run = load_example()
+    gate = run.gates[-1].name
+    content = content_of(report.render(run))
+    found = next(each for each in content["gates"] if each["name"] == gate)["shares"]
+    expected = stats.spectrum(run.attention(gate, run.epochs[-1]), sample_ids=run.samples(run.epochs[-1]))
+    np.testing.assert_allclose(found, [expected.shares, expected.low, expected.high], rtol=1e-4)
+
+
 # ---- other runs, and files beside them -------------------------------------------------------------------
 
 
@@ -302,6 +311,7 @@ def test_a_run_of_moments_has_stripes_and_no_heatmap(tmp_path):
     content = content_of(report.render(open_run(tmp_path / "run")))
     assert content["heatmaps"] is None
     assert content["gates"][0]["rank"] is None
+    assert content["gates"][0]["shares"] is None
     np.testing.assert_allclose(content["gates"][0]["mean"], Moments.of(values).mean, rtol=1e-4)
 
 

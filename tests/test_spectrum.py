@@ -24,13 +24,17 @@ def simulated(rng, *, samples=500, channels=64, rank=3, noise=0.1):
 @pytest.mark.parametrize("channels", [16, 64])
 def test_the_share_of_all_true_directions_lies_in_its_interval_as_often_as_promised(rank, channels):
     rng = np.random.default_rng(rank)
-    held, shares, repeats = 0, [], 80
+    held, held_rank, shares, repeats = 0, 0, [], 80
     for _ in range(repeats):
         attention, true, _ = simulated(rng, channels=channels, rank=rank)
         found = stats.spectrum(attention, directions=rank)
         expected = true[:rank].sum()
         held += found.low[-1] <= expected <= found.high[-1]
+        held_rank += found.rank_low <= 1 / np.square(true).sum() <= found.rank_high
         shares.append(found.shares[-1])
+    assert held_rank >= 0.87 * repeats
+    assert found.rank_high < 1.35 * found.rank_low
+    assert found.rank == pytest.approx(stats.effective_rank(attention), rel=1e-12)
     assert held >= 0.87 * repeats  # 0.95 of 80 cases, less three standard errors
     assert np.mean(shares) == pytest.approx(expected, abs=0.002)
     assert (found.high - found.low < 0.1).all()
@@ -106,6 +110,7 @@ def test_wide_attention_has_the_spectrum_of_its_samples():
     few, many = stats.spectrum(attention[:, :30]), stats.spectrum(np.hstack([attention[:, :30], padded[:, 60:]]))
     np.testing.assert_allclose(many.shares, few.shares, rtol=1e-6)
     np.testing.assert_allclose(many.high, few.high, rtol=1e-6)
+    assert (many.rank, many.rank_low, many.rank_high) == pytest.approx((few.rank, few.rank_low, few.rank_high))
 
 
 def test_samples_that_are_not_finite_are_left_out_and_too_few_are_refused():
@@ -118,7 +123,17 @@ def test_samples_that_are_not_finite_are_left_out_and_too_few_are_refused():
         stats.spectrum(attention[:2])
     with pytest.raises(ValueError, match="confidence"):
         stats.spectrum(attention, confidence=95)
-    assert np.isnan(stats.spectrum(np.full((9, 4), 0.5)).shares).all()
+    dead = stats.spectrum(np.full((9, 4), 0.5))
+    assert np.isnan([*dead.shares, dead.rank, dead.rank_low, dead.rank_high]).all()
+
+
+def test_the_table_of_ranks_has_a_row_for_each_gate_and_number_of_directions():
+    attention, _, _ = simulated(np.random.default_rng(0))
+    few, more = stats.spectrum(attention, directions=1), stats.spectrum(attention, directions=3)
+    table = stats.rank_table({"a": few, "b": more})
+    assert table[["gate", "directions"]].values.tolist() == [["a", 1], ["b", 1], ["b", 2], ["b", 3]]
+    np.testing.assert_array_equal(table["share"], [*few.shares, *more.shares])
+    np.testing.assert_array_equal(table["share_high"], [*few.high, *more.high])
 
 
 def test_canonical_correlations_of_known_mixtures():

@@ -8,7 +8,7 @@ from studies import coverage, verdicts
 from study import main
 
 import stripe
-from stripe.stats import Interval
+from stripe.stats import Interval, effective_rank
 from tests.runs import record
 
 SMALL = ["coverage", "--images", "20", "--channels", "16", "--strengths", "0.5", "--repetitions", "60", "--out"]
@@ -48,10 +48,15 @@ def test_the_change_of_runs_is_a_row_for_each_gate_and_measure(tmp_path, capsys)
     record(tmp_path / "moments", 1, 5, samples=80, contents="moments")
     assert main(["constancy", str(example), str(tmp_path / "moments"), "--out", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "constancy.csv")
-    assert len(table) == 3 * (3 + 2)
+    assert len(table) == 4 * 3 + 3 * 2  # the rank where rows were kept
     found = table.set_index(["run", "gate", "measure"])
     assert found.loc[("cifar10-se-resnet20", "layer1.0", "cv"), "direction"] == "falls"
     assert found.loc[("cifar10-se-resnet20", "layer3.1", "cv"), "direction"] == "rises"
+    rank = found.loc[("cifar10-se-resnet20", "layer3.1", "rank")]
+    assert rank["at the last"] == pytest.approx(
+        effective_rank(stripe.load_example().attention("layer3.1", 20)), rel=1e-3
+    )
+    assert rank["low end"] < rank["change"] == pytest.approx(rank["at the last"] / rank["at the first"], rel=1e-3)
     assert (found.loc["moments", "direction"] == "unsettled").mean() > 0.5  # random values at both epochs
     assert "falls" in capsys.readouterr().out
     assert main(["constancy", str(record(tmp_path / "one", 1)), "--out", str(tmp_path)]) == 2

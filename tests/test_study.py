@@ -385,7 +385,7 @@ def table_of(strengths, width=0.01):
             "strength_low": s - width,
             "strength_high": s + width,
         }
-        | {"std": 0.1, "drift": 0.1 / (e + 1) ** 2}
+        | {"std": 0.1, "drift": 0.1 / (e + 1) ** 2, "rank": 1 + s}
         for gate, line in strengths.items()
         for e, s in enumerate(line)
     ]
@@ -403,6 +403,14 @@ def test_trends_rise_and_fall_only_where_the_intervals_are_apart():
     assert set(growth.trends(table_of(strengths), tolerance=1e-9)["settled"]) == {""}
 
 
+def test_ranks_are_told_at_the_first_the_greatest_and_the_last_epoch():
+    epochs = table_of({"up": [0.2, 0.5, 0.9], "over": [0.1, 0.7, 0.3]})
+    epochs.loc[epochs["gate"] == "up", "rank"] = [np.nan, 2.0, 2.5]
+    rows = growth._ranks(epochs).set_index("gate")
+    assert rows.loc["over"].tolist() == ["16", "1.10", "1.70", "2", "1.300"]
+    assert rows.loc["up"].tolist() == ["16", "", "2.50", "3", "2.500"]
+
+
 def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys):
     run_forms(tmp_path, "--forms", "attention")
     words = ["growth", str(tmp_path / "runs/resnet20-attention-senet-1"), "--dataset", "digits", "--samples", "20"]
@@ -417,7 +425,9 @@ def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys)
     row = table.query("input == 'blur' and gate == 'layer2.0'").iloc[0]
     assert row["strength"] == pytest.approx(stripe_strength(blurred.moments()[0, "layer2.0"]).strength, abs=1e-7)
     first = {path.name: path.read_bytes() for path in (tmp_path / "study/a").iterdir()}
-    assert {"epochs.csv", "trends.csv", "growth.png", "inputs.png"} <= set(first)
+    assert {"epochs.csv", "trends.csv", "ranks.csv", "growth.png", "inputs.png", "ranks.png"} <= set(first)
+    epochs = pd.read_csv(tmp_path / "study/a/epochs.csv")
+    assert (epochs["rank"] >= 1).all()
     assert main(words) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "study/a").iterdir()} == first
     assert "highest at" in capsys.readouterr().out

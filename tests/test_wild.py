@@ -1,5 +1,6 @@
 """The study of networks that others trained: its inputs and their truth, and the study itself on a small network."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import study
 from studies import rendering, wild
 
+import stripe
+from stripe import graphs
 from tests.test_graphs import C, Graph, images, squeeze_by_convolution
 
 
@@ -84,9 +87,46 @@ def test_the_study_measures_a_network_and_goes_on_where_it_stopped(tmp_path, mon
     assert (costs["exactness"][1:].astype(float) < 1e-5).all()
     assert latency["nodes"][0] > latency["nodes"][1]
     assert (tmp_path / "out" / "costs.png").exists()
+    ranks, numbers = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("ranks", "numbers"))
+    assert list(ranks["gate"]) == ["first", "second"]
+    assert (ranks["first 1, %"] < ranks["first 2, %"]).all()
+    assert list(numbers["k"]) == list(wild.PROJECTED)
+    mean = costs[(costs["constants"] == "mean") & (costs["folded"] == 2)].iloc[0]
+    assert numbers["output error"][0] == pytest.approx(mean["output error"], rel=0.2)  # of means over other inputs
+    assert numbers["output error"].iloc[-1] < numbers["output error"][0]
+    assert (tmp_path / "out" / "ranks.png").exists()
     before = (tmp_path / "out" / "records.csv").read_bytes()
     assert study.main(words) == 0
     assert (tmp_path / "out" / "records.csv").read_bytes() == before
+
+
+def test_attention_that_is_given_whole_changes_nothing_and_other_attention_does(tmp_path):
+    g = Graph()
+    x = g.conv("x", C, 3, into=3)
+    x = g.conv(g.add("Mul", x, squeeze_by_convolution(g, x), output="first"), 4)
+    path = tmp_path / "n.onnx"
+    onnx.save(g.model(g.add("Softmax", g.add("Flatten", g.add("GlobalAveragePool", x)))), path)
+    inputs = images(9)
+    gates = graphs.find_gates(path, inputs)
+    graphs.record(path, gates, inputs, tmp_path / "run")
+    attention = stripe.open_run(tmp_path / "run").attention("first", 0)
+    wild._let_be_given(path, gates, tmp_path / "given.onnx")
+    found, other = (
+        wild._outputs(tmp_path / "given.onnx", inputs, {"first, given": wild._shaped(values, gates[0])})
+        for values in (attention, attention[::-1])
+    )
+    own = wild._outputs(path, inputs)
+    np.testing.assert_allclose(found, own, rtol=1e-5)
+    assert np.abs(other - own).max() > 1e-3
+
+
+def test_a_conversion_that_is_not_installed_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wild, "find_spec", lambda name: None)
+    subject = wild.Subject("small", "n.onnx", lambda n, seed: (images(n, seed=seed), None), 12, 9, 2, 6, compact=True)
+    study_of = wild._Study(subject, Path(__file__), tmp_path, argparse.Namespace(out=tmp_path, rounds=1))
+    study_of.compact()
+    assert "pip install onnx2torch" in capsys.readouterr().out
+    assert not study_of.table.frame().size
 
 
 def test_a_missing_file_is_said_in_one_line(tmp_path, capsys):

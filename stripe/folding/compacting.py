@@ -103,6 +103,7 @@ class _Fit:
         weight: of the squeeze's channels in the scores, (k, channels of the squeeze).
         bias: of the scores, (k,).
         explained: the part of the attention's variance, weighted by what it scales, that the scores explain.
+        wrong: what the constant alone gets wrong, of the energy of the scaled map.
     """
 
     constant: Array
@@ -110,6 +111,7 @@ class _Fit:
     weight: Array
     bias: Array
     explained: float
+    wrong: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +198,28 @@ def compact(
     table = pd.DataFrame(rows, columns=["gate", "channels", "scores", "source", "explained"])
     learned = {p for gate in network.modules() if isinstance(gate, CompactGate) for p in gate.parameters()}
     return network.eval(), CompactReport(table, sum(p.numel() for p in learned))
+
+
+def choose_source(model: nn.Module, images: Images, calibration: Iterable[Sequence[Any]], *, k: int) -> str:
+    """Return the gate whose squeeze, by k scores, tells most of the attention of all, as `source` for `compact`.
+
+    Of each gate it counts what a constant gets wrong in the gates before it, and least squares by its scores in it and
+    those behind: the share of the scaled map's energy. Nothing is learned, and no label is used.
+
+    Raises:
+        ValueError: no gates, or one of another form than multiplicative or additive.
+    """
+    gates = find_gates(model, images)
+    _counts(gates, k, None)
+    seen = _seen(model, gates, calibration)
+    alone: dict[str, float] = {}
+    wrong: dict[str, float] = {}
+    for i, gate in enumerate(gates):
+        behind = gates[i:]
+        fits = _fit_together([seen[each.name] for each in behind], seen[gate.name]["squeeze"], k, behind)
+        wrong[gate.name] = sum(alone.values()) + sum(fit.wrong * (1 - fit.explained) for fit in fits.values())
+        alone[gate.name] = fits[gate.name].wrong
+    return min(wrong, key=wrong.__getitem__)
 
 
 def _counts(gates: Sequence[Gate], k: int | Mapping[str, int], source: str | None) -> dict[str, int]:
@@ -296,7 +320,8 @@ def _fit_together(
         total = np.square(wanted[:, part]).sum()
         left = np.square(wanted[:, part] - predicted[:, part]).sum()
         own = np.divide(directions[:, part], scale, out=np.zeros((k, gate.channels)), where=scale > 0)
-        found[gate.name] = _Fit(mean, own, weight, -weight @ middle, float(1 - left / total) if total > 0 else 1.0)
+        explained = float(1 - left / total) if total > 0 else 1.0
+        found[gate.name] = _Fit(mean, own, weight, -weight @ middle, explained, float(total / wanted[:, part].size))
     return found
 
 

@@ -1,20 +1,28 @@
 """Figures of stripes. Finished numbers in, Axes or Figure out: no statistic, no file, no global setting.
 
 The modules are named for what is drawn: `heatmaps` (image x channel), `channels` (one value a channel), `epochs` (one
-value a gate and epoch), `folds` (folded networks). seaborn draws what maps columns of a table to colours, marks and
-dashes: curves and scatter. It is loaded by the first figure that needs it, and is never left to estimate or resample
-anything.
+value a gate and epoch), `spectra` (in how few directions attention varies), `folds` (folded networks). seaborn draws
+what maps columns of a table to colours, marks and dashes: curves and scatter. It is loaded by the first figure that
+needs it, and is never left to estimate or resample anything.
 """
 
-from stripe.plots.channels import excitation, learned_over_stripe, learned_scatter, std_grid, std_per_channel
+from stripe.plots.channels import (
+    directions,
+    excitation,
+    learned_over_stripe,
+    learned_scatter,
+    std_grid,
+    std_per_channel,
+)
 from stripe.plots.epochs import drift_over_epochs, strength_by_gate, strength_over_epochs, training_curves
-from stripe.plots.folds import fold_pareto
+from stripe.plots.folds import fold_pareto, rank_tradeoff
 from stripe.plots.heatmaps import before_after, heatmap_grid, stripe_heatmap
+from stripe.plots.spectra import rank_curve, scores
 
 __all__ = [
-    "before_after", "drift_over_epochs", "excitation", "fold_pareto", "heatmap_grid", "learned_over_stripe",
-    "learned_scatter", "std_grid", "std_per_channel", "strength_by_gate", "strength_over_epochs", "stripe_heatmap",
-    "training_curves",
+    "before_after", "directions", "drift_over_epochs", "excitation", "fold_pareto", "heatmap_grid",
+    "learned_over_stripe", "learned_scatter", "rank_curve", "rank_tradeoff", "scores", "std_grid",
+    "std_per_channel", "strength_by_gate", "strength_over_epochs", "stripe_heatmap", "training_curves",
 ]  # fmt: skip
 
 

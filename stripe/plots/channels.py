@@ -73,10 +73,23 @@ def excitation(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = 
     return _line_grid(named, colors, "mean attention", title)
 
 
+def directions(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = "") -> Figure:
+    """Draw {(gate, k): k-th direction of its attention (C,)}: a panel a gate, a line a direction, on one axis.
+
+    Example:
+        >>> import stripe
+        >>> found = stripe.stats.spectrum(stripe.load_example().attention("layer3.1", 20))
+        >>> figure = directions({("layer3.1", k): found.directions[k - 1] for k in (1, 2)})
+    """
+    colors = {f"direction {k}": color for k, color in _colored(panels, palette)}
+    named = {(name_of(gate), f"direction {k}"): values for (gate, k), values in panels.items()}
+    return _line_grid(named, colors, "direction (unit vector)", title)
+
+
 def _colored(panels: Mapping[tuple[Any, int], Any], colors: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
-    """Give every epoch or class of the panels, ascending, a colour; ValueError where there is no panel."""
+    """Give every epoch, class or number of the panels, ascending, a colour; ValueError where there is no panel."""
     if not panels:
-        raise ValueError("panels is empty; expected vectors (channels,) by gate and epoch or class")
+        raise ValueError("panels is empty; expected vectors (channels,) by gate and epoch, class or number")
     keys = sorted({key for _, key in panels})
     return zip(keys, colors(len(keys)), strict=True)
 

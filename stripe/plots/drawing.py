@@ -9,13 +9,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.typing import ColorType
 
 RESOLUTION = 200  # dots per inch that a heatmap counts on: larger matrices are averaged to the pixels there are
@@ -23,6 +24,7 @@ COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.9  # inches: one column and both columns of a 
 LABEL_SIZE, TICK_SIZE = 8, 7  # points
 HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey: not finite
 OBSERVED, LEARNED = "#0173B2", "#D55E00"  # blue and vermilion of seaborn's colour-blind palette
+FEW = 8  # values as many or fewer are named one by one on their axis
 LEGEND_ROOM = 8  # more gates than this are named by a colour bar
 MARKERS = "os^DvPX*"  # as many
 
@@ -86,6 +88,45 @@ def name_gates(ax: Axes, gates: Sequence[str]) -> None:
     dress(bar.ax, "", f"gate 1: {names[0]}\ngate {len(gates)}: {names[-1]}", "")
 
 
+def draw_by_gate(
+    ax: Axes, table: pd.DataFrame, column: str, *, over: str = "epoch", interval: tuple[str, str] | None = None
+) -> None:
+    """Draw a column over another one, a line a gate with its interval, in order of first appearance, and name them."""
+    import seaborn as sns
+
+    gates = list(table["gate"].unique())
+    colors = dict(zip(gates, gate_colors(len(gates)), strict=True))
+    markers = dict(zip(gates, gate_markers(len(gates)), strict=True))
+    rows = stretches(table.sort_values(over), ["gate"], column)
+    sns.lineplot(
+        rows, x=over, y=column, hue="gate", hue_order=gates, palette=colors, style="gate", style_order=gates,
+        markers=markers, dashes=False, units="stretch", estimator=None, linewidth=0.8, markersize=2.5,
+        markeredgewidth=0, legend=False, ax=ax,
+    )  # fmt: skip
+    if interval:
+        paler_when_many = 0.5 / (1 + len(gates) ** 0.5)
+        for gate, own in rows.groupby("gate", sort=False):
+            low, high = (own[bound] for bound in interval)
+            ax.fill_between(own[over], low, high, color=colors[gate], alpha=paler_when_many, linewidth=0.5)
+    values = sorted(set(rows[over]))
+    if len(values) <= FEW:
+        ax.set_xticks(values)
+    else:
+        tick_integers(ax.xaxis)
+    name_gates(ax, gates)
+
+
+def stretches(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFrame:
+    """Number the stretches of each curve between missing values, `stretch`: no line is drawn across what is missing."""
+    table = table.reset_index(drop=True)
+    return table.assign(stretch=table[column].isna().groupby([table[key] for key in keys], sort=False).cumsum())
+
+
+def name_interval(ends: pd.Series[float], confidence: float) -> str:
+    """Name the interval that is drawn, or say that there is none."""
+    return f"({100 * confidence:g} % interval)" if ends.notna().any() else "(no interval)"
+
+
 def short_names(gates: Sequence[str]) -> list[str]:
     """Leave out the last parts of the module paths where all gates share them."""
     paths = [gate.split(".") for gate in gates]
@@ -118,3 +159,11 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
         fontsize=TICK_SIZE,
         frameon=False,
     )
+
+
+class Decimals(LogFormatter):
+    """Ticks of a logarithmic axis: 0.02 where LogFormatter writes 2e-02, and nothing where that writes nothing."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return the text of a tick."""
+        return f"{x:g}" if super().__call__(x, pos) else ""

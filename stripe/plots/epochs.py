@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from stripe.plots.drawing import (
     LABEL_SIZE,
     OBSERVED,
     PAGE_WIDTH,
     TICK_SIZE,
+    Decimals,
+    draw_by_gate,
     dress,
     gate_colors,
-    gate_markers,
-    name_gates,
+    name_interval,
     new_axes,
     short_names,
+    stretches,
     tick_integers,
 )
 from stripe.stats import CONFIDENCE
-
-FEW_EPOCHS = 8  # as many or fewer are named one by one on their axis
 
 
 def strength_by_gate(
@@ -52,7 +51,7 @@ def strength_by_gate(
     sns.scatterplot(x=table["strength"].to_numpy(), y=rows, color=OBSERVED, s=12, linewidth=0, ax=ax)
     ax.set(xlim=(0, 1), ylim=(len(table) - 0.5, -0.5))
     ax.set_yticks(rows, names)
-    dress(ax, f"stripe strength\n{_interval(table, confidence)}", "gate", title)
+    dress(ax, f"stripe strength\n{name_interval(table['strength_low'], confidence)}", "gate", title)
     return ax
 
 
@@ -68,8 +67,8 @@ def strength_over_epochs(
         >>> ax = strength_over_epochs(stripe.stats.summarize(stripe.load_example()))
     """
     ax = new_axes(ax, height=2.6)
-    _draw_by_gate(ax, table, "strength", interval=("strength_low", "strength_high"))
-    dress(ax, "epoch", f"stripe strength\n{_interval(table, confidence)}", title)
+    draw_by_gate(ax, table, "strength", interval=("strength_low", "strength_high"))
+    dress(ax, "epoch", f"stripe strength\n{name_interval(table['strength_low'], confidence)}", title)
     ax.set_ylim(0, 1)
     return ax
 
@@ -91,10 +90,10 @@ def drift_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str
     uneven = bool((took.dropna() != 1).any())
     if uneven:
         table = table.assign(drift=table["drift"] / took)
-    _draw_by_gate(ax, table, "drift")
+    draw_by_gate(ax, table, "drift")
     if (table["drift"] > 0).any():
         ax.set_yscale("log", nonpositive="mask")
-        ax.yaxis.set(major_formatter=_Decimals(), minor_formatter=_Decimals())
+        ax.yaxis.set(major_formatter=Decimals(), minor_formatter=Decimals())
     label = "drift per epoch\n(mean between recorded epochs)" if uneven else "drift since the epoch before"
     dress(ax, "epoch", label, title)
     return ax
@@ -113,7 +112,7 @@ def training_curves(metrics: Mapping[str, pd.DataFrame], *, title: str = "") -> 
             for part, images in parts.items()
         )
         sns.lineplot(
-            _stretches(curves, ["run", "images"], "value"), x="epoch", y="value", hue="run", style="images",
+            stretches(curves, ["run", "images"], "value"), x="epoch", y="value", hue="run", style="images",
             style_order=["validation", "training"], palette=gate_colors(len(metrics)), units="stretch",
             estimator=None, linewidth=1, legend="full" if ax is axes[1] else False, ax=ax,
         )  # fmt: skip
@@ -125,52 +124,3 @@ def training_curves(metrics: Mapping[str, pd.DataFrame], *, title: str = "") -> 
     named = [pair for pair in zip(handles, labels, strict=True) if pair[1] not in ("run", "images")]
     fig.legend(*zip(*named, strict=True), loc="outside lower center", ncols=3, fontsize=TICK_SIZE, frameon=False)
     return fig
-
-
-def _interval(table: pd.DataFrame, confidence: float) -> str:
-    """Name the interval that is drawn, or say that there is none."""
-    return f"({100 * confidence:g} % interval)" if table["strength_low"].notna().any() else "(no interval)"
-
-
-def _stretches(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFrame:
-    """Number the stretches of each curve between missing values, `stretch`: no line is drawn across what is missing."""
-    table = table.reset_index(drop=True)
-    return table.assign(stretch=table[column].isna().groupby([table[key] for key in keys], sort=False).cumsum())
-
-
-def _draw_by_gate(ax: Axes, table: pd.DataFrame, column: str, interval: tuple[str, str] | None = None) -> None:
-    """Draw a line a gate, in order of first appearance, and name them."""
-    import seaborn as sns
-
-    gates = list(table["gate"].unique())
-    colors = dict(zip(gates, gate_colors(len(gates)), strict=True))
-    markers = dict(zip(gates, gate_markers(len(gates)), strict=True))
-    rows = _stretches(table.sort_values("epoch"), ["gate"], column)
-    sns.lineplot(
-        rows, x="epoch", y=column, hue="gate", hue_order=gates, palette=colors, style="gate", style_order=gates,
-        markers=markers, dashes=False, units="stretch", estimator=None, linewidth=0.8, markersize=2.5,
-        markeredgewidth=0, legend=False, ax=ax,
-    )  # fmt: skip
-    if interval:
-        paler_when_many = 0.5 / (1 + len(gates) ** 0.5)
-        for gate, own in rows.groupby("gate", sort=False):
-            low, high = (own[bound] for bound in interval)
-            ax.fill_between(own["epoch"], low, high, color=colors[gate], alpha=paler_when_many, linewidth=0.5)
-    _tick_epochs(ax, rows["epoch"])
-    name_gates(ax, gates)
-
-
-def _tick_epochs(ax: Axes, epochs: pd.Series[int]) -> None:
-    """Label the recorded epochs where they are few, else some of them."""
-    recorded = sorted(set(epochs))
-    if len(recorded) <= FEW_EPOCHS:
-        ax.set_xticks(recorded)
-    else:
-        tick_integers(ax.xaxis)
-
-
-class _Decimals(LogFormatter):
-    """Writes 0.02 where LogFormatter writes 2e-02, and nothing where that writes nothing."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:g}" if super().__call__(x, pos) else ""

@@ -1,14 +1,28 @@
-"""What folded networks are worth against what they cost."""
+"""What folded and compact networks are worth against what they cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-from stripe.plots.drawing import LABEL_SIZE, TICK_SIZE, dress, legend_below, new_axes, palette, tick_integers
+from stripe.plots.drawing import (
+    LABEL_SIZE,
+    MARKERS,
+    PAGE_WIDTH,
+    TICK_SIZE,
+    Decimals,
+    dress,
+    legend_below,
+    new_axes,
+    palette,
+    tick_integers,
+)
 
 
 def fold_pareto(
@@ -68,6 +82,47 @@ def fold_pareto(
     dress(ax, label, f"{worth} {measure} (%)", title)
     legend_below(ax)
     return ax
+
+
+def rank_tradeoff(table: pd.DataFrame, *, measure: str = "accuracy", title: str = "") -> Figure:
+    """Draw what compact networks cost over the numbers per image that stand for their attention, with intervals.
+
+    Args:
+        table: `stripe.folding.Tradeoff.table`.
+        measure: what its `worth` is, for the label.
+        title: above both panels.
+
+    Raises:
+        ValueError: the table lacks a column.
+    """
+    ends = [f"{name}_{end}" for name in ("divergence", "drop") for end in ("low", "high")]
+    _require_columns("table", table, ["k", "source", "numbers", "divergence", "drop", *ends])
+    fig, axes = plt.subplots(1, 2, figsize=(PAGE_WIDTH, 2.8), layout="constrained")
+    rows = table[table["k"].notna()]
+    ways = {"own scores": rows["source"] == ""}
+    ways |= {f"from {source}": rows["source"] == source for source in rows["source"].unique() if source}
+    whole = table[table["k"].isna()]["numbers"]
+    labels = {"divergence": "divergence from the original", "drop": f"{measure} lost (points)"}
+    for ax, (name, label) in zip(axes, labels.items(), strict=True):
+        for (way, its), color, marker in zip(ways.items(), palette(len(ways)), MARKERS, strict=False):
+            part = rows[its | (rows["k"] == 0)].sort_values("numbers")
+            reach = [part[name] - part[f"{name}_low"], part[f"{name}_high"] - part[name]]
+            marks = {"marker": marker, "markersize": 4, "linewidth": 0.8, "elinewidth": 0.8, "capsize": 2}
+            ax.errorbar(part["numbers"], part[name], yerr=reach, color=color, label=way, **marks)
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xlim(-0.3, max([*rows["numbers"], *whole]) * 1.4)
+        for numbers in whole:
+            ax.axvline(numbers, color="0.5", linewidth=0.8, linestyle="--", zorder=0)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        dress(ax, "numbers per image (dashed: full attention)", label, "")
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set(major_formatter=Decimals(), minor_formatter=Decimals())
+    axes[1].axhline(0, color="0.5", linewidth=0.8, linestyle="--", zorder=0)
+    fig.suptitle(title, fontsize=LABEL_SIZE, wrap=True)
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=TICK_SIZE, frameon=False
+    )
+    return fig
 
 
 def _require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ RECORDS = (500, 100, 20, 4)  # of a table from a file, and points of a curve, by
 MAX_COLUMNS = 40  # of such a table
 MEASURES = ("strength", "strength_low", "strength_high", "cv", "std", "drift", "label_share", "sample_share")
 MAX_SUMMARY = 2_000  # letters
+SPECTRUM_SAMPLES = 1000  # at most, from which the directions are found
 MAX_CLASSES = 10  # of whose means a gate's figure is drawn
 CURVES = ("lr", "train_loss", "val_loss", "train_accuracy", "val_accuracy")  # of metrics.csv
 
@@ -62,6 +63,7 @@ def describe_gates(
                 "mean": numbers(stripe.mean),
                 "std": numbers(stripe.std),
                 "classes": _class_means(stripe),
+                "shares": _shares(run, gate.name, stripe_epoch),
                 "learned": learned.get(gate.name),
             }
         )
@@ -86,6 +88,19 @@ def _class_means(stripe: stats.Moments) -> dict[str, Any] | None:
         return None
     shown = [list(means)[i] for i in spread(len(means), MAX_CLASSES)]
     return {"all": len(means), "labels": shown, **coded(np.array([means[label] for label in shown], np.float32))}
+
+
+def _shares(run: Run, gate: str, epoch: int) -> list[list[Plain]] | None:
+    """Return the share of variance that the first directions hold, and its ends; None without enough samples."""
+    if not run.has_samples:
+        return None
+    ids = run.samples(epoch)
+    first = np.argsort(ids, kind="stable")[:SPECTRUM_SAMPLES]
+    attention = run.attention(gate, epoch)[first]
+    if np.isfinite(attention).all(axis=1).sum() < 3:
+        return None
+    found = stats.spectrum(attention, sample_ids=ids[first])
+    return [numbers(each) for each in (found.shares, found.low, found.high)]
 
 
 def learned_vectors(run: Run, validation: Mapping[str, Any] | None) -> Learned:

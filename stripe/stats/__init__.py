@@ -28,7 +28,7 @@ from stripe.stats.measuring import NEAR_BOUND
 from stripe.stats.moments import CLASSES, GateMoments, Moments
 from stripe.stats.rank import effective_rank
 from stripe.stats.runs import NamedGate, RecordedRun
-from stripe.stats.spectrum import Spectrum, canonical_correlations, spectrum
+from stripe.stats.spectrum import Spectrum, canonical_correlations, rank_table, spectrum
 from stripe.stats.strength import (
     IntraclassCorrelations,
     Shares,
@@ -43,9 +43,9 @@ __all__ = [
     "BLOCKS", "CLASSES", "COLUMNS", "CONFIDENCE", "DEAD_RANGE", "MEASURES", "NEAR_BOUND", "OBSERVED_RANGE",
     "PERMUTATIONS", "SATURATED_SHARE", "SEED", "SUMMARY", "Array", "Change", "Counts", "GateMoments", "Groups",
     "Interval", "IntraclassCorrelations", "LabelShare", "Labels", "Match", "Measured", "Moments", "NamedGate",
-    "RecordedRun", "Shares", "Spectrum", "Strength", "benjamini_hochberg", "canonical_correlations", "change_between",
-    "changes", "class_means", "coefficient_of_variation", "drift", "effective_rank", "flags",
-    "intraclass_correlations", "label_share", "match", "measure", "pearson", "permutation_test", "settled_epoch",
-    "spectrum", "strength_interval", "stripe_strength", "summarize", "swap_test", "tabulate", "two_way_shares",
-    "wasserstein",
+    "RecordedRun", "Shares", "Spectrum", "Strength", "benjamini_hochberg", "canonical_correlations",
+    "change_between", "changes", "class_means", "coefficient_of_variation", "drift", "effective_rank", "flags",
+    "intraclass_correlations", "label_share", "match", "measure", "pearson", "permutation_test", "rank_table",
+    "settled_epoch", "spectrum", "strength_interval", "stripe_strength", "summarize", "swap_test", "tabulate",
+    "two_way_shares", "wasserstein",
 ]  # fmt: skip

@@ -117,14 +117,22 @@ class _Products:
 
     def effective_rank(self) -> float:
         """Return what `effective_rank` does, once all rows have come."""
-        n = self._samples
-        if n < 4:
-            return float("nan")
         gram = self._gram
         if gram is None:
             rows = np.concatenate(self._rows)
             gram = rows @ rows.T
-        trace, squares = float(np.trace(gram)) ** 2, float(np.vdot(gram, gram))
-        of_trace = (n * n - 3 * n + 1) * trace - n * (n - 1) * self._fourth + 2 * squares
-        of_squares = (n - 1) * (n - 2) * squares + trace - n * (n - 1) * self._fourth
-        return float(min(ratio(of_trace, of_squares), self._channels))
+        return min(participation_ratio(self._samples, gram, self._fourth), float(self._channels))
+
+
+def participation_ratio(samples: int, products: Array, fourth: float) -> float:
+    """Return the effective rank by the products of deviations from the mean and the sum of their lengths' 4th powers.
+
+    ``products`` are of channels, summed over samples, or of samples, summed over channels: the result is the same.
+    """
+    n = samples
+    if n < 4:
+        return float("nan")
+    trace, squares = float(np.trace(products)) ** 2, float(np.vdot(products, products))
+    of_trace = (n * n - 3 * n + 1) * trace - n * (n - 1) * fourth + 2 * squares
+    of_squares = (n - 1) * (n - 2) * squares + trace - n * (n - 1) * fourth
+    return float(ratio(of_trace, of_squares))

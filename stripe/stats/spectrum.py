@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from stripe.stats.arithmetic import Array, Counts, Labels, matrix
 from stripe.stats.groups import BLOCKS, block_keys, coarse
 from stripe.stats.intervals import CONFIDENCE, check_confidence, jackknife
 from stripe.stats.measuring import centre
 from stripe.stats.moments import Mask
+from stripe.stats.rank import effective_rank, participation_ratio
 
 DIRECTIONS = 8  # that are told apart unless more are asked for
 
@@ -26,6 +28,9 @@ class Spectrum:
         shares: the part of the variance over samples that lies in the first k directions, for k = 1 to K, (K,).
         low: lower ends of the shares' intervals, (K,).
         high: upper ends, (K,).
+        rank: the effective rank, as `effective_rank` gives it.
+        rank_low: lower end of its interval.
+        rank_high: upper end.
         mean: the observed stripe, (channels,).
         directions: orthogonal vectors of length 1, (K, channels).
     """
@@ -33,6 +38,9 @@ class Spectrum:
     shares: Array
     low: Array
     high: Array
+    rank: float
+    rank_low: float
+    rank_high: float
     mean: Array
     directions: Array
 
@@ -95,27 +103,55 @@ def spectrum(
     kept = min(directions, off.shape[1], len(off) - 1)
     vectors = vectors[:kept]
     vectors *= np.sign(vectors[np.arange(kept), np.abs(vectors).argmax(axis=1)])[:, None]
-    return Spectrum(*_shares(off, lengths[:kept] ** 2, ids, confidence), mean, vectors)
+    return Spectrum(*_figures(off, lengths[:kept] ** 2, ids, confidence), mean, vectors)
 
 
-def _shares(off: Array, variances: Array, ids: Labels, confidence: float) -> tuple[Array, Array, Array]:
-    """Return the corrected shares of the first directions and the ends of their intervals, (K,) each."""
+def rank_table(spectra: Mapping[str, Spectrum]) -> pd.DataFrame:
+    """Tabulate how much of the variance the first directions of some gates hold, as `stripe.plots.rank_curve` draws it.
+
+    Returns a row per gate and number of directions, from 1: gate, directions, share, share_low, share_high.
+
+    Example:
+        >>> import stripe
+        >>> attention = stripe.load_example().attention("layer3.1", 20)
+        >>> rank_table({"layer3.1": spectrum(attention, directions=2)}).round(2)
+               gate  directions  share  share_low  share_high
+        0  layer3.1           1   0.79       0.75        0.82
+        1  layer3.1           2   0.97       0.97        0.97
+    """
+    columns = ["gate", "directions", "share", "share_low", "share_high"]
+    rows = [
+        (gate, k, *shares)
+        for gate, found in spectra.items()
+        for k, shares in enumerate(zip(found.shares, found.low, found.high, strict=True), 1)
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _figures(
+    off: Array, variances: Array, ids: Labels, confidence: float
+) -> tuple[Array, Array, Array, float, float, float]:
+    """Return the corrected shares of the first directions, (K,), the effective rank, and their intervals."""
     total = float(np.vdot(off, off))
     if not total > 0:
         missing = np.full(len(variances), np.nan)
-        return missing, missing, missing
+        return missing, missing, missing, np.nan, np.nan, np.nan
     keys = np.arange(len(ids)) if len(ids) <= BLOCKS else coarse(block_keys(ids))
     blocks, counts = np.unique(keys, return_counts=True)
     every = _logits(variances, total)
-    without = np.stack([_logits(*left) for left in _leave_one_out(off, [keys == b for b in blocks], len(variances))])
+    left = list(_leave_one_out(off, [keys == b for b in blocks], len(variances)))
+    without = np.stack([_logits(its, whole) for its, whole, _ in left])
     found = np.array([_corrected(counts, *pair, confidence) for pair in zip(every, without.T, strict=True)])
     shares, low, high = (1 / (1 + np.exp(-found))).T
     shares = np.maximum.accumulate(shares)
-    return shares, np.minimum(low, shares), np.maximum(high, shares)
+    rank, ranks = effective_rank(off), np.log([rank for *_, rank in left])
+    ends = jackknife(counts, float(np.log(rank)), ranks, confidence)
+    rank_low, rank_high = np.exp(ends) if np.isfinite(ranks).all() else (np.nan, np.nan)
+    return shares, np.minimum(low, shares), np.maximum(high, shares), rank, max(float(rank_low), 1.0), float(rank_high)
 
 
-def _leave_one_out(off: Array, blocks: list[Mask], kept: int) -> Iterator[tuple[Array, float]]:
-    """Yield the largest `kept` sums of squares along a direction and their total, without each block of samples."""
+def _leave_one_out(off: Array, blocks: list[Mask], kept: int) -> Iterator[tuple[Array, float, float]]:
+    """Yield the largest `kept` sums of squares along a direction, the total and the rank without each block."""
     samples, channels = off.shape
     wide = samples < channels
     gram = off @ off.T if wide else off.T @ off
@@ -124,11 +160,15 @@ def _leave_one_out(off: Array, blocks: list[Mask], kept: int) -> Iterator[tuple[
             left = gram[np.ix_(~block, ~block)]
             middle = left.mean(axis=0)
             left = left - middle - middle[:, None] + middle.mean()
+            lengths = left.diagonal()
         else:
             part = off[block]
             shift = part.sum(axis=0)
             left = gram - part.T @ part - np.outer(shift, shift) / (samples - len(part))
-        yield np.linalg.eigvalsh(left)[::-1][:kept], float(np.trace(left))
+            rest = off[~block] + shift / (samples - len(part))
+            lengths = np.einsum("nc,nc->n", rest, rest)
+        rank = participation_ratio(samples - int(block.sum()), left, float(np.square(lengths).sum()))
+        yield np.linalg.eigvalsh(left)[::-1][:kept], float(np.trace(left)), rank
 
 
 def _logits(variances: Array, total: float) -> Array:

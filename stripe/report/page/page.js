@@ -67,6 +67,7 @@ function update(change) {
   if (trained) TRAINING_CHARTS.forEach(drawTraining);
   drawStripe(stripe);
   classCharts.forEach(drawClasses);
+  drawShares(shareChart);
   keepLink();
 }
 
@@ -123,6 +124,11 @@ const classCharts = [...runs.keys()].map((run) => ({
     "the mean attention vector over the images of each class: where the lines fall together, the gate does not tell classes apart",
   ),
 }));
+const shareChart = chartIn(
+  byId("stripe"),
+  "Rank curve",
+  "the share of the attention's variance over images that its first k directions hold, with the 95 % interval",
+);
 setUpTips();
 addDocument(byId("validation"), data.validation);
 addDocument(byId("fold"), data.fold);

@@ -219,3 +219,18 @@ function drawClasses({ chart, run: r }) {
   const say = (line, i) => `${line.name}${some} · channel ${order[i]} · mean ${show(line.ys[i])}`;
   drawLines(chart, { lines, xticks: channelTicks(order), xlabel: SORTED, height: 260, say });
 }
+
+function drawShares(chart) {
+  const lines = runs.flatMap((run, r) => {
+    const [ys, low, high] = run.gates[gateOf(run, state.gate)]?.shares ?? [];
+    if (!ys) return [];
+    const name = `${two ? `${letters[r]}: ` : ""}share of the first directions`;
+    const line = { name, xs: ys.map((_, i) => i + 1), ys, low, high, stroke: RUN_COLORS[r], key: two };
+    return [{ ...line, chosen: true, dots: true, dashed: r > 0 }];
+  });
+  chart.holder.closest("figure").hidden = !lines.length;
+  if (!lines.length) return;
+  const say = ({ name, ys, low, high }, i) =>
+    `${name}, ${i + 1} · ${show(ys[i])} of the variance (${show(low[i])} to ${show(high[i])})`;
+  drawLines(chart, { lines, y: () => [0, 1], xlabel: "directions, the widest first", height: 260, say });
+}
