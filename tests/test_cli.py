@@ -31,20 +31,10 @@ SCRIPTS = {
     "report": "report",
     "demo": "demo",
 }
-SMALL = [
-    "--dataset",
-    "digits",
-    "--depth",
-    "11",
-    "--train-samples",
-    "60",
-    "--train-batch",
-    "20",
-    "--epochs",
-    "2",
-    "--val-samples",
-    "10",
-]
+SMALL = (
+    "--dataset digits --depth 8 --block-name basicblock"
+    " --train-samples 60 --train-batch 20 --epochs 2 --val-samples 10"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +63,8 @@ def test_train_leaves_metrics_checkpoints_and_a_run(trained):
     assert files - {".lock"} == {"last.pt", "best.pt", "epoch=0001.pt", "epoch=0002.pt"}
     run = open_run(trained)
     assert run.epochs == [1, 2]
-    assert run.attention("layer3.0", 2).shape == (30, 256)
-    assert run.squeeze("layer3.0", 2).shape == (30, 256)
+    assert run.attention("layer3.0", 2).shape == (30, 64)
+    assert run.squeeze("layer3.0", 2).shape == (30, 64)
     assert run.data["uri"] == "digits"
     assert set(run.data) == {"uri", "split", "size", "mean", "std"}
 
@@ -202,19 +192,7 @@ def test_asr_training_and_evaluation_of_a_checkpoint(tmp_path, capsys):
 
 def test_directories_are_named_as_the_reference_names_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = [
-        "train",
-        *SMALL,
-        "--epochs",
-        "1",
-        "--module",
-        "eca",
-        "--use-asr",
-        "--use-both",
-        "--block-name",
-        "basicblock",
-    ]
-    words[words.index("--depth") + 1] = "8"
+    words = ["train", *SMALL, "--epochs", "1", "--module", "eca", "--use-asr", "--use-both"]
     assert main(words) == 0
     assert main([*words, "--use-timestamp"]) == 0
     names = sorted(path.name for path in Path("checkpoints").iterdir())
@@ -222,7 +200,8 @@ def test_directories_are_named_as_the_reference_names_them(tmp_path, monkeypatch
     assert names[1].startswith("digits-resnet8-eca-asr-both-20")
 
 
-def test_demo_prints_its_table(tmp_path, capsys):
+def test_demo_prints_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(COMMANDS["demo"], "NETWORK", {"depth": 8, "block": "basicblock", "module": "senet"})
     words = ["--epochs", "1", "--asr-epochs", "1", "--steps", "2", "--train-samples", "80"]
     words += ["--out", tmp_path / "demo", "--figures", tmp_path / "figures", "--json", tmp_path / "demo.json"]
     for folder in ("demo/checkpoints", "demo-asr"):  # an earlier demo, which is replaced
@@ -235,7 +214,7 @@ def test_demo_prints_its_table(tmp_path, capsys):
         for word in ("strength", "verdict", "SE", "ASR deployed", "attention removed", "images/s", "In short", "cv:")
     )
     summary = json.loads((tmp_path / "demo.json").read_text())
-    assert len(summary["gates"]) == 6
+    assert len(summary["gates"]) == 3
     assert summary["accuracy"].keys() == {"SE", "ASR deployed", "attention removed"}
     assert (tmp_path / "figures/stripe-layer1.0.png").exists()
 

@@ -26,7 +26,7 @@ from stripe.folding import (
 from stripe.gates import find_gates, read_gates, replace_gates
 from stripe.models import create_model
 
-SHAPE = (3, 32, 32)
+SHAPE = (3, 16, 16)
 
 
 @pytest.fixture(scope="module")

@@ -262,7 +262,9 @@ def test_killed_commands_continue_to_the_same_bytes(tmp_path, record_property):
     rng, kills = np.random.default_rng(0), 0
     small = (
         "--depth",
-        11,
+        8,
+        "--block-name",
+        "basicblock",
         "--dataset",
         "digits",
         "--module",

@@ -329,7 +329,7 @@ def test_the_source_distribution_holds_every_file_of_the_repository(tmp_path):
 
 
 IN_AN_EMPTY_FOLDER = """
-train --depth 11 --module senet --dataset digits --epochs 1 --train-samples 80 --record 20 --workers 0 -c runs/se
+train --depth 8 --block-name basicblock --module senet --dataset digits --epochs 1 --train-samples 80 --record 20 --workers 0 -c runs/se
 collect --ckpt runs/se/checkpoints/last.pt --samples 20 --squeeze --workers 0 --out runs/probe
 figures runs/probe --out figures/probe
 validate --ckpt runs/se/checkpoints/last.pt --run runs/se --steps 2 --train-samples 60 --test-samples 20 --workers 0 --out runs/match

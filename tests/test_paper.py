@@ -18,9 +18,11 @@ from study import main
 import stripe
 from stripe.models import create_model
 
-SMALL = ["paper", "--dataset", "digits", "--depth", "11", "--epochs", "3", "--milestones", "2", "--amp", "no"]
-SMALL += ["--train-samples", "200", "--record", "20", "--no-compile"]
-NAME = "paper-digits-resnet11"
+SMALL = (
+    "paper --dataset digits --depth 8 --block basicblock --epochs 3 --milestones 2 --amp no"
+    " --train-samples 200 --record 20 --no-compile"
+).split()
+NAME = "paper-digits-resnet8"
 ROOT = Path(__file__).parents[1]
 
 

@@ -20,7 +20,10 @@ from tests.conftest import randomize
 ROOT = Path(__file__).parents[1]
 KILLED = "a rank of `torchrun` killed while training or recording"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TRAIN = "--dataset digits --depth 11 --module senet --train-batch 16 --test-batch 20 --lr 0.05 --squeeze".split()
+TRAIN = (
+    "--dataset digits --depth 8 --block-name basicblock --module senet"
+    " --train-batch 16 --test-batch 20 --lr 0.05 --squeeze"
+).split()
 
 
 def launch(*words):
@@ -38,7 +41,7 @@ def finish(process):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    model = {"arch": "resnet", "depth": 11, "module": "senet"}
+    model = {"arch": "resnet", "depth": 8, "block": "basicblock", "module": "senet"}
     state = randomize(create_model(**model)).state_dict()
     description = {"model": model, "data": {"uri": "digits"}}
     torch.save({"state_dict": state, "epoch": 4, "description": description}, tmp_path / "a.pt")

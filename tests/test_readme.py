@@ -33,7 +33,7 @@ FEW = {  # appended to a command's words: argparse takes the last
         *("--train-samples", "20", "--val-samples", "10", "--test-samples", "10", "--samples", "10", "--batch", "10"),
         *("--workers", "0", "--counts", "0", "1", "--order", "single", "--distill-steps", "1", "--backends"),
     ],
-    "train": ["--depth", "11", "--epochs", "2", "--train-samples", "80", "--record", "20", "--workers", "0"],
+    "train": "--depth 8 --block-name basicblock --epochs 2 --train-samples 80 --record 20 --workers 0".split(),
     "validate": ["--steps", "2", "--train-samples", "60", "--test-samples", "20", "--workers", "0"],
 }
 

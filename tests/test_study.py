@@ -34,7 +34,7 @@ from tests.conftest import randomize
 
 ROOT = Path(__file__).parents[1]
 TIMES = ["seconds", "cpu_seconds", "images_per_second"]
-ABLATION = "ablation --depth 20 --epochs 1 --batch 20 --train-samples 40 --test-samples 40 --seeds 0".split()
+ABLATION = "ablation --depth 14 --block basicblock --epochs 1 --batch 20 --train-samples 40 --test-samples 40 --seeds 0".split()
 
 
 def names_of(model):
@@ -82,7 +82,7 @@ def test_ablation_writes_a_row_per_case_and_goes_on_where_it_stopped(tmp_path, m
     assert list(table["psi_init"]) == ["0.1", "normal", "0.1", "0.1"]
     assert table[["accuracy_last", "accuracy_best"]].stack().between(0, 100).all()
     assert (table["best_epoch"] == 1).all()
-    assert json.loads(table["config"][0])["depth"] == 20
+    assert json.loads(table["config"][0])["depth"] == 14
     assert json.loads(table["versions"][0]).keys() >= {"python", "torch", "stripe-observation"}
     shown = pd.read_csv(tmp_path / "ablation-compared.csv")
     assert list(shown["seeds"]) == [1, 1, 1, 1]
@@ -208,7 +208,7 @@ def test_the_grid_is_whole_and_holds_the_undisturbed_case():
 
 
 FORMS = (
-    "forms --dataset digits --depth 11 --epochs 2 --batch 20 --train-samples 80 --val-samples 20 --test-samples 40"
+    "forms --dataset digits --depth 8 --block basicblock --epochs 2 --batch 20 --train-samples 80 --val-samples 20 --test-samples 40"
     " --record 10 --seeds 1"
 ).split()
 
