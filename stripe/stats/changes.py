@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stripe.stats.intervals import CONFIDENCE, check_confidence, jackknife, leave_one_out
+from stripe.stats.intervals import CONFIDENCE, check_confidence, jackknife
 from stripe.stats.moments import Moments
 from stripe.stats.runs import RecordedRun
 from stripe.stats.variance import Variance
@@ -118,7 +118,7 @@ def _scales(measure: str) -> tuple[Scale, Callable[[float], Any], float]:
 
 
 def _interval(before: Moments, after: Moments, take: Scale, change: float, confidence: float) -> tuple[float, float]:
-    sides = [(each.blocks.counts, take(leave_one_out(each.blocks))) for each in (before, after)]
+    sides = [(each.blocks.counts, take(Variance.without_each(each.blocks))) for each in (before, after)]
     if min(before.count, after.count) < 3 or not all(np.isfinite(without).all() for _, without in sides):
         return math.nan, math.nan
     (first_counts, first), (last_counts, last) = sides

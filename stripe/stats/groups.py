@@ -63,17 +63,24 @@ class Groups:
         """Return all samples as a single group."""
         if not len(self.keys):
             return self
-        count = self.counts.sum()
-        off = self.means - self.means[0]  # sums about a member's mean do not cancel
-        mean = self.counts @ off / count
-        off -= mean
+        weights, about = self.counts.astype(np.float64), self.deviations
         return Groups(
             np.zeros(1, np.int64),
-            count[None],
-            (self.means[0] + mean)[None],
-            (self.scatter + self.counts * _squares(off)).sum(keepdims=True),
-            (self.rows + self.counts * np.square(_mean(off))).sum(keepdims=True),
+            self.counts.sum(keepdims=True),
+            about.mean[None],
+            self.scatter.sum(keepdims=True) + weights @ about.squares,
+            self.rows.sum(keepdims=True) + weights @ np.square(about.rows),
         )
+
+    @cached_property
+    def deviations(self) -> Deviations:
+        """Return how far each group, of which there is one at least, lies from the mean of all samples."""
+        weights = self.counts.astype(np.float64)
+        off = self.means - self.means[0]  # sums about a member's mean do not cancel
+        mean = weights @ off / weights.sum()
+        off -= mean
+        off = _numbers(off)
+        return Deviations(self.means[0] + mean, off, _squares(off), _mean(off))
 
     def is_close(self, other: Groups, *, rtol: float) -> bool:
         """Tell whether these are the same groups of the same samples, but for the rounding of means."""
@@ -91,6 +98,12 @@ class Groups:
         joined = Groups(*(np.concatenate(pair) for pair in both))
         return joined.regrouped(joined.keys)
 
+    def chosen(self, keep: npt.NDArray[np.bool_]) -> Groups:
+        """Return some of the groups, (groups,) marked by ``keep``."""
+        if keep.all():
+            return self
+        return Groups(self.keys[keep], self.counts[keep], self.means[keep], self.scatter[keep], self.rows[keep])
+
     def regrouped(self, keys: Counts) -> Groups:
         """Put groups to which ``keys`` (groups,) gives one key together (Chan, Golub, LeVeque 1983)."""
         if not len(keys):
@@ -102,7 +115,7 @@ class Groups:
         mean = np.zeros_like(shift)
         np.add.at(mean, places, off * self.counts[:, None])
         mean /= counts[:, None]
-        off -= mean[places]
+        off = _numbers(off - mean[places])
         return Groups(
             found,
             counts,
@@ -118,18 +131,45 @@ class Groups:
         return Groups(self.keys, self.counts, means, self.scatter, self.rows)
 
 
+@dataclass(frozen=True, eq=False)
+class Deviations:
+    """How far groups lie from the mean of all samples.
+
+    Attributes:
+        mean: of all samples, (channels,).
+        off: of each group's means from it, (groups, channels that are numbers).
+        squares: sum over these channels of its squares, (groups,).
+        rows: its mean over them, (groups,); 0 where there is none.
+    """
+
+    mean: Array
+    off: Array
+    squares: Array
+    rows: Array
+
+    @cached_property
+    def centred(self) -> tuple[float, Array]:
+        """Return the middle of the channels' means, those that are numbers, and how far each lies from it."""
+        mean = self.mean[~np.isnan(self.mean)]
+        off = mean - mean[:1]  # exactly 0 where all are equal
+        middle = off.sum() / max(off.size, 1)
+        return float(middle + mean[:1].sum()), off - middle
+
+
 def _sums(places: npt.NDArray[np.intp], values: npt.NDArray[Any]) -> Array:
     """Add up values by place, all of which come."""
     return np.bincount(places, values).astype(np.float64)
 
 
+def _numbers(off: Array) -> Array:
+    """Leave out the channels that are not numbers, which they are in no group."""
+    missing = np.isnan(off[0])
+    return off[:, ~missing] if missing.any() else off
+
+
 def _squares(off: Array) -> Any:
-    """Sum squares over the channels that are numbers."""
-    off = off[:, ~np.isnan(off[0])]
     return np.einsum("gc,gc->g", off, off)
 
 
 def _mean(off: Array) -> Any:
-    """Average over the channels that are numbers; 0 where there is none."""
-    off = off[:, ~np.isnan(off[0])]
-    return off.sum(axis=1) / max(off.shape[1], 1)
+    return off @ np.ones(off.shape[1]) / max(off.shape[1], 1)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from stripe.stats.arithmetic import Array, Counts
-from stripe.stats.groups import Groups
 from stripe.stats.moments import Moments, moments_of
 from stripe.stats.variance import Variance
 
@@ -68,7 +67,7 @@ def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDE
         return Interval(math.nan, math.nan)
     if whole.within == 0:
         return Interval(1.0, 1.0)
-    every, without = (_log_contrast(each) for each in (whole, leave_one_out(moments.blocks)))
+    every, without = (_log_contrast(each) for each in (whole, Variance.without_each(moments.blocks)))
     if not (np.isfinite(every) and np.isfinite(without).all()):
         return Interval(0.0, 1.0)
     ends = np.array(jackknife(moments.blocks.counts, float(every), without, confidence))
@@ -80,20 +79,6 @@ def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDE
 @np.errstate(divide="ignore", invalid="ignore")
 def _log_contrast(variance: Variance) -> Any:
     return np.log(variance.spread) - np.log(variance.within)
-
-
-def leave_one_out(blocks: Groups) -> Variance:
-    """Split the variance of all samples but those of one block, for each block; the fields are (blocks,)."""
-    keep = ~np.isnan(blocks.means).any(axis=0)
-    means = blocks.means if keep.all() else blocks.means[:, keep]
-    whole, counts = blocks.pooled, blocks.counts
-    left = whole.counts[0] - counts
-    off = means - whole.means[0, keep]
-    shifts = -(counts / left)[:, None] * off  # of the mean, when the block goes
-    lost = counts * whole.counts[0] / left  # of the squared distance between the block and the whole
-    scatter = whole.scatter[0] - blocks.scatter - lost * np.einsum("bc,bc->b", off, off)
-    rows = whole.rows[0] - blocks.rows - lost * np.square(off.mean(axis=1))
-    return Variance.of_sums(left, whole.means[0, keep] + shifts, np.maximum(scatter, 0.0), np.maximum(rows, 0.0))
 
 
 def jackknife(counts: Counts, every: float, without: Array, confidence: float) -> tuple[float, float]:
@@ -109,33 +94,34 @@ def jackknife(counts: Counts, every: float, without: Array, confidence: float) -
     """
     blocks, shares = len(counts), counts.sum() / counts
     pseudo = shares * every - (shares - 1) * without
-    off = (pseudo - np.sum(pseudo / shares)) / np.sqrt(shares - 1)
-    variance = np.mean(np.square(off))
+    off = (pseudo - (pseudo / shares).sum()) / np.sqrt(shares - 1)
+    variance = float(off @ off) / blocks
     if not variance > 0:
         return every, every
-    skewness, excess = _shape(off)
-    reach = student(confidence, max(2.0, 2 * (blocks - 1) / (max(excess, 0.0) + 2)))
     error = math.sqrt(variance)
+    skewness, excess = _shape(off / error)
+    reach = student(confidence, max(2.0, 2 * (blocks - 1) / (excess + 2)))
     return every - error * _unskewed(reach, skewness, blocks), every - error * _unskewed(-reach, skewness, blocks)
 
 
 def _shape(off: Array) -> tuple[float, float]:
     """Return skewness and excess kurtosis of what so few deviations are drawn from, both corrected for their number.
 
-    The sample's own are too small, the more so the heavier the tails: the skewness is corrected by Bobee and Robitaille
-    (1975), the kurtosis is the unbiased one of normal samples (Fisher).
+    The deviations have mean square 1. The sample's own figures are too small, the more so the heavier the tails: the
+    skewness is corrected by Bobee and Robitaille (1975) for a gamma distribution; the kurtosis is the unbiased one of
+    normal samples (Fisher), or that of the gamma distribution of this skewness, 3/2 of its square, where that is more.
     """
-    n, variance = len(off), np.mean(np.square(off))
-    skewness = float(np.mean(off**3) / variance**1.5)
-    excess = float(np.mean(off**4) / variance**2) - 3
+    n, squares = len(off), off * off
+    skewness, excess = float(squares @ off) / n, float(squares @ squares) / n - 3
     skewness *= 1 + 6.51 / n + 20.2 / n**2 + (1.48 / n + 6.77 / n**2) * skewness**2
-    return skewness, ((n + 1) * excess + 6) * (n - 1) / ((n - 2) * max(n - 3, 1))
+    unbiased = ((n + 1) * excess + 6) * (n - 1) / ((n - 2) * max(n - 3, 1))
+    return skewness, max(unbiased, 1.5 * skewness**2)
 
 
 def _unskewed(t: float, skewness: float, blocks: int) -> float:
     """Invert Hall's transformation: where the studentized mean of so many skewed values lies when t is normal's."""
     a = skewness / math.sqrt(blocks) / 3
-    return float(np.cbrt(1 + 3 * a * (t - a / 2)) - 1) / a if abs(a) > 1e-6 else t
+    return (math.cbrt(1 + 3 * a * (t - a / 2)) - 1) / a if abs(a) > 1e-6 else t
 
 
 @lru_cache(maxsize=4096)

@@ -77,14 +77,10 @@ def label_share(attention: Array | Moments, labels: Labels | None = None) -> Lab
     nothing = LabelShare(math.nan, math.nan)
     if moments.classes is None or len(moments.classes.keys) < 2:
         return nothing
-    known = moments.classes.keys >= 0
-    if np.count_nonzero(known) < 2:
+    known = moments.classes.chosen(moments.classes.keys >= 0)
+    if len(known.keys) < 2:
         return nothing
-    counts, means = moments.classes.counts[known], moments.classes.means[known][:, moments.finite]
-    off = means - means[0]
-    off -= counts @ off / counts.sum()
-    between = float(counts @ np.einsum("kc,kc->k", off, off))
-    within = float(moments.classes.scatter[known].sum())
-    total, extra = between + within, len(counts) - 1
-    error = ratio(within, counts.sum() - len(counts))
+    between, within = float(known.counts @ known.deviations.squares), float(known.scatter.sum())
+    total, extra = between + within, len(known.keys) - 1
+    error = ratio(within, float(known.counts.sum()) - len(known.keys))
     return LabelShare(float(ratio(between, total)), float(ratio(between - extra * error, total + error)))

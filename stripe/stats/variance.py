@@ -35,34 +35,47 @@ class Variance:
     energy: Any
 
     @classmethod
-    def of(cls, groups: Groups) -> Variance:
-        """Split each group's variance; the fields are (groups,)."""
-        keep = ~np.isnan(groups.means).any(axis=0)
-        means = groups.means if keep.all() else groups.means[:, keep]
-        return cls.of_sums(groups.counts, means, groups.scatter, groups.rows)
-
-    @classmethod
-    def of_sums(cls, counts: Any, means: Array, scatter: Array, rows: Array) -> Variance:
-        """Split what has these counts (k,), channel means (k, channels) and sums of squares as in `Groups`, (k,)."""
-        channels = means.shape[1]
-        freedom = np.where(counts > 1, counts - 1, np.nan)
-        others = channels - 1 if channels > 1 else math.nan
-        within, row = scatter / (freedom * channels), rows / freedom
-        off = means - means[:, :1]  # exactly 0 where all are equal
-        off -= off.mean(axis=1, keepdims=True)
-        spread = np.einsum("kc,kc->k", off, off) / others
-        rest = np.maximum(within - row, 0.0) * (channels / others)
-        energy = np.einsum("kc,kc->k", means, means) / channels
-        return cls(counts, channels, spread, within, row, rest, energy)
-
-    @classmethod
     def of_all(cls, groups: Groups, channels: int) -> Variance:
         """Split the variance of all samples together; the fields are floats, NaN where there is no sample."""
         if not len(groups.keys):
             return cls(math.nan, channels, *[math.nan] * 5)
-        one = cls.of(groups.pooled)
-        fields = (one.spread, one.within, one.rows, one.rest, one.energy)
-        return cls(int(one.samples[0]), one.channels, *(float(each[0]) for each in fields))
+        whole, (middle, off) = groups.pooled, groups.deviations.centred
+        return cls.of_sums(
+            int(whole.counts[0]),
+            off.size,
+            scatter=float(whole.scatter[0]),
+            rows=float(whole.rows[0]),
+            middle=middle,
+            squares=float(off @ off),
+        )
+
+    @classmethod
+    def without_each(cls, groups: Groups) -> Variance:
+        """Split the variance of all samples but those of one group, for each group; the fields are (groups,)."""
+        whole, about, counts = groups.pooled, groups.deviations, groups.counts
+        middle, mean = about.centred
+        left = whole.counts[0] - counts
+        weight = counts / left  # by which the mean moves away from a group that goes
+        lost = weight * whole.counts[0]  # of the squared distance between the group and the whole
+        squares, own = mean @ mean, about.squares - mean.size * np.square(about.rows)  # of deviations from middles
+        moved = squares - 2 * weight * (about.off @ mean) + np.square(weight) * own
+        moved[moved < 1e-13 * (squares + np.square(weight) * own)] = 0.0  # what rounding leaves of equal means
+        return cls.of_sums(
+            left,
+            mean.size,
+            scatter=np.maximum(whole.scatter[0] - groups.scatter - lost * about.squares, 0.0),
+            rows=np.maximum(whole.rows[0] - groups.rows - lost * np.square(about.rows), 0.0),
+            middle=middle - weight * about.rows,
+            squares=moved,
+        )
+
+    @classmethod
+    def of_sums(cls, samples: Any, channels: int, *, scatter: Any, rows: Any, middle: Any, squares: Any) -> Variance:
+        """Split the variance from sums of squares as in `Groups`, and those of the channels' means about their middle."""
+        others = channels - 1 if channels > 1 else math.nan
+        within, row = ratio(scatter, (samples - 1.0) * channels), ratio(rows, samples - 1.0)
+        rest = np.maximum(within - row, 0.0) * (channels / others)
+        return cls(samples, channels, squares / others, within, row, rest, squares / channels + middle * middle)
 
     @property
     def between(self) -> Any:

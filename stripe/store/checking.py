@@ -32,7 +32,7 @@ from stripe.store.manifest import (
     rank_and_sequence,
     read_notes,
 )
-from stripe.store.parts import measure, measuring, parse_footer, read_footer, write_moments
+from stripe.store.parts import checksum, measure, measuring, parse_footer, read_footer, write_moments
 from stripe.store.reading import measure_rows, read_moments, read_part, to_block
 
 if TYPE_CHECKING:
@@ -258,15 +258,12 @@ def _describe(directory: Directory, info: fs.FileInfo) -> tuple[str | None, Part
 
 
 def _moments_crc(directory: Directory, manifest: Manifest, epoch: Epoch) -> int | None:
-    """Return what a manifest says of the moments beside an epoch's rows: None where there are none that can be read."""
+    """Return what a manifest says of the moments beside an epoch's rows: None where there are none."""
     if not manifest.has_samples:
         return None
     try:
-        with directory.files.open_input_file(manifest.moments_file(epoch)) as stream:
-            return zlib.crc32(read_footer(stream))
-    except (OSError, ValueError) as error:
-        if out_of_reach(error) and not isinstance(error, FileNotFoundError):
-            raise
+        return checksum(directory, manifest.moments_file(epoch))
+    except FileNotFoundError:
         return None
 
 

@@ -57,7 +57,7 @@ class Epoch:
     """A finished epoch: its number, its parts in the order they are read, and the step of the training, where known.
 
     A step is an update of the weights; an epoch recorded after the first 500 of them has step 500. ``moments`` is the
-    CRC-32 of the footer of the file with the moments of all its rows, None where there is no such file.
+    CRC-32 of the file with the moments of all its rows, None where there is no such file.
     """
 
     epoch: int
@@ -70,7 +70,7 @@ class Epoch:
         require_count(self.epoch, 0, MAX_COUNT, "epoch")
         require_count(0 if self.step is None else self.step, 0, MAX_COUNT, f"step of epoch {self.epoch}")
         crc = 0 if self.moments is None else self.moments
-        require_count(crc, 0, 2**32 - 1, f"footer of the moments of epoch {self.epoch}")
+        require_count(crc, 0, 2**32 - 1, f"checksum of the moments of epoch {self.epoch}")
         require(self.parts, f"epoch {self.epoch} has no parts")
         require_unique((part.name for part in self.parts), "part names must differ")
 
@@ -189,14 +189,12 @@ def read_notes(text: bytes | None) -> dict[str, Any]:
 
 
 def _epoch(*, parts: Any, **plain: Any) -> Epoch:
-    """Build an epoch from the object in run.json; development versions said of each part what moments were beside it.
+    """Build an epoch from the object in run.json.
 
-    Those of an epoch's only part are the epoch's; of several, the epoch has none, and is measured by its rows.
+    Early runs had moments beside each part, and said so of it; they are passed over, and the rows measured.
     """
-    found = [{"moments": None, **part} for part in parts]
-    early = [part.pop("moments") for part in found]
-    moments = early[0] if len(early) == 1 else None
-    return Epoch(**{"moments": moments} | plain, parts=tuple(Part(**part) for part in found))
+    found = [{name: value for name, value in {**part}.items() if name != "moments"} for part in parts]
+    return Epoch(**plain, parts=tuple(Part(**part) for part in found))
 
 
 # ---- gates, as run.json holds them ----

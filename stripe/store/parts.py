@@ -117,7 +117,7 @@ def parquet_writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_moments(directory: Directory, name: str, moments: Mapping[str, Moments]) -> int:
-    """Write the moments of an epoch whose parts are in their place, by rename; return the CRC-32 of their footer."""
+    """Write the moments of an epoch whose parts are in their place, by rename; return the CRC-32 of the file."""
     with directory.writing():
         directory.files.create_dir(posixpath.dirname(name), recursive=True)
     with (
@@ -125,8 +125,13 @@ def write_moments(directory: Directory, name: str, moments: Mapping[str, Moments
         parquet_writer(sink, MOMENTS_SCHEMA) as writer,
     ):
         writer.write_table(to_table(moments))
+    return checksum(directory, name)
+
+
+def checksum(directory: Directory, name: str) -> int:
+    """Return the CRC-32 of a file."""
     with directory.files.open_input_file(name) as stream:
-        return zlib.crc32(read_footer(stream))
+        return zlib.crc32(stream.read_buffer())
 
 
 def measuring(manifest: Manifest) -> GateMoments:

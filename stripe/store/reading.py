@@ -183,8 +183,8 @@ class Run:
         """Return the channels of the gates asked for, by name; all by default."""
         channels = {gate.name: gate.channels for gate in self.gates}
         names = channels if gates is None else [name_of(gate) for gate in gates]
-        for name in names:
-            require(name in channels, f"run '{self.path}' has no gate '{name:.80}'; it has {listing(channels)}")
+        unknown = [name for name in names if name not in channels]
+        require(not unknown, f"run '{self.path}' has no gate '{''.join(unknown[:1]):.80}'; it has {listing(channels)}")
         return {name: channels[name] for name in names}
 
     def _sample_tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -238,13 +238,15 @@ def read_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> dict
 
 
 def read_moments_file(
-    directory: Directory, manifest: Manifest, name: str, footer_crc: int | None = None
+    directory: Directory, manifest: Manifest, name: str, crc: int | None = None
 ) -> dict[str, Moments]:
-    """Return the moments that a file beside the rows holds, by gate; ValueError where its footer has another CRC-32."""
+    """Return the moments that a file beside the rows holds, by gate; ValueError where it has another CRC-32."""
     with directory.reading(), directory.files.open_input_file(name) as stream:
-        metadata = _metadata(stream, footer_crc)
-        table = pa.concat_tables(_row_groups(stream, metadata, MOMENTS_SCHEMA, None))
-        return from_table(table, _channels(manifest))
+        content = stream.read_buffer()
+    require(crc in (None, zlib.crc32(content)), "it differs from what was written")
+    file = pq.ParquetFile(pa.BufferReader(content))
+    require(file.schema_arrow.equals(MOMENTS_SCHEMA), "other columns than those of moments")
+    return from_table(file.read(), _channels(manifest))
 
 
 def measure_rows(directory: Directory, manifest: Manifest, epoch: Epoch, gates: Sequence[str]) -> dict[str, Moments]:

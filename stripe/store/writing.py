@@ -35,7 +35,7 @@ from stripe.store.manifest import (
     rank_and_sequence,
 )
 from stripe.store.moments import merged
-from stripe.store.parts import PartWriter, parse_footer, read_footer, write_moments
+from stripe.store.parts import PartWriter, checksum, parse_footer, read_footer, write_moments
 from stripe.store.reading import read_moments_file, read_part
 from stripe.store.rows import EpochWriter
 
@@ -273,7 +273,7 @@ class RunWriter:
         if len(staged) > 1:
             ranks = (read_moments_file(self._directory, self._manifest, path) for path in staged)
             return replace(epoch, moments=write_moments(self._directory, target, merged(ranks)))
-        crc = zlib.crc32(self._footer(staged[0])[0])
+        crc = checksum(self._directory, staged[0])
         self._directory.files.create_dir(posixpath.dirname(target), recursive=True)
         self._directory.files.move(staged[0], target)
         self._directory.sync(posixpath.dirname(target))
