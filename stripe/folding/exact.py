@@ -103,7 +103,7 @@ def _at_constants(
     values, shifts, mixes = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for gate in gates:
         name, vector = gate.name, vectors[gate.name]
-        if is_mix(gate, vector):
+        if is_mix(gate, vector.shape):
             values[name], mixes[name], shifts[name] = torch.ones_like(vector[:, 0]), vector[:, :-1], vector[:, -1]
         elif vector.ndim == 2:
             values[name], shifts[name] = vector

@@ -44,7 +44,7 @@ class Constants:
         self._graph = graph
         self._products = {product_op(graph, gate): gate for gate in gates}
         self.operands = {op: op.args[FACTORS[op.name][product_of(g).operand]] for op, g in self._products.items()}
-        self._mixes = {op: vectors[g.name] for op, g in self._products.items() if is_mix(g, vectors[g.name])}
+        self._mixes = {op: vectors[g.name] for op, g in self._products.items() if is_mix(g, vectors[g.name].shape)}
         self._placed = {
             op: self._at_constant(op, g, vectors[g.name]) for op, g in self._products.items() if op not in self._mixes
         }
@@ -191,9 +191,9 @@ def product_op(graph: Trace, gate: Gate) -> Op:
     return alike[product.ordinal]
 
 
-def is_mix(gate: Gate, constant: Array) -> bool:
-    """Whether a constant is a matrix and a shift, (C, C + 1)."""
-    return constant.shape == (gate.channels, gate.channels + 1)
+def is_mix(gate: Gate, shape: Sequence[int]) -> bool:
+    """Whether a constant of this shape is a matrix and a shift, (C, C + 1)."""
+    return tuple(shape) == (gate.channels, gate.channels + 1)
 
 
 def can_mix(gate: Gate) -> bool:

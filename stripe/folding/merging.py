@@ -130,15 +130,20 @@ class Network:
         scale, shift = (np.broadcast_to(field, y.shape) for field in (map.scale, map.shift))
         found, reasons = [], []
         through: list[str] = []
-        for direction, walk in (
-            ("back", partial(self._back, x, scale, shift, map.ops, through)),
-            ("forward", partial(self._forward, y, scale, shift, through)),
-        ):
+        walks = {
+            "back": partial(self._back, x, scale, shift, map.ops, through),
+            "forward": partial(self._forward, y, scale, shift, through),
+        }
+        if map.mix is not None:
+            walks = {
+                "back": partial(self._mix_back, x, map.mix, along(shift, 1), map.ops),
+                "forward": partial(self._mix_forward, y, map.mix, along(shift, 1)),
+            }
+        for direction, walk in walks.items():
             through.clear()
             self._touched = set()
-            mixing = None if map.mix is None else self._mix_back if direction == "back" else self._mix_forward
             try:
-                edits = tuple(walk() if mixing is None else mixing(map, map.mix, along(shift, 1)))
+                edits = tuple(walk())
             except Blocked as blocked:
                 reasons.append(f"{direction}: {blocked}")
             else:
@@ -250,10 +255,7 @@ class Network:
     # forward
     def _forward(self, value: Value, scale: Array, shift: Array, through: list[str]) -> Iterator[Edit]:
         """Yield the edits by which the layers that take `value` take it for scale * value + shift."""
-        if any(output is value for output in self._graph.outputs):
-            raise Blocked("it is the network's output")
-        self._touched.add(value)
-        for op in self._users(value):
+        for op in self._takers(value):
             if op.name in _TAKEN_BY:
                 yield from self._into_input(op, value, scale, shift)
             elif op.name in NORMS and self._is_final and not self._has_norms:
@@ -267,6 +269,12 @@ class Network:
                 yield from self._forward(output, *self._across(op, scale, shift, output, through), through)
             else:
                 raise Blocked(f"{op.name} takes it as something other than its map")
+
+    def _takers(self, value: Value) -> list[Op]:
+        if any(output is value for output in self._graph.outputs):
+            raise Blocked("it is the network's output")
+        self._touched.add(value)
+        return self._users(value)
 
     def _into_input(self, op: Op, value: Value, scale: Array, shift: Array) -> Iterator[Edit]:
         at, weight_at, bias_at = _TAKEN_BY[op.name]
@@ -324,13 +332,13 @@ class Network:
         return replace(self._edit(user, user.args[3], np.ones_like(delta), True), delta=-delta)
 
     # maps that mix channels
-    def _mix_back(self, map: AffineMap, mix: Array, shift: Array) -> Iterator[Edit]:
-        """Yield the edits by which the convolution before, with a norm behind it, makes mix @ x + shift.
+    def _mix_back(self, value: Value, mix: Array, shift: Array, users: Collection[Op]) -> Iterator[Edit]:
+        """Yield the edits by which the convolution before, with a norm behind it, makes mix @ value + shift.
 
         What the norm scales by goes into the convolution, where it may be 0; it stays with a scale of 1.
         """
-        op = self._maker(map.x, map.ops)
-        if map.x in self._gone:
+        op = self._maker(value, users)
+        if value in self._gone:
             raise Blocked("the constant of another gate is in between")
         if op.name in NORMS:
             weight, _, deviation = self._norm(op, "before")
@@ -346,16 +354,13 @@ class Network:
         elif shift.any() or self._bias(op) in self._made:
             yield replace(self._new_bias(op, np.ones_like(shift), shift, "before"), mix=mix)
 
-    def _mix_forward(self, map: AffineMap, mix: Array, shift: Array) -> Iterator[Edit]:
-        """Yield the edits by which every convolution that takes y takes x for it."""
-        if any(output is map.y for output in self._graph.outputs):
-            raise Blocked("it is the network's output")
-        self._touched.add(map.y)
-        for op in self._users(map.y):
+    def _mix_forward(self, value: Value, mix: Array, shift: Array) -> Iterator[Edit]:
+        """Yield the edits by which every convolution that takes `value` takes it for mix @ value + shift."""
+        for op in self._takers(value):
             self._require_mixing(op, "after")
             yield self._mixed(op, op.args[1], mix.T, dim=1)
             if shift.any():
-                yield self._shifted(op, *op.args[1:3], per_input(op, op.args[1], shift))
+                yield self._shifted(op, op.args[1], op.args[2], per_input(op, op.args[1], shift))
 
     def _require_mixing(self, op: Op, where: str) -> None:
         if op.name != "convolution" or op.args[6] or op.args[8] != 1:
