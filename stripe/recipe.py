@@ -17,7 +17,7 @@ WORKERS = 4  # processes that decode images from disk
 PSI_INIT = 0.1  # where psi starts
 PSI_STEPS = 200  # training steps of psi in asr.validate
 DISTILL_LR = 0.02  # highest learning rate of folding.distill
-CONSTANTS = ("mean", "energy", "fisher", "learned")  # what can stand for a gate when it is folded
+CONSTANTS = ("mean", "energy", "fisher", "learned", "matrix")  # what can stand for a gate when it is folded
 LEARNING_STEPS = 150  # batches on which learned constants are trained
 SETTLED_DRIFT = 0.01  # a gate has settled once its drift stays below this
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "COMPILED", "BatchNorm", "Convolution", "DispatchMode", "at_most_graphs", "compiled_from", "compiler_is_loaded",
-    "is_composite", "is_in_place", "names_held", "run_as_parts", "tree_leaves", "tree_map", "uncompile",
+    "has_hooks", "is_composite", "is_in_place", "names_held", "run_as_parts", "tree_leaves", "tree_map", "uncompile",
     "unset_parameters", "write_positions",
 ]  # fmt: skip
 
@@ -71,6 +71,11 @@ def unset_parameters(module: nn.Module) -> list[str]:
 def names_held(module: nn.Module) -> list[str]:
     """Return the names of a module's own submodules, parameters and buffers, those that are None among them."""
     return [*module._modules, *module._parameters, *module._buffers]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module's forward has hooks, which may change what it takes or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:

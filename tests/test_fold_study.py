@@ -230,7 +230,7 @@ def test_the_nearest_to_the_original_is_chosen_of_the_kinds_of_constants(model, 
     wrong = {gate: [0.9, 0.5] for gate in DAMAGE}
     found = study(model, batches[0][0][:2], batches, batches, None, counts=[3], recoveries={}, means=wrong)
     rows = found.variants.set_index("weighting")["divergence"]
-    assert list(rows.index) == ["none", "mean", "energy", "fisher", "learned"]
+    assert list(rows.index) == ["none", "mean", "energy", "fisher", "learned", "matrix"]
     assert found.chosen.weighting == rows[1:].idxmin() != "mean"
     assert rows[1:].min() < 0.5 * rows["mean"]
     assert f"divergence {rows[1:].min():.3g}" in found.summary()

@@ -409,7 +409,7 @@ def test_what_cannot_be_folded_is_refused_clearly():
         fold(model, {"sa": ones}, images)
     with pytest.raises(ValueError, match=r"gate 'se' has shape \(1, 8\); expected \(8,\)"):
         fold(model, {"se": ones[None]}, images)
-    with pytest.raises(ValueError, match="constant of gate 'se' is not finite in 1 channels"):
+    with pytest.raises(ValueError, match="constant of gate 'se' is not finite in 1 values"):
         fold(model, {"se": np.array([np.nan, *[1.0] * 7])}, images)
     with pytest.raises(ValueError, match="no gates to fold"):
         fold(Net(gate=nn.Identity()), {"se": ones}, images)

@@ -13,7 +13,8 @@ from timm.models.byobnet import LayerFn, MobileOneBlock, RepVggBlock
 from torch import nn
 from torch.nn import functional as F
 
-from stripe.folding import ChannelScale, fold
+from stripe.folding import ChannelScale, compact, fold
+from stripe.folding.constants import Scaled
 from stripe.gates import find_gates
 from tests.conftest import randomize, relative_error
 from tests.folds import EXACT, Net, at_constants, constants_of, folded_exactly, small
@@ -213,10 +214,37 @@ class Copied(Written):
         return self.last(y)
 
 
+class FusedResidual(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        return self.last(F.silu(torch.addcmul(x, x, g)))
+
+
+class FusedResidualInPlace(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        x.addcmul_(x, g)
+        return self.last(F.silu(x))
+
+
+class InPlace(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        x = F.silu(x)
+        x.mul_(g)
+        return self.last(F.silu(x))
+
+
+class AddedTo(Written):
+    def forward(self, images):
+        x, g = self.maps(images)
+        return self.last(F.silu(torch.addcmul(images.mean(1, keepdim=True)[..., 1:-1, 1:-1], x, g)))
+
+
 class Accumulated(Written):
     def forward(self, images):
         x, g = self.maps(images)
-        y = torch.zeros_like(x)
+        y = torch.ones_like(x)
         y.addcmul_(x, g)
         return self.last(y)
 
@@ -245,6 +273,7 @@ def test_a_product_that_is_written_into_a_part_of_a_tensor_is_folded(network):
     ("network", "error", "said"),
     [
         (IntoOut, ValueError, r"out=y\) writes its result into a tensor that is given; leave it out"),
+        (AddedTo, ArithmeticError, r"differs by .* with nothing merged: a product that is .* added to another map"),
         (Accumulated, ArithmeticError, r"differs by .* with nothing merged: a product that is written into another"),
     ],
 )
@@ -253,6 +282,96 @@ def test_a_product_that_is_written_into_another_tensor_is_refused(network, error
     [gate] = find_gates(model, small())
     with pytest.raises(error, match=said):
         fold(model, {gate: torch.linspace(0.2, 0.9, 8)}, small())
+
+
+@pytest.mark.parametrize("network", [FusedResidual, FusedResidualInPlace])
+def test_a_residual_by_addcmul_is_one_more_than_its_gate(network):
+    model, images = randomize(network()).double().eval(), others()
+    gates = find_gates(model, images)
+    pair = torch.stack([torch.linspace(0.2, 0.9, 8), torch.linspace(-1, 1, 8)]).double()
+    folded, report = fold(model, {gates[0]: pair}, small())
+    assert list(report.table["direction"]) == ["back"]
+    with torch.no_grad():
+        x = model.first(images)
+        expected = model.last(F.silu(x * (1 + pair[0, :, None, None]) + pair[1, :, None, None]))
+        assert relative_error(folded(images), expected) < EXACT
+        assert relative_error(model.last(F.silu(x * pair[0, :, None, None] + pair[1, :, None, None])), expected) > 1e-3
+    scaled = Scaled(model, gates, images)
+    with torch.no_grad():
+        wanted = at_constants(model, images, gates, {gates[0].name: pair[0]})
+        assert relative_error(scaled.run(images, {gates[0].name: pair[0]}, {})[0], wanted) < EXACT
+        assert relative_error(scaled.run(images, {gates[0].name: pair[0] - 1}, {})[0], wanted) > 1e-3
+    with pytest.raises(ValueError, match="applied by addcmul; write"):
+        compact(model, images, [(images,)], k=1)
+
+
+class Loop(nn.Module):
+    """One expression that applies every gate; the layers before them are their own, or the same one."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(1 if shared else 3))
+        self.gates = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1)) for _ in range(3))
+
+    def forward(self, images):
+        x = self.first(images)
+        for i, gate in enumerate(self.gates):
+            y = self.convs[i % len(self.convs)](x)
+            x = F.silu(x + y * torch.sigmoid(gate(y)))
+        return self.last(x)
+
+
+def test_a_loop_loses_its_gates_together_or_is_refused():
+    net = randomize(Loop(shared=False)).double().eval()
+    folded, table = fold_and_compare(net)
+    assert list(table["direction"]) == ["back"] * 3
+    gates = find_gates(net, small())
+    with pytest.raises(ValueError, match="that expression runs 3 times, and would lose its gate in each run"):
+        fold(net, constants_of(gates[:2]), small())
+    with pytest.raises(ArithmeticError, match="or run by a loop whose other gates stay"):
+        fold(net, constants_of(gates[:1]), small())
+    net = randomize(Loop(shared=True)).double().eval()
+    with pytest.raises(ValueError, match="that expression runs 3 times, and each run would need its own scale"):
+        fold(net, constants_of(find_gates(net, small())), small())
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_a_users_own_stay_where_a_module_loses_its_attention(kind):
+    net = Net()
+    getattr(net.se, kind)(lambda m, args, out=None: 2 * args[0] + 1 if out is None else 2 * out + 1)
+    images, gates = others(), find_gates(net, small())
+    constants = constants_of(gates)
+    folded, _ = fold(net, constants, small())
+    scale = constants["se"][:, None, None]
+    with torch.no_grad():
+        x = net.before(images)
+        expected = net.after(2 * (x * scale) + 1 if kind == "register_forward_hook" else (2 * x + 1) * scale, images)
+        assert relative_error(folded(images), expected) < EXACT
+        assert relative_error(net.after(x * scale, images), expected) > 1e-2
+
+
+def test_a_map_that_is_averaged_to_one_number_is_taken_by_something_else():
+    class Averaged(Written):
+        def forward(self, images):
+            x, g = self.maps(images)
+            x = x * g
+            return self.last(x) + x.mean()
+
+    folded, table = fold_and_compare(randomize(Averaged()).double().eval())
+    assert list(table["direction"]) == ["back"]
+
+
+def test_a_map_that_is_written_in_place_keeps_its_scale():
+    folded, table = fold_and_compare(randomize(InPlace()).double().eval())
+    assert list(table["direction"]) == ["kept"]
+
+
+def test_numbers_that_are_not_finite_are_told_so():
+    net = nn.Sequential(Net(), nn.ReLU())
+    net[1].register_forward_hook(lambda m, args, out: args[0] * float("nan"))
+    with pytest.raises(ValueError, match="gives numbers that are not finite"):
+        fold(net, {"0.se": torch.ones(8)}, small())
 
 
 def test_a_gate_in_the_block_of_another_gate_keeps_its_tensors():

@@ -459,7 +459,7 @@ def test_bad_input_is_refused_with_what_was_expected(tmp_path):
     for constants, message in [
         ({"other": np.ones(C)}, "no gate is named 'other'; expected some of gated"),
         ({"gated": np.ones(C + 1)}, r"has shape \(7,\); expected \(6,\)"),
-        ({"gated": np.full(C, np.nan)}, "not finite in 6 channels"),
+        ({"gated": np.full(C, np.nan)}, "not finite in 6 values"),
     ]:
         with pytest.raises(ValueError, match=message):
             graphs.fold(path, constants, tmp_path / "f.onnx", images(3))

@@ -21,6 +21,7 @@ from stripe.torch_internals import (
     DispatchMode,
     at_most_graphs,
     compiled_from,
+    has_hooks,
     is_composite,
     is_in_place,
     names_held,
@@ -101,6 +102,16 @@ def test_names_of_a_module_hold_those_without_a_value():
     assert unset_parameters(norm) == ["weight", "bias"]
     assert {"weight", "bias", "running_mean", "running_var"} <= set(names_held(norm))
     assert names_held(nn.Sequential(nn.ReLU())) == ["0"]
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_a_forward_are_seen(kind):
+    module = nn.ReLU()
+    assert not has_hooks(module)
+    handle = getattr(module, kind)(lambda *_: None)
+    assert has_hooks(module)
+    handle.remove()
+    assert not has_hooks(module)
 
 
 def test_a_compiled_module_shows_what_it_wraps_and_returns_to_eager():

@@ -1,9 +1,9 @@
 """Fold the attention out of a trained network: constants for its gates, merged into its weights where that is exact.
 
-`measure_gates`, `foretell` and `learn_constants` give the constants, `sensitivity` and `greedy_order` what they cost,
-`fold` the network without gates, `compact` one with a few numbers per image in their place, `tradeoff` how many it
-needs, `damage` how far that is from the original, `reestimate_norms` and `distill` win back accuracy, `latencies` and
-the `save_` functions take it to its use; `study` does all of this and chooses how many gates to fold.
+`measure_gates`, `foretell`, `learn_constants` and `fit_matrices` give the constants, `sensitivity` and `greedy_order`
+what they cost, `fold` the network without gates, `compact` one with a few numbers per image in their place, `tradeoff`
+how many it needs, `damage` how far that is from the original, `reestimate_norms` and `distill` win back accuracy,
+`latencies` and the `save_` functions take it to its use; `study` does all of this and chooses how many gates to fold.
 
 The four conversions answer alike. `asr.insert`, `asr.deploy` and `asr.fuse` return a new network and `fold` returns one
 with a report; `fuse_norms` is `asr.fuse` with the same kind of report. None changes its argument, except where
@@ -20,10 +20,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stripe.folding.building import ChannelScale
+    from stripe.folding.building import ChannelMix, ChannelScale
     from stripe.folding.compacting import CompactGate, CompactReport, choose_source, compact
     from stripe.folding.comparing import AS_FOLDED, Recovery, Variant, variants
-    from stripe.folding.constants import Forecast, foretell, learn_constants, measure_gates
+    from stripe.folding.constants import Forecast, fit_matrices, foretell, learn_constants, measure_gates
     from stripe.folding.divergence import Damage, damage
     from stripe.folding.exact import fold, fuse_norms
     from stripe.folding.export import OnnxFile, onnx_session, save_onnx, save_program, save_weights
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from stripe.folding.uses import AVERAGES, GateUse, mean_constants
 
 _NAMES = {
-    "building": "ChannelScale",
+    "building": "ChannelMix ChannelScale",
     "compacting": "CompactGate CompactReport choose_source compact",
     "comparing": "AS_FOLDED Recovery Variant variants",
-    "constants": "Forecast foretell learn_constants measure_gates",
+    "constants": "Forecast fit_matrices foretell learn_constants measure_gates",
     "divergence": "Damage damage",
     "exact": "fold fuse_norms",
     "export": "OnnxFile onnx_session save_onnx save_program save_weights",
@@ -54,11 +54,11 @@ _NAMES = {
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
-    "AS_FOLDED", "AVERAGES", "ChannelScale", "CompactGate", "CompactReport", "Damage", "FoldReport", "Forecast",
-    "GateUse", "Metric", "OnnxFile", "Recovery", "Study", "Tradeoff", "Variant", "choose_source", "compact",
-    "damage", "distill", "fold", "foretell", "fuse_norms", "greedy_order", "latencies", "learn_constants",
-    "mean_constants", "measure_gates", "onnx_session", "predictors", "rank_correlations", "reestimate_norms",
-    "save_onnx", "save_program", "save_weights", "sensitivity", "study", "tradeoff", "variants",
+    "AS_FOLDED", "AVERAGES", "ChannelMix", "ChannelScale", "CompactGate", "CompactReport", "Damage", "FoldReport",
+    "Forecast", "GateUse", "Metric", "OnnxFile", "Recovery", "Study", "Tradeoff", "Variant", "choose_source",
+    "compact", "damage", "distill", "fit_matrices", "fold", "foretell", "fuse_norms", "greedy_order", "latencies",
+    "learn_constants", "mean_constants", "measure_gates", "onnx_session", "predictors", "rank_correlations",
+    "reestimate_norms", "save_onnx", "save_program", "save_weights", "sensitivity", "study", "tradeoff", "variants",
 ]  # fmt: skip
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from stripe.folding.fields import Array
 from stripe.folding.maps import AffineMap
 from stripe.folding.merging import TOLERANCE, Edit, Merge
 from stripe.folding.source import Removal, Unremovable, arguments, left_argument, without
 from stripe.folding.tensors import named_tensors, outputs_of, relative_error
 from stripe.gates.graph import Call, Op, Place, Trace, Value
+from stripe.gates.layouts import mixed
 from stripe.gates.trace import Images, tensors_in
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -46,6 +46,26 @@ class ChannelScale(nn.Module):
         return x if self.shift is None else x + self.shift
 
 
+class ChannelMix(nn.Module):
+    """Multiply the channels of a feature map (N, C, *space) by a matrix and add a constant: what no layer can take.
+
+    `gates` names the gate in whose place it stands.
+    """
+
+    def __init__(self, matrix: Tensor, shift: Tensor, gates: tuple[str, ...] = ()) -> None:
+        """Keep `matrix` (C, C) and `shift`, broadcastable to the map, as buffers."""
+        super().__init__()
+        self.gates = gates
+        self.matrix: Tensor
+        self.shift: Tensor
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a feature map to one of the same shape."""
+        return mixed(self.matrix, x) + self.shift
+
+
 class Original:
     """A network in float64 with its graph: what merges are made in copies of, and compared with."""
 
@@ -69,6 +89,8 @@ class Original:
         probes = self._probes(merges)
         with self._at_constants:
             expected, again = (self._observed(self.model, probes) for _ in range(2))
+        if not all(bool(tensor.isfinite().all()) for tensor in expected[""] if tensor.is_floating_point()):
+            raise ValueError("the network gives numbers that are not finite, so that nothing can be compared")
         if not (difference := _error(again, expected)) <= TOLERANCE:
             raise ValueError(
                 f"the network differs from itself by {difference:.2g} between two runs on the same images, so that"
@@ -93,8 +115,8 @@ class Original:
         if not error <= TOLERANCE:
             raise ArithmeticError(
                 f"the new network differs by {error:.2g}; expected at most {TOLERANCE:.0e}, with nothing merged: a"
-                " product that is written into another tensor, or added to one by addcmul, cannot be taken out; leave"
-                " the constant of its gate out"
+                " product that is written into another tensor, added to another map by addcmul, or run by a loop whose"
+                " other gates stay, cannot be taken out; leave the constant of its gate out"
             )
         return built.eval(), merges, error
 
@@ -133,7 +155,7 @@ class Original:
             for edit in merge.edits:
                 _make(edit, built)
         removals: defaultdict[str, list[Removal]] = defaultdict(list)
-        owners: defaultdict[tuple[str, Place], list[AffineMap]] = defaultdict(list)
+        owners: defaultdict[tuple[str, Place], list[Merge]] = defaultdict(list)
         norms = []
         for merge in merges:
             if merge.map.is_norm and type(self.model.get_submodule(merge.map.steps[0][0].call.path)) in BATCH_NORMS:
@@ -141,23 +163,35 @@ class Original:
             elif merge.direction != "unused" and not (merge.map.is_norm and merge.direction == "kept"):
                 for path, removal in self._removals(merge):
                     removals[path].append(removal)
-                    owners[path, removal.place].append(merge.map)
-        for (path, _), maps in owners.items():
-            if len(maps) != (calls := sum(call.path == path for call in self.graph.calls) or 1):
-                raise self._cannot(maps[0], f"that forward runs {calls} times, and would lose its gate in each run")
+                    owners[path, removal.place].append(merge)
+        for (path, place), owned in owners.items():
+            self._require_each_run(path, place, owned)
         for path in sorted(removals, key=lambda path: -path.count(".") - bool(path)):
             try:
                 built = _replaced(built, path, self._without(built.get_submodule(path), path, removals[path]))
             except Unremovable as error:
-                taken = next(maps[0] for (owner, _), maps in owners.items() if owner == path)
-                raise self._cannot(taken, str(error)) from error
+                taken = next(owned[0] for (owner, _), owned in owners.items() if owner == path)
+                raise self._cannot(taken.map, str(error)) from error
         for path in dict.fromkeys(norms):
             built = _replaced(built, path, nn.Identity())
         return built
 
+    def _require_each_run(self, path: str, place: Place, owned: Sequence[Merge]) -> None:
+        """Refuse to take out an expression that runs more often than gates are merged there, as in a loop."""
+        first, calls = owned[0].map, self.graph.calls
+        forwards = sum(call.path == path for call in calls) or 1
+        within = [call for call in calls if call.place == place and call.caller and call.caller.path == path]
+        name = first.steps[0][0].name
+        looped = [op for op in self.graph.ops if op.place == place and op.call.path == path and op.name == name]
+        if len(owned) not in (forwards, len(within), len(looped)):
+            runs = max(forwards, len(within), len(looped))
+            raise self._cannot(first, f"that expression runs {runs} times, and would lose its gate in each run")
+        if len(owned) > 1 and any(merge.direction == "kept" for merge in owned):
+            raise self._cannot(first, f"that expression runs {len(owned)} times, and each run would need its own scale")
+
     def _removals(self, merge: Merge) -> list[tuple[str, Removal]]:
         """Return the expressions to take out, with the paths of the modules that hold them."""
-        kept = _channel_scale(merge.map, self._images) if merge.direction == "kept" else None
+        kept = _as_module(merge.map, self._images) if merge.direction == "kept" else None
         try:
             return [
                 self._removal(op, position, kept if i == 0 else None)
@@ -218,10 +252,12 @@ def _replaced(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     return model if path else module
 
 
-def _channel_scale(map: AffineMap, images: Images) -> ChannelScale:
+def _as_module(map: AffineMap, images: Images) -> nn.Module:
     """Return an affine map as a module, on the device of the images."""
     like = next(tensor for tensor in tensors_in(images))
     scale, shift = (torch.as_tensor(field).to(like.device) for field in (map.scale, map.shift))
+    if map.mix is not None:
+        return ChannelMix(torch.as_tensor(map.mix).to(like.device), shift, map.names)
     scaling, shifting = scale if (scale != 1).any() or not shift.any() else None, shift if shift.any() else None
     return ChannelScale(scaling, shifting, map.names)
 
@@ -233,11 +269,7 @@ def _make(edit: Edit, model: nn.Module) -> None:
         like: Any = module.weight
         setattr(module, name, nn.Parameter(torch.zeros(edit.factor.shape).to(like), like.requires_grad))
     tensor = named_tensors(model)[edit.name]
-    tensor.copy_(tensor * _like(edit.factor, tensor) + (0.0 if edit.delta is None else _like(edit.delta, tensor)))
-
-
-def _like(array: Array, tensor: Tensor) -> Tensor:
-    return torch.tensor(array).to(tensor)
+    tensor.copy_(torch.as_tensor(edit.applied(tensor.detach().cpu().numpy())))
 
 
 def _without_nodes(module: fx.GraphModule, file: str, removals: Iterable[Removal]) -> nn.Module:

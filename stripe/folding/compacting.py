@@ -17,7 +17,7 @@ from stripe.folding.divergence import divergence, kind_of
 from stripe.folding.exact import fold, scaled_copy
 from stripe.folding.tensors import outputs_of
 from stripe.folding.uses import Array
-from stripe.gate import Gate, Kind
+from stripe.gate import Gate, Kind, product_of
 from stripe.gates import find_gates, read_gates
 from stripe.gates.trace import Images
 from stripe.messages import Progress
@@ -238,6 +238,8 @@ def _counts(gates: Sequence[Gate], k: int | Mapping[str, int], source: str | Non
             raise ValueError(f"k={counts[gate.name]} for gate {gate.name!r}; expected 0 or more")
         if counts[gate.name] and gate.form not in FORMS:
             raise ValueError(f"gate {gate.name!r} is {gate.form}; only {' and '.join(FORMS)} gates can be compact")
+        if counts[gate.name] and product_of(gate).op == "addcmul":
+            raise ValueError(f"gate {gate.name!r} is applied by addcmul; write x + x * g for it to be compact")
     if source and not counts[source]:
         raise ValueError(f"the source {source!r} has no scores: expected k above 0 for it")
     return counts

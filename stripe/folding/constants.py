@@ -1,4 +1,4 @@
-"""Which constant stands for a gate, found by running the network: averages, Fisher's weights, learned ones."""
+"""Which constant stands for a gate, found by running the network: averages, matrices, Fisher's weights, learned."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from stripe.folding.building import ChannelScale
 from stripe.folding.divergence import CLASSES, Outputs, divergence, kind_of, sounding
 from stripe.folding.exact import scaled_copy
 from stripe.folding.learning import RATE, Learner
+from stripe.folding.maps import can_mix
 from stripe.folding.tensors import outputs_of
 from stripe.folding.uses import Array, Constants, GateUse, Sums, weighted_mean
-from stripe.gates import Gate, read_gates
+from stripe.gates import Gate, read_gates, replace_gates
 from stripe.gates.trace import Images
 from stripe.messages import Progress
 from stripe.recipe import LEARNING_STEPS
 
+RIDGE = 1e-4  # of least squares, in units of the mean square of a map's channels
 PIECE = 32  # samples whose gradients are computed at once, which bounds the memory
 
 
@@ -49,6 +51,70 @@ def measure_gates(
 
 def _keep(seen: dict[tuple[str, str], Tensor], gate: Gate, kind: str, values: Tensor) -> None:
     seen[gate.name, kind] = values
+
+
+# ---- matrices ----
+def fit_matrices(
+    model: nn.Module,
+    gates: Sequence[Gate],
+    uses: Mapping[str, GateUse],
+    loader: Iterable[Sequence[Any]],
+    *,
+    progress: Progress = iter,
+) -> dict[str, Array]:
+    """Fit a matrix and a shift to each of some gates that are constant together; returns (C, C + 1) by gate.
+
+    One gate after another, least squares over all positions of all samples: of what the gate gives in the network as
+    it is, on the map that it takes behind those before it. The matrix is drawn a little towards the "energy" constants
+    on its diagonal. It tells samples apart by what their channels hold, which no constant per channel can. A gate for
+    which no matrix can stand, such as one that adds, has its "energy" constant (C,).
+
+    Args:
+        model: the network, in eval mode; it is left as it is.
+        gates: those that will be folded, in order of execution; the others go on as they are.
+        uses: what these gates did, as `measure_gates` gives it.
+        loader: batches (images, ...), of many more positions than a gate has channels; run through once for each gate.
+        progress: wraps the gates.
+    """
+    fitted: dict[str, Array] = {}
+    values, shifts, mixes = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    for gate in progress(gates):
+        start = uses[gate.name].constant("energy")
+        fitted[gate.name] = start
+        values[gate.name] = torch.from_numpy(start)
+        if can_mix(gate):
+            sums = np.zeros((2 * gate.channels + 1, gate.channels + 1))
+            before = {name: value for name, value in values.items() if name != gate.name}
+            for images in (batch.to(device_of(model)) for batch, *_ in loader):
+                given = _at_gate(model, gate, images)
+                with replace_gates(model, gates, before, shifts, mixes):
+                    x = _at_gate(model, gate, images)["map"]
+                wanted = given["map"] * given["attention"][..., None]
+                rows = torch.cat([x, torch.ones_like(x[:, :1]), wanted], 1).transpose(0, 1).flatten(1)
+                sums += _array(rows @ rows[: gate.channels + 1].T)
+            fitted[gate.name] = _least_squares(sums, start)
+            mix = torch.from_numpy(fitted[gate.name])
+            values[gate.name] = torch.ones(gate.channels)
+            mixes[gate.name], shifts[gate.name] = mix[:, :-1], mix[:, -1]
+    return fitted
+
+
+def _at_gate(model: nn.Module, gate: Gate, images: Tensor) -> dict[str, Tensor]:
+    """Return a gate's "attention" (N, C) and the "map" that it scales (N, C, positions), in float64."""
+    seen: dict[tuple[str, str], Tensor] = {}
+    with torch.inference_mode(), read_gates(model, [gate], partial(_keep, seen), maps=True):
+        outputs_of(model, images)
+    return {"attention": seen[gate.name, "attention"].double(), "map": seen[gate.name, "map"].double().flatten(2)}
+
+
+def _least_squares(sums: Array, start: Array) -> Array:
+    """Return matrix and shift (C, C + 1) from the products of (x, 1) and what is wanted with (x, 1)."""
+    c = len(start)
+    gram, wanted = sums[: c + 1], sums[c + 1 :]
+    at_start = np.hstack([np.diag(start), np.zeros((c, 1))])
+    drawn = gram + RIDGE * (np.trace(gram[:c, :c]) / c or 1.0) * np.eye(c + 1)
+    moved: Array = np.linalg.solve(drawn, (wanted - at_start @ gram).T).T
+    return at_start + moved
 
 
 # ---- the divergence's gradient ----
@@ -152,6 +218,10 @@ class Scaled:
         """
         start = {gate.name: np.stack([np.full(gate.channels, 0.5), np.ones(gate.channels)]) for gate in gates}
         self.model, self._scales = scaled_copy(model, start, images, normalisers)
+        self._added = {  # 1 for addcmul(x, x, g), which is x * (1 + g)
+            name: 0.0 if each.scale is None else each.scale.flatten()[0].item() - 0.5
+            for name, each in self._scales.items()
+        }
         self.gates = list(gates)
         self.model.requires_grad_(False)
 
@@ -167,7 +237,7 @@ class Scaled:
             module.scale, module.shift = None, _spread(gate, value if shift is None else value + shift, module.shift)
         else:
             module.shift = None if shift is None else _spread(gate, shift, module.scale)
-            module.scale = _spread(gate, value, module.scale)
+            module.scale = _spread(gate, value, module.scale) + self._added[gate.name]
 
 
 def _spread(gate: Gate, rows: Tensor, like: Any) -> Tensor:

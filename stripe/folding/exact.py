@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stripe.devices import device_of
 from stripe.folding.building import ChannelScale, Original
 from stripe.folding.fields import Weights
-from stripe.folding.maps import Constants, norm_maps
+from stripe.folding.maps import Constants, can_mix, is_mix, norm_maps
 from stripe.folding.merging import Merge, Network
 from stripe.folding.report import FoldReport, table_of
 from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
@@ -39,9 +39,11 @@ def fold(
     """Replace the gates in `constants` by its vectors (C,), and merge these into the network's weights.
 
     The keys of `constants` are gates or their names. A value of shape (2, C) holds the constant and a shift: where the
-    gate multiplies a map x, the new network goes on with x * value[0] + value[1]. `images` and `normalisers` are as
-    `find_gates` takes them. Returns a new network, in eval mode, and the report. A gate without an exact merge becomes
-    a ChannelScale. What the network does in train mode is otherwise as it was.
+    gate multiplies a map x, the new network goes on with x * value[0] + value[1]. One of shape (C, C + 1) holds a
+    matrix and a shift: at every position it goes on with value[:, :-1] @ x + value[:, -1]. `images` and `normalisers`
+    are as `find_gates` takes them. Returns a new network, in eval mode, and the report. A gate without an exact merge
+    becomes a ChannelScale or, for a matrix, a ChannelMix. What the network does in train mode is otherwise as it was,
+    except where a matrix went back through a batch norm, whose statistics are no longer those of what it takes.
 
     Raises:
         ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a gate that cannot be
@@ -55,7 +57,7 @@ def fold(
     with torch.no_grad(), in_double():
         found = find_gates(exact, images, normalisers=normalisers)
         original, constant, weights = _at_constants(exact, found, constants, images)
-        plan = Network(original.graph, weights, constant.needed, constant.operands).plan(list(constant.maps(weights)))
+        plan = Network(original.graph, weights, constant.needed, constant.scaling).plan(list(constant.maps(weights)))
         folded, merges, error = original.merged(plan)
     cast_like(folded, model)
     order = [gate.name for gate in found]
@@ -98,9 +100,16 @@ def _at_constants(
     gates = [gate for gate in found if gate.name in vectors]
     graph, weights = trace(exact, images), weights_of(exact)
     constant = Constants(graph, gates, {name: vector.cpu().numpy() for name, vector in vectors.items()})
-    values = {name: vector[0] if vector.ndim == 2 else vector for name, vector in vectors.items()}
-    shifts = {name: vector[1] for name, vector in vectors.items() if vector.ndim == 2}
-    return Original(exact, graph, images, replace_gates(exact, gates, values, shifts)), constant, weights
+    values, shifts, mixes = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    for gate in gates:
+        name, vector = gate.name, vectors[gate.name]
+        if is_mix(gate, vector.shape):
+            values[name], mixes[name], shifts[name] = torch.ones_like(vector[:, 0]), vector[:, :-1], vector[:, -1]
+        elif vector.ndim == 2:
+            values[name], shifts[name] = vector
+        else:
+            values[name] = vector
+    return Original(exact, graph, images, replace_gates(exact, gates, values, shifts, mixes)), constant, weights
 
 
 def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Module, FoldReport]:
@@ -173,23 +182,23 @@ def _checked(
     """Return the constants on the device and of the type of `like`."""
     if not gates:
         raise ValueError("the network has no gates to fold: see stripe.gates.explain_gates for what was looked at")
-    channels = {gate.name: gate.channels for gate in gates}
+    known = {gate.name: gate for gate in gates}
     tensors = {
         name_of(gate): given if isinstance(given, Tensor) else torch.tensor(np.array(given))  # it may be read-only
         for gate, given in constants.items()
     }
     vectors = {name: given.detach().to(like) for name, given in tensors.items()}
     for name, vector in vectors.items():
-        if name not in channels:
-            raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(channels)}")
-        if vector.shape not in ((channels[name],), (2, channels[name])):
+        if name not in known:
+            raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(known)}")
+        channels, mixes = known[name].channels, can_mix(known[name])
+        if vector.shape not in ((channels,), (2, channels), *([(channels, channels + 1)] if mixes else [])):
             raise ValueError(
-                f"the constant of gate {name!r} has shape {tuple(vector.shape)}; expected ({channels[name]},), or"
-                f" (2, {channels[name]}) with a shift"
+                f"the constant of gate {name!r} has shape {tuple(vector.shape)}; expected ({channels},), or"
+                f" (2, {channels}) with a shift" + (f", or ({channels}, {channels + 1}), a matrix" if mixes else "")
             )
         if not vector.isfinite().all():
-            wrong = (~vector.isfinite()).reshape(-1, channels[name]).any(0).sum()
-            raise ValueError(f"the constant of gate {name!r} is not finite in {wrong} channels")
+            raise ValueError(f"the constant of gate {name!r} is not finite in {(~vector.isfinite()).sum()} values")
     return vectors
 
 

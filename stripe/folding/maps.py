@@ -21,7 +21,7 @@ class AffineMap:
     """The operations `ops`, which map `x` to y = scale * x + shift; `names` are the gates, or the norm, that they are.
 
     The map is taken out where each operation in `steps`, from y towards x, gives back its argument at the position
-    beside it. `scale` and `shift` broadcast to y; `reason` says why a norm is none.
+    beside it. `scale` and `shift` broadcast to y. With `mix` (C, C) y = mix @ x + shift instead, along dimension 1.
     """
 
     names: tuple[str, ...]
@@ -32,6 +32,7 @@ class AffineMap:
     ops: frozenset[Op]
     steps: tuple[tuple[Op, int], ...]
     is_norm: bool = False
+    mix: Array | None = None
 
 
 # ---- gates at their constants ----
@@ -39,11 +40,15 @@ class Constants:
     """The products of some gates in a graph, and the values that become constant there."""
 
     def __init__(self, graph: Trace, gates: Sequence[Gate], vectors: Mapping[str, Array]) -> None:
-        """Take the graph, gates found in it and their constants (C,), or (2, C) with a shift, as `fold` takes them."""
+        """Take the graph, gates found in it and their constants, of any shape that `fold` takes."""
         self._graph = graph
         self._products = {product_op(graph, gate): gate for gate in gates}
         self.operands = {op: op.args[FACTORS[op.name][product_of(g).operand]] for op, g in self._products.items()}
-        self._placed = {op: placed_map(g, vectors[g.name], op.outputs[0].shape) for op, g in self._products.items()}
+        self._mixes = {op: vectors[g.name] for op, g in self._products.items() if is_mix(g, vectors[g.name].shape)}
+        self._placed = {
+            op: self._at_constant(op, g, vectors[g.name]) for op, g in self._products.items() if op not in self._mixes
+        }
+        self.scaling = {op: value for op, value in self.operands.items() if op not in self._mixes}
         self.needed = self._reached()
 
     def maps(self, weights: Weights) -> Iterator[AffineMap]:
@@ -60,6 +65,12 @@ class Constants:
         for op in self._products:
             yield self._alone(op, self._scaled(op))
 
+    def _at_constant(self, op: Op, gate: Gate, vector: Array) -> tuple[Array, Array]:
+        """Return scale and shift of a product; addcmul(x, x, g) is x + x * g."""
+        scale, shift = placed_map(gate, vector, op.outputs[0].shape)
+        adds = op.name == "addcmul" and op.args[0] is self._scaled(op) and op.kwargs.get("value", 1) == 1
+        return (1 + scale if adds else scale), shift
+
     def _reached(self) -> set[Op]:
         """Return the operations that the output needs once the gates are constant."""
         queue, needed = [value.producer for value in self._graph.outputs], set[Op]()
@@ -73,6 +84,8 @@ class Constants:
     def _map(self, product: Op, weights: Weights) -> AffineMap:
         """Return the widest affine map that begins with a product: x * g, x + x * g, x * g + b, ..."""
         x = self._scaled(product)
+        if product in self._mixes:
+            return self._alone(product, x)
         inside = {product.outputs[0]}
         ends = [product]
         for op in self._graph.ops[product.index + 1 :]:
@@ -88,9 +101,12 @@ class Constants:
         return self._alone(product, x)
 
     def _alone(self, product: Op, x: Value) -> AffineMap:
-        gate, (scale, shift) = self._products[product], self._placed[product]
+        gate, y = self._products[product], product.outputs[0]
         steps = ((product, FACTORS[product.name][1 - product_of(gate).operand]),)
-        return AffineMap((gate.name,), x, product.outputs[0], scale, shift, frozenset({product}), steps)
+        if product in self._mixes:
+            mix, shift = self._mixes[product][:, :-1], placed(gate, self._mixes[product][:, -1], y.shape)
+            return AffineMap((gate.name,), x, y, np.ones_like(shift), shift, frozenset({product}), steps, mix=mix)
+        return AffineMap((gate.name,), x, y, *self._placed[product], frozenset({product}), steps)
 
     def _scaled(self, product: Op) -> Value:
         """Return what a gate scales, or is added to."""
@@ -107,6 +123,8 @@ class Constants:
         if not users <= ops or y.shape != x.shape or self._graph_gives({v for op in ops - {end} for v in op.outputs}):
             return None
         products = [op for op in self._products if op in ops]
+        if any(op in self._mixes for op in products):
+            return None
         try:
             zero, one, some = (
                 self._computed(y, {x: at}, products, weights)
@@ -171,6 +189,17 @@ def product_op(graph: Trace, gate: Gate) -> Op:
             if is_alike(gate.layout, product.copied, value.shape, value.stride):
                 alike.append(op)
     return alike[product.ordinal]
+
+
+def is_mix(gate: Gate, shape: Sequence[int]) -> bool:
+    """Whether a constant of this shape is a matrix and a shift, (C, C + 1)."""
+    return tuple(shape) == (gate.channels, gate.channels + 1)
+
+
+def can_mix(gate: Gate) -> bool:
+    """Whether a matrix can stand for a gate: it multiplies a map whose channels are in dimension 1."""
+    plain = gate.form == "multiplicative" and product_of(gate).op != "addcmul"
+    return plain and gate.layout.index("C") == 1 and not {*gate.layout} & {*"RG"}
 
 
 def placed_map(gate: Gate, constant: Array, shape: Sequence[int]) -> tuple[Array, Array]:

@@ -43,7 +43,8 @@ _TAKEN_BY: dict[str, tuple[int, int, int | None]] = {"convolution": (0, 1, 2), "
 class Edit:
     """A change of what the module at `path` uses: the tensor `name` times `factor`, plus `delta`.
 
-    With `new` the network has no such tensor: it begins as zeros.
+    With `new` the network has no such tensor: it begins as zeros. Before anything else the matrix `mix` is applied
+    along the dimension `dim`.
     """
 
     path: str
@@ -51,6 +52,15 @@ class Edit:
     factor: Array
     delta: Array | None = None
     new: bool = False
+    mix: Array | None = None
+    dim: int = 0
+
+    def applied(self, tensor: Array) -> Array:
+        """Return the tensor as it is afterwards."""
+        if self.mix is not None:
+            tensor = np.moveaxis(np.tensordot(self.mix, tensor, (1, self.dim)), 0, self.dim)
+        changed: Array = tensor * self.factor
+        return changed if self.delta is None else changed + self.delta
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +129,21 @@ class Network:
         x, y = map.x, map.y
         scale, shift = (np.broadcast_to(field, y.shape) for field in (map.scale, map.shift))
         found, reasons = [], []
-        for direction, walk in (
-            ("back", partial(self._back, x, users=map.ops)),
-            ("forward", partial(self._forward, y)),
-        ):
-            through: list[str] = []
+        through: list[str] = []
+        walks = {
+            "back": partial(self._back, x, scale, shift, map.ops, through),
+            "forward": partial(self._forward, y, scale, shift, through),
+        }
+        if map.mix is not None:
+            walks = {
+                "back": partial(self._mix_back, x, map.mix, along(shift, 1), map.ops),
+                "forward": partial(self._mix_forward, y, map.mix, along(shift, 1)),
+            }
+        for direction, walk in walks.items():
+            through.clear()
             self._touched = set()
             try:
-                edits = tuple(walk(scale=scale, shift=shift, through=through))
+                edits = tuple(walk())
             except Blocked as blocked:
                 reasons.append(f"{direction}: {blocked}")
             else:
@@ -144,7 +161,7 @@ class Network:
         for edit in edits:
             if edit.delta is None:
                 before = self._weights.tensors[edit.name]
-                ratios.append(float(np.abs(before * edit.factor).max() / np.abs(before).max()) if before.any() else 1.0)
+                ratios.append(float(np.abs(edit.applied(before)).max() / np.abs(before).max()) if before.any() else 1.0)
         return max(ratios, default=1.0)
 
     def _users(self, value: Value) -> list[Op]:
@@ -155,13 +172,7 @@ class Network:
         self, value: Value, scale: Array, shift: Array, users: Collection[Op], through: list[str]
     ) -> Iterator[Edit]:
         """Yield the edits by which the layers that made `value` make scale * value + shift."""
-        op = value.producer
-        self._touched.add(value)
-        if op is None or not op.live_inputs:
-            raise Blocked("nothing before it has weights")
-        others = [user for output in op.outputs for user in self._users(output) if user not in users]
-        if others or any(made is output for made in op.outputs for output in self._graph.outputs):
-            raise Blocked(f"the map before is also taken by {others[0].name if others else 'the output'}")
+        op = self._maker(value, users)
         if value in self._gone:
             yield from self._back(self._gone[value].x, scale, shift, self._gone[value].ops, through)
         elif op.name in _MADE_BY:
@@ -176,6 +187,17 @@ class Network:
         else:
             source = self._scaled_input(op)
             yield from self._back(source, *self._across(op, scale, shift, source, through), {op}, through)
+
+    def _maker(self, value: Value, users: Collection[Op]) -> Op:
+        """Return the operation that made a value for these users alone."""
+        op = value.producer
+        self._touched.add(value)
+        if op is None or not op.live_inputs:
+            raise Blocked("nothing before it has weights")
+        others = [user for output in op.outputs for user in self._users(output) if user not in users]
+        if others or any(made is output for made in op.outputs for output in self._graph.outputs):
+            raise Blocked(f"the map before is also taken by {others[0].name if others else 'the output'}")
+        return op
 
     def _into_summands(self, op: Op, scale: Array, shift: Array, through: list[str]) -> Iterator[Edit]:
         """Scale every branch of a sum, and shift the first; a zero that is added, as sum() does, is no branch.
@@ -233,10 +255,7 @@ class Network:
     # forward
     def _forward(self, value: Value, scale: Array, shift: Array, through: list[str]) -> Iterator[Edit]:
         """Yield the edits by which the layers that take `value` take it for scale * value + shift."""
-        if any(output is value for output in self._graph.outputs):
-            raise Blocked("it is the network's output")
-        self._touched.add(value)
-        for op in self._users(value):
+        for op in self._takers(value):
             if op.name in _TAKEN_BY:
                 yield from self._into_input(op, value, scale, shift)
             elif op.name in NORMS and self._is_final and not self._has_norms:
@@ -251,6 +270,12 @@ class Network:
             else:
                 raise Blocked(f"{op.name} takes it as something other than its map")
 
+    def _takers(self, value: Value) -> list[Op]:
+        if any(output is value for output in self._graph.outputs):
+            raise Blocked("it is the network's output")
+        self._touched.add(value)
+        return self._users(value)
+
     def _into_input(self, op: Op, value: Value, scale: Array, shift: Array) -> Iterator[Edit]:
         at, weight_at, bias_at = _TAKEN_BY[op.name]
         inputs, weight, bias = op.args[at], op.args[weight_at], None if bias_at is None else op.args[bias_at]
@@ -261,22 +286,33 @@ class Network:
         if (factor != 1).any():
             yield self._edit(op, weight, factor)
         if offset.any():
-            if op.name == "convolution" and any(op.args[4]):
-                raise Blocked("the zero padding of convolution makes a shift inexact at the borders")
-            added = self._weights.compute(weight) * offset
-            summed = added.reshape(len(added), -1).sum(1) if op.name == "convolution" else added.sum(0)
-            yield self._added(op, bias, summed)
+            yield self._shifted(op, weight, bias, offset)
+
+    def _shifted(self, op: Op, weight: Value, bias: Value | None, offset: Array) -> Edit:
+        """Take what is added to a layer's input, broadcastable to its weight, into what is added to its output."""
+        if op.name == "convolution" and any(op.args[4]):
+            raise Blocked("the zero padding of convolution makes a shift inexact at the borders")
+        added = self._weights.compute(weight) * offset
+        summed = added.reshape(len(added), -1).sum(1) if op.name == "convolution" else added.sum(0)
+        return self._added(op, bias, summed)
 
     def _into_norm(self, op: Op, value: Value, scale: Array, shift: Array) -> Iterator[Edit]:
         """Let a batch norm do with x what it did with scale * x + shift, by its weight and bias, whatever the scale."""
-        x, weight, bias, mean, variance, training = op.args[:6]
-        if x is not value or training or any(v is None or v.live for v in (weight, bias, mean, variance)):
-            raise Blocked(f"{op.name} after it has no weight, bias and running statistics")
+        if op.args[0] is not value:
+            raise Blocked(f"{op.name} takes it as something other than its map")
         factor, offset = along(scale, 1), along(shift, 1)
+        weight, mean, deviation = self._norm(op, "after")
+        delta = weight * (mean * (factor - 1) + offset) / deviation
+        yield self._edit(op, op.args[1], factor)
+        yield replace(self._edit(op, op.args[2], np.ones_like(delta), True), delta=delta)
+
+    def _norm(self, op: Op, where: str) -> tuple[Array, Array, Array]:
+        """Return a batch norm's weight, running mean and running standard deviation."""
+        weight, bias, mean, variance, training = op.args[1:6]
+        if training or any(v is None or v.live for v in (weight, bias, mean, variance)):
+            raise Blocked(f"{op.name} {where} it has no weight, bias and running statistics")
         weights, means, variances = (self._weights.compute(each) for each in (weight, mean, variance))
-        delta = weights * (means * (factor - 1) + offset) / np.sqrt(variances + op.args[7])
-        yield self._edit(op, weight, factor)
-        yield replace(self._edit(op, bias, np.ones_like(delta), True), delta=delta)
+        return weights, means, np.sqrt(variances + op.args[7])
 
     def _added(self, op: Op, bias: Value | None, delta: Array) -> Edit:
         """Add to a layer's output: at its bias, at what the next operation adds or subtracts, or at a new bias."""
@@ -294,6 +330,44 @@ class Network:
         if self._has_norms or user is None or user.name not in NORMS or user.args[3] is None:
             return self._new_bias(op, np.ones_like(delta), delta, "after")
         return replace(self._edit(user, user.args[3], np.ones_like(delta), True), delta=-delta)
+
+    # maps that mix channels
+    def _mix_back(self, value: Value, mix: Array, shift: Array, users: Collection[Op]) -> Iterator[Edit]:
+        """Yield the edits by which the convolution before, with a norm behind it, makes mix @ value + shift.
+
+        What the norm scales by goes into the convolution, where it may be 0; it stays with a scale of 1.
+        """
+        op = self._maker(value, users)
+        if value in self._gone:
+            raise Blocked("the constant of another gate is in between")
+        if op.name in NORMS:
+            weight, _, deviation = self._norm(op, "before")
+            inner = mix * (weight / deviation)
+            yield replace(self._edit(op, op.args[1], np.zeros_like(weight), True), delta=deviation)
+            yield self._mixed(op, op.args[3], inner)
+            yield self._mixed(op, op.args[2], mix, delta=shift)
+            mix, shift, op = inner, np.zeros_like(shift), self._maker(op.args[0], {op})
+        self._require_mixing(op, "before")
+        yield self._mixed(op, op.args[1], mix)
+        if op.args[2] is not None:
+            yield self._mixed(op, op.args[2], mix, delta=shift)
+        elif shift.any() or self._bias(op) in self._made:
+            yield replace(self._new_bias(op, np.ones_like(shift), shift, "before"), mix=mix)
+
+    def _mix_forward(self, value: Value, mix: Array, shift: Array) -> Iterator[Edit]:
+        """Yield the edits by which every convolution that takes `value` takes it for mix @ value + shift."""
+        for op in self._takers(value):
+            self._require_mixing(op, "after")
+            yield self._mixed(op, op.args[1], mix.T, dim=1)
+            if shift.any():
+                yield self._shifted(op, op.args[1], op.args[2], per_input(op, op.args[1], shift))
+
+    def _require_mixing(self, op: Op, where: str) -> None:
+        if op.name != "convolution" or op.args[6] or op.args[8] != 1:
+            raise Blocked(f"{op.name} {where} it is no convolution over all channels, which a matrix needs")
+
+    def _mixed(self, op: Op, used: Value, mix: Array, *, dim: int = 0, delta: Array | None = None) -> Edit:
+        return replace(self._edit(op, used, np.ones(()), True), mix=mix, dim=dim, delta=delta)
 
     # maps between, and tensors to change
     def _scaled_input(self, op: Op) -> Value:
@@ -316,6 +390,8 @@ class Network:
             raise Blocked(f"negative constants do not pass {op.name}")
         through.append(op.name)
         if scale.shape != beyond.shape:
+            if len(beyond.shape) < 2:
+                raise Blocked(f"{op.name} mixes channels")
             dim = 1 if op.name != "mean" or beyond.shape[1] == scale.shape[1] else -1
             vector = along(scale, dim)
             if beyond.shape[dim] != len(vector):

@@ -23,7 +23,7 @@ from torch import nn
 
 from stripe.folding.statements import Drop, Liveness, Span, span_of
 from stripe.gates.graph import Place
-from stripe.torch_internals import names_held
+from stripe.torch_internals import has_hooks, names_held
 
 _SYNONYMS = {"multiply": "mul", "imul": "mul", "iadd": "add"}
 """Functions that run an operation of another name."""
@@ -63,7 +63,8 @@ def without(module: nn.Module, removals: Sequence[Removal]) -> nn.Module:
     for owner, method in dict.fromkeys((removal.place.owner, removal.place.method) for removal in removals):
         written = _Method(module, owner, method)
         written.remove([r for r in removals if (r.place.owner, r.place.method) == (owner, method)], scales)
-        if (owner, method) == _forward_of(kind) and (whole := written.whole(module)) is not None:
+        is_forward = (owner, method) == _forward_of(kind) and not has_hooks(module)
+        if is_forward and (whole := written.whole(module)) is not None:
             return whole
         texts.append((owner, method, written.text()))
     derived = _derived(kind, tuple(texts))  # type: ignore[arg-type]
@@ -77,7 +78,7 @@ def without(module: nn.Module, removals: Sequence[Removal]) -> nn.Module:
 
 def left_argument(module: nn.Module, removal: Removal) -> int | None:
     """Return which argument of a module's forward is all that is left of it without an expression, None if more is."""
-    if (removal.place.owner, removal.place.method) != _forward_of(type(module)):
+    if (removal.place.owner, removal.place.method) != _forward_of(type(module)) or has_hooks(module):
         return None
     written = _Method(module, removal.place.owner, "forward")
     written.remove([removal], {})
@@ -193,6 +194,8 @@ class _Replace(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         span = span_of(node)
+        if isinstance(node, ast.Expr) and span_of(node.value) in self._scales and (target := _in_place(node.value)):
+            return ast.copy_location(ast.Assign([target], self.visit(node.value)), node)
         removal = self._removals.get(span) if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call) else None
         if removal is None:
             return self.generic_visit(node)
@@ -244,6 +247,14 @@ class _Replace(ast.NodeTransformer):
         named = isinstance(value, ast.Name) and inspect.ismodule(self._globals.get(value.id))
         owned = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == self._self
         return named or owned
+
+
+def _in_place(call: ast.expr) -> ast.expr | None:
+    """Return the variable that a statement such as x.mul_(g) writes."""
+    function = call.func if isinstance(call, ast.Call) else None
+    if isinstance(function, ast.Attribute) and function.attr.endswith("_") and isinstance(function.value, ast.Name):
+        return ast.Name(function.value.id, ast.Store())
+    return None
 
 
 def _is_lambda(function: Any) -> bool:

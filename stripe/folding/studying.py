@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from stripe.folding.comparing import AS_FOLDED, AS_IS, Recovery, Variant, variants
-from stripe.folding.constants import Forecast, foretell, learn_constants, measure_gates
+from stripe.folding.constants import Forecast, fit_matrices, foretell, learn_constants, measure_gates
 from stripe.folding.divergence import VALUES, Damage, damage, kind_of
 from stripe.folding.latency import BACKENDS, BATCHES, latencies
 from stripe.folding.ordering import ORDERS, Metric, greedy_order, predictors, rank_correlations, sensitivity
@@ -139,7 +139,7 @@ def study(
         counts: numbers of folded gates to try (default: up to 9, from none to all).
         order: "single" orders the gates by what each costs alone, "greedy" by what each costs beside those before it,
             "foretold" by what one backward pass over `calibration` foretells, which measures none alone.
-        weightings: which constants to compare, of "mean", "energy", "fisher" and "learned".
+        weightings: which constants to compare, of "mean", "energy", "fisher", "learned" and "matrix".
         means: the "mean" constants by gate, such as `mean_constants` of a run (default: measured on `calibration`).
         learning_steps: batches on which "learned" constants are trained, for each number of folded gates.
         recoveries: what may win back accuracy, by name (default: batch norms re-estimated on `calibration`).
@@ -189,7 +189,8 @@ def study(
     forecasts = foretell(model, gates, energy, images, calibration, **asked)
     foretold = {gate: each.divergence for gate, each in forecasts.items()}
     learn = partial(learn_constants, model, uses=uses, images=images, loader=calibration, steps=learning_steps, **asked)
-    constants = _Constants(gates, uses, forecasts, means, learn)
+    fit = partial(fit_matrices, model, uses=uses, loader=calibration, progress=progress)
+    constants = _Constants(gates, uses, forecasts, means, {"learned": learn, "matrix": fit})
     damages, names = _order(order, model, gates, uses, foretold, judges["validation"].negative, progress)
     allowed = None if keep is not None else max_drop
     trials = _Trials(model, images, names, constants, judges, measure, allowed, callback, normalisers)
@@ -259,7 +260,7 @@ def _counts(counts: Sequence[int] | None, gates: int, keep: int | None) -> list[
 
 
 class _Constants:
-    """The constants of some gates, by kind; those that are learned are so once for each set of gates."""
+    """The constants of some gates, by kind; those of gates that are constant together are made once for each set."""
 
     def __init__(
         self,
@@ -267,27 +268,27 @@ class _Constants:
         uses: Mapping[str, GateUse],
         forecasts: Mapping[str, Forecast],
         means: Constants | None,
-        learn: Callable[[Sequence[Gate]], Constants],
+        together: Mapping[str, Callable[[Sequence[Gate]], Constants]],
     ) -> None:
         if means is not None and (missing := uses.keys() - means.keys()):
             raise ValueError(f"the means lack gates {', '.join(sorted(missing))}: record every gate of the network")
-        self._gates, self._learn = gates, learn
+        self._gates, self._together = gates, together
         self._fixed: dict[str, Constants] = {
             kind: {gate: use.constant(kind) for gate, use in uses.items()} for kind in AVERAGES
         }
         self._fixed["fisher"] = {gate: each.constant for gate, each in forecasts.items()}
         if means is not None:
             self._fixed["mean"] = {gate: means[gate] for gate in uses}
-        self._learned: dict[frozenset[str], Constants] = {}
+        self._made: dict[tuple[str, frozenset[str]], Constants] = {}
 
     def __call__(self, folded: Sequence[str], kind: str) -> Constants:
         """Return the constants of this kind for gates that are folded together."""
         if kind in self._fixed:
             return self._fixed[kind]
-        names = frozenset(folded)
-        if names not in self._learned:
-            self._learned[names] = self._learn([gate for gate in self._gates if gate.name in names])
-        return self._learned[names]
+        key = kind, frozenset(folded)
+        if key not in self._made:
+            self._made[key] = self._together[kind]([gate for gate in self._gates if gate.name in key[1]])
+        return self._made[key]
 
 
 # ---- how good a network is -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from stripe.stats import Moments, RecordedRun
 
 Array = npt.NDArray[np.floating[Any]]
-Constants = Mapping[str, Array]  # by gate, (C,), or (2, C) with a shift
+Constants = Mapping[str, Array]  # by gate, (C,), or (2, C) with a shift, or (C, C + 1), a matrix and a shift
 
 AVERAGES = ("mean", "energy")
 """The constants that follow from what a gate did alone, without a look at what comes of it."""

@@ -47,6 +47,11 @@ def positions(gate: Gate, scaled: Tensor) -> Tensor:
     return scaled.permute(0, *channels, *space).flatten(1, len(channels))
 
 
+def mixed(matrix: Tensor, scaled: Tensor) -> Tensor:
+    """A feature map (N, C, *space) with its channels multiplied by a matrix (C, C)."""
+    return (matrix.to(scaled) @ scaled.flatten(2)).reshape(scaled.shape)
+
+
 def like_output(gate: Gate, values: Tensor, output: Tensor) -> Tensor:
     """Values in the shape of the module output that they replace."""
     return _samples(gate, values, output).reshape(output.shape)

@@ -28,6 +28,7 @@ from stripe.gates.layouts import (
     like_output,
     like_position,
     mean_square,
+    mixed,
     positions,
 )
 from stripe.gates.trace import in_parts, op_name
@@ -69,12 +70,17 @@ def read_gates(
 
 @contextmanager
 def replace_gates(
-    model: nn.Module, gates: Sequence[Gate], values: Mapping[Any, Tensor], shifts: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    gates: Sequence[Gate],
+    values: Mapping[Any, Tensor],
+    shifts: Mapping[str, Tensor] | None = None,
+    mixes: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """While open, let `model` use `values`, by gate or name (C,) or (N, C), instead of what its gates compute.
 
     `shifts`, by name (C,), are added to what the gates give: where a gate multiplies, the network goes on with
-    x * value + shift.
+    x * value + shift. Before that, the channels of what a gate gives are multiplied by `mixes`, by name (C, C), where
+    the channels of its map are in dimension 1.
 
     Gates not named stay as they are. Gradients reach `values` where the gate is a module's output that only
     its product uses (`gate.exclusive`). Raises ValueError for an unknown name, a wrong shape or a gradient
@@ -95,6 +101,8 @@ def replace_gates(
             )
         shaped = like_output if gate.exclusive else like_operand
         jobs.append(_Job(gate, "attention", gate.attention if gate.exclusive else None, partial(shaped, gate, given)))
+    for name, mix in (mixes or {}).items():
+        jobs.append(_Job(known[name], "product", None, partial(_mixed, mix.detach())))
     for name, shift in (shifts or {}).items():
         jobs.append(_Job(known[name], "product", None, partial(_shifted, known[name], shift.detach())))
     with _watching(model, jobs):
@@ -103,6 +111,10 @@ def replace_gates(
 
 def _shifted(gate: Gate, shift: Tensor, product: Tensor) -> None:
     product.add_(like_position(gate, shift, product))
+
+
+def _mixed(mix: Tensor, product: Tensor) -> None:
+    product.copy_(mixed(mix, product))
 
 
 def _reading(gate: Gate, kind: Kind, tap: Tap | None, extract: Extract, sink: Sink) -> _Job:

@@ -71,7 +71,7 @@ def fold(
     gates = [gate for gate in found if gate.name in vectors]
     weights = _weights(file, graph)
     constant = Constants(graph, gates, vectors)
-    network = Network(graph, weights, constant.needed, constant.operands, is_final=True)
+    network = Network(graph, weights, constant.needed, constant.scaling, is_final=True)
     original = _Original(file, graph, gates, vectors, samples)
     folded, merges, error = original.merged(network.plan(list(constant.maps(weights))))
     save(folded, folded_path)
@@ -95,7 +95,7 @@ def _checked(file: GraphFile, gates: Sequence[Gate], constants: Mapping[Any, Arr
                 f" (2, {channels[name]}) with a shift"
             )
         if not np.isfinite(vector).all():
-            raise ValueError(f"the constant of gate {name!r} is not finite in {(~np.isfinite(vector)).sum()} channels")
+            raise ValueError(f"the constant of gate {name!r} is not finite in {(~np.isfinite(vector)).sum()} values")
     return vectors
 
 
@@ -217,8 +217,7 @@ class _Original:
                     del node.input[_BIASED[node.op_type] :]
                     node.input.append(edit.name)
                 before = changed[edit.name] if edit.name in changed else self.file.weight(edit.name)
-                after = before.astype(np.float64) * edit.factor + (0.0 if edit.delta is None else edit.delta)
-                changed[edit.name] = after.astype(before.dtype)
+                changed[edit.name] = edit.applied(before.astype(np.float64)).astype(before.dtype)
         stands_for: dict[str, str] = {}
         for merge in (merge for merge in merges if merge.direction != "unused"):
             x, y = self.graph.names[merge.map.x], self.graph.names[merge.map.y]
