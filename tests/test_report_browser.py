@@ -373,6 +373,19 @@ def test_the_excitation_per_class_reads_the_means_of_classes(run, watched):
     assert float(read[3]) != pytest.approx(values[labels != label, channel].mean(), abs=2e-3)
 
 
+def test_the_rank_curve_reads_the_share_of_the_first_directions(run, watched):
+    figure = watched.page.locator("#stripe figure").filter(has_text="Rank curve")
+    assert figure.locator("circle").count() == 8
+    figure.scroll_into_view_if_needed()
+    box = figure.locator("svg").bounding_box()
+    watched.page.mouse.move(box["x"] + 53, box["y"] + 100)
+    told = figure.locator("output").text_content()
+    read = re.search(r", 1 · ([\d.]+) of the variance \(([\d.]+) to ([\d.]+)\)", told)
+    found = stats.spectrum(run.attention(GATES[0].name, 5), sample_ids=run.samples(5))
+    expected = found.shares[0], found.low[0], found.high[0]
+    assert [float(text) for text in read.groups()] == pytest.approx(expected, abs=2e-3)
+
+
 def test_training_curves_are_those_of_the_run(browser, run, written, watched, tmp_path):
     assert not watched.page.is_visible("#training")
     copy = tmp_path / "run"

@@ -89,7 +89,7 @@ def test_the_study_measures_a_network_and_goes_on_where_it_stopped(tmp_path, mon
     assert (tmp_path / "out" / "costs.png").exists()
     ranks, numbers = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("ranks", "numbers"))
     assert list(ranks["gate"]) == ["first", "second"]
-    assert (ranks["first 1, %"] < ranks["first 2, %"]).all()
+    assert ranks["first 1, %"][0] < ranks["first 2, %"][0] <= ranks["first 4, %"][0] <= 100
     assert list(numbers["k"]) == list(wild.PROJECTED)
     mean = costs[(costs["constants"] == "mean") & (costs["folded"] == 2)].iloc[0]
     assert numbers["output error"][0] == pytest.approx(mean["output error"], rel=0.2)  # of means over other inputs
@@ -113,7 +113,7 @@ def test_attention_that_is_given_whole_changes_nothing_and_other_attention_does(
     wild._let_be_given(path, gates, tmp_path / "given.onnx")
     found, other = (
         wild._outputs(tmp_path / "given.onnx", inputs, {"first, given": wild._shaped(values, gates[0])})
-        for values in (attention, attention[::-1])
+        for values in (attention, attention * np.linspace(0, 1, C))
     )
     own = wild._outputs(path, inputs)
     np.testing.assert_allclose(found, own, rtol=1e-5)

@@ -162,7 +162,7 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
 
 
 class Decimals(LogFormatter):
-    """Ticks of a logarithmic axis: 0.02 where LogFormatter writes 2e-02, and nothing where that writes nothing."""
+    """Names ticks as LogFormatter does, but writes 0.02 where that writes 2e-02."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """Return the text of a tick."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from stripe.stats.arithmetic import Array, Labels, ratio
 from stripe.stats.moments import Moments
 

@@ -147,7 +147,8 @@ def _figures(
     rank, ranks = effective_rank(off), np.log([rank for *_, rank in left])
     ends = jackknife(counts, float(np.log(rank)), ranks, confidence)
     rank_low, rank_high = np.exp(ends) if np.isfinite(ranks).all() else (np.nan, np.nan)
-    return shares, np.minimum(low, shares), np.maximum(high, shares), rank, max(float(rank_low), 1.0), float(rank_high)
+    low = np.maximum.accumulate(np.minimum(low, shares))  # more directions never hold less
+    return shares, low, np.maximum(high, shares), rank, max(float(rank_low), 1.0), float(rank_high)
 
 
 def _leave_one_out(off: Array, blocks: list[Mask], kept: int) -> Iterator[tuple[Array, float, float]]:

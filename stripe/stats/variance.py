@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stripe.stats.arithmetic import Array, ratio
+from stripe.stats.arithmetic import ratio
 from stripe.stats.groups import Groups
 
 

@@ -116,6 +116,11 @@ const stripe = chartIn(
   "Observed stripe",
   "the mean attention vector over images; the band is one standard deviation over images to either side",
 );
+const shareChart = chartIn(
+  byId("stripe"),
+  "Rank curve",
+  "the share of the attention's variance over images that its first k directions hold, with the 95 % interval",
+);
 const classCharts = [...runs.keys()].map((run) => ({
   run,
   chart: chartIn(
@@ -124,11 +129,6 @@ const classCharts = [...runs.keys()].map((run) => ({
     "the mean attention vector over the images of each class: where the lines fall together, the gate does not tell classes apart",
   ),
 }));
-const shareChart = chartIn(
-  byId("stripe"),
-  "Rank curve",
-  "the share of the attention's variance over images that its first k directions hold, with the 95 % interval",
-);
 setUpTips();
 addDocument(byId("validation"), data.validation);
 addDocument(byId("fold"), data.fold);
