@@ -32,8 +32,7 @@ SCRIPTS = {
     "demo": "demo",
 }
 SMALL = (
-    "--dataset digits --depth 8 --block-name basicblock"
-    " --train-samples 60 --train-batch 20 --epochs 2 --val-samples 10"
+    "--dataset digits --depth 8 --block-name basicblock --train-samples 60 --train-batch 20 --epochs 2 --val-samples 10"
 ).split()
 
 

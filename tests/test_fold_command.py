@@ -20,9 +20,7 @@ TRAIN = (
     "--dataset digits --depth 8 --block-name basicblock --module senet"
     " --train-samples 400 --train-batch 20 --epochs 4 --scheduler cosine"
 ).split()
-FOLD = (
-    "--learning-steps 5 --train-samples 200 --train-batch 20 --test-samples 60 --samples 40 --batch 60"
-).split()
+FOLD = ("--learning-steps 5 --train-samples 200 --train-batch 20 --test-samples 60 --samples 40 --batch 60").split()
 PLAIN = {"depth": 8, "block": "basicblock"}
 
 

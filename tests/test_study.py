@@ -34,7 +34,9 @@ from tests.conftest import randomize
 
 ROOT = Path(__file__).parents[1]
 TIMES = ["seconds", "cpu_seconds", "images_per_second"]
-ABLATION = "ablation --depth 14 --block basicblock --epochs 1 --batch 20 --train-samples 40 --test-samples 40 --seeds 0".split()
+ABLATION = (
+    "ablation --depth 14 --block basicblock --epochs 1 --batch 20 --train-samples 40 --test-samples 40 --seeds 0"
+).split()
 
 
 def names_of(model):
@@ -208,7 +210,8 @@ def test_the_grid_is_whole_and_holds_the_undisturbed_case():
 
 
 FORMS = (
-    "forms --dataset digits --depth 8 --block basicblock --epochs 2 --batch 20 --train-samples 80 --val-samples 20 --test-samples 40"
+    "forms --dataset digits --depth 8 --block basicblock --epochs 2 --batch 20"
+    " --train-samples 80 --val-samples 20 --test-samples 40"
     " --record 10 --seeds 1"
 ).split()
 

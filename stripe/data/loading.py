@@ -99,8 +99,7 @@ class Loader:
         corners, mirrored, labels = (self._place(each[order]) for each in (corners, mirrored, self.images.labels))
         sample_ids = self.images.sample_ids[order]
         shift, scale = (
-            self._place(255 * torch.tensor(values).view(1, -1, 1, 1))
-            for values in (self.images.mean, self.images.std)
+            self._place(255 * torch.tensor(values).view(1, -1, 1, 1)) for values in (self.images.mean, self.images.std)
         )
         rows = order.to(self._held.device) if isinstance(self._held, Tensor) else order
         decoded = decode_ahead(self._held, [rows[part] for part in self._parts], self._workers)
