@@ -217,7 +217,7 @@ def test_ctrl_c_is_130_where_libraries_lose_it(how):
 def test_scripts_end_as_commands_do(script):
     words = {
         "benchmark.py": ["coverage", "--models", "no/such"],
-        "study.py": ["growth", "no/such/run", "--out", "no/such/out"],
+        "study.py": ["constancy", "no/such/run", "--out", "no/such/out"],
     }[script]
     command = [sys.executable, ROOT / "scripts" / script, *words]
     plain = subprocess.run(command, capture_output=True, text=True, check=False)
