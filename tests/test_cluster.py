@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -198,10 +197,10 @@ def test_no_worker_is_told():
             pass
 
 
-def test_dask_missing_is_told(tmp_path):
+def test_dask_missing_is_told(tmp_path, monkeypatch, capsys):
     record(tmp_path / "run")
-    code = "import sys; sys.modules['distributed'] = None; from stripe.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = ["stats", str(tmp_path / "run"), "--dask", "tcp://127.0.0.1:1"]
-    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "stripe-observation[cluster]" in result.stderr
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert main(["stats", str(tmp_path / "run"), "--dask", "tcp://127.0.0.1:1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "stripe-observation[cluster]" in said

@@ -76,7 +76,7 @@ def test_training_without_words_says_what_it_needs(tmp_path, monkeypatch, capsys
 def test_training_prints_what_it_uses_and_how_well_it_does(tmp_path, capsys):
     assert main(["train", *SMALL, "--module", "senet", "-c", str(tmp_path)]) == 0
     first, *epochs, _, _ = capsys.readouterr().out.splitlines()
-    assert first.startswith("network resnet, depth 11, ")
+    assert first.startswith("network resnet, depth 8, ")
     assert "digits, split train, 50 images; digits, split train, 10 images; digits, split test, 360 images" in first
     metrics = pd.read_csv(tmp_path / "metrics.csv")
     assert len(epochs) == len(metrics) == 2

@@ -330,7 +330,7 @@ def test_a_killed_recording_shows_nothing_and_frees_the_run(tmp_path):
 
 
 def test_an_interruption_while_the_writing_thread_starts_leaves_nothing(tmp_path, monkeypatch):
-    start = threading.Thread.start
+    start, before = threading.Thread.start, set(threading.enumerate())
 
     def interrupted(thread: threading.Thread) -> None:
         start(thread)
@@ -339,7 +339,7 @@ def test_an_interruption_while_the_writing_thread_starts_leaves_nothing(tmp_path
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with sizes_of(28 * 4, 2**20), pytest.raises(KeyboardInterrupt):
         record(tmp_path, 1, samples=20)
-    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+    for thread in set(threading.enumerate()) - before:
         thread.join(10)
     assert listing(tmp_path).keys() == {".lock", "run.json"}
 

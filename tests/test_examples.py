@@ -1,10 +1,9 @@
 """The run that ships with the package, and the script that made it of a larger one."""
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
+import make_example
 import numpy as np
 import pytest
 
@@ -34,10 +33,9 @@ def recorded(tmp_path_factory):
     return path
 
 
-def make_example(*words):
-    """Run the script; return the finished process."""
-    command = [sys.executable, ROOT / "scripts/make_example.py", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def thinned(*words):
+    """Run the script's command; return its exit code."""
+    return make_example.main([str(word) for word in words])
 
 
 def test_the_example_holds_what_notebooks_and_gallery_need():
@@ -83,8 +81,7 @@ def test_an_unknown_example_lists_the_names():
 
 def test_thinning_keeps_the_chosen_values(recorded, tmp_path):
     words = ["--epochs", 1, 5, "--gates", "c.se", "a.se", "--samples", 20, "--out", tmp_path / "small"]
-    process = make_example(recorded, *words)
-    assert process.returncode == 0, process.stderr
+    assert thinned(recorded, *words) == 0
     whole, small = stripe.open_run(recorded), stripe.open_run(tmp_path / "small")
     assert small.epochs == [1, 5]
     assert [gate.name for gate in small.gates] == ["a.se", "c.se"]
@@ -101,7 +98,7 @@ def test_thinning_keeps_the_chosen_values(recorded, tmp_path):
 
 
 def test_float16_leaves_strengths_as_they_are(recorded, tmp_path):
-    assert make_example(recorded, "--dtype", "float16", "--out", tmp_path / "half").returncode == 0
+    assert thinned(recorded, "--dtype", "float16", "--out", tmp_path / "half") == 0
     whole, half = (stripe.stats.summarize(stripe.open_run(path))["strength"] for path in (recorded, tmp_path / "half"))
     assert not whole.equals(half)
     np.testing.assert_allclose(half, whole, atol=1e-3)
@@ -115,16 +112,15 @@ def test_float16_leaves_strengths_as_they_are(recorded, tmp_path):
         (["--dtype", "int8"], "dtype 'int8'"),
     ],
 )
-def test_thinning_refuses_in_one_line_and_writes_nothing(recorded, tmp_path, words, message):
-    process = make_example(recorded, *words, "--out", tmp_path / "small")
-    assert process.returncode == 2
-    assert message in process.stderr
-    assert process.stderr.count("\n") == 1
+def test_thinning_refuses_in_one_line_and_writes_nothing(recorded, tmp_path, capsys, words, message):
+    assert thinned(recorded, *words, "--out", tmp_path / "small") == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
     assert not (tmp_path / "small/run.json").exists()
 
 
-def test_thinning_never_writes_into_what_is_there(recorded, tmp_path):
-    process = make_example(recorded, "--out", tmp_path)
-    assert process.returncode == 2
-    assert "is there already" in process.stderr
+def test_thinning_never_writes_into_what_is_there(recorded, tmp_path, capsys):
+    assert thinned(recorded, "--out", tmp_path) == 2
+    assert "is there already" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

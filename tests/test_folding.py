@@ -66,7 +66,7 @@ def network(name):
      *(pytest.param(*row, id=row[0], marks=pytest.mark.slow) for row in LARGER)],
 )  # fmt: skip
 def test_known_networks_fold_exactly_and_wholly(name, count, sides, first):
-    images = torch.randn(2, 3, 96, 128).double()
+    images = torch.randn(2, 3, 64, 96).double()
     model = network(name)
     folded, table = folded_exactly(model, images)
     assert len(table) == count

@@ -27,6 +27,8 @@ SMALL = {
     "EPOCHS, IMAGES = 8, None": "EPOCHS, IMAGES = 1, 64",
     "steps=100": "steps=2",
     "test=test)": "test=test, learning_steps=2)",
+    '{"depth": 11,': '{"depth": 8, "block": "basicblock",',
+    'where="bn3"': 'where="bn2"',
 }
 HOSTILE = "<script>alert('&')</script>"
 GATES = [Gate(HOSTILE, 4), Gate("layer2.se", 8)]
@@ -77,6 +79,8 @@ def test_notebooks_are_small_in_tests_and_short():
     assert sum("EPOCHS, IMAGES = 8, None" in text for text in texts.values()) == 3
     assert sum("steps=100" in text for text in texts.values()) == 1
     assert sum("test=test)" in text for text in texts.values()) == 1
+    assert sum('{\\"depth\\": 11,' in text for text in texts.values()) == 3
+    assert sum('where=\\"bn3\\"' in text for text in texts.values()) == 1
     for path, text in texts.items():
         assert len(nbformat.reads(text, as_version=4).cells) <= 20, path
         assert len(text) < 1_000_000, path

@@ -194,7 +194,7 @@ class Finalised:
         time.sleep(0)
 def run(arguments):
     {how}
-    time.sleep(20)
+    time.sleep(2)
     print("went on")
 cli.COMMANDS["stats"].run = run
 sys.argv = ["stripe", "stats", "x"]
@@ -202,7 +202,7 @@ sys.exit(cli.main())
 """
 WAYS = {
     "in a finaliser": "Finalised()",
-    "turned into another error": "exec('try: _thread.interrupt_main(); time.sleep(9)\\nfinally: raise RuntimeError')",
+    "turned into another error": "exec('try: _thread.interrupt_main(); time.sleep(2)\\nfinally: raise RuntimeError')",
 }
 
 
@@ -227,7 +227,7 @@ def test_ctrl_c_is_130_after_the_import_that_it_came_in(tmp_path):
 def test_scripts_end_as_commands_do(script):
     words = {
         "benchmark.py": ["coverage", "--models", "no/such"],
-        "study.py": ["growth", "no/such/run", "--out", "no/such/out"],
+        "study.py": ["constancy", "no/such/run", "--out", "no/such/out"],
     }[script]
     command = [sys.executable, ROOT / "scripts" / script, *words]
     plain = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import study
 import torch
 from scipy import stats
-from studies import ablation, comparison, growth, recipes, robustness
+from studies import ablation, comparison, forms, growth, recipes, robustness
 from studies.ablation import build_case
 from studies.robustness import Disturbance, disturbances
 from studies.table import Table, claimed, headed
@@ -34,7 +35,9 @@ from tests.conftest import randomize
 
 ROOT = Path(__file__).parents[1]
 TIMES = ["seconds", "cpu_seconds", "images_per_second"]
-ABLATION = "ablation --depth 14 --block basicblock --epochs 1 --batch 20 --train-samples 40 --test-samples 40 --seeds 0".split()
+ABLATION = (
+    "ablation --depth 14 --block basicblock --epochs 1 --batch 20 --train-samples 40 --test-samples 40 --seeds 0"
+).split()
 
 
 def names_of(model):
@@ -208,7 +211,8 @@ def test_the_grid_is_whole_and_holds_the_undisturbed_case():
 
 
 FORMS = (
-    "forms --dataset digits --depth 8 --block basicblock --epochs 2 --batch 20 --train-samples 80 --val-samples 20 --test-samples 40"
+    "forms --dataset digits --depth 8 --block basicblock --epochs 2 --batch 20"
+    " --train-samples 80 --val-samples 20 --test-samples 40"
     " --record 10 --seeds 1"
 ).split()
 
@@ -241,7 +245,8 @@ def test_forms_are_trained_recorded_and_compared(tmp_path, capsys):
     assert "seeds to tell 0.5" in capsys.readouterr().out
 
 
-def test_annealed_gates_are_constants_at_the_end_and_folded_networks_are_those_with_attention(tmp_path):
+def test_annealed_gates_are_constants_at_the_end_and_folded_networks_are_those_with_attention(tmp_path, monkeypatch):
+    monkeypatch.setattr(forms, "learn_constants", partial(forms.learn_constants, steps=5))
     rows = run_forms(tmp_path, "--forms", "attention", "anneal", "folded", "--epochs", "4").set_index("form")
     assert rows[["accuracy_last", "accuracy_best"]].stack().between(0, 100).all()
     stripes = pd.read_csv(tmp_path / "study/stripes.csv").query("form == 'anneal'").set_index("epoch")

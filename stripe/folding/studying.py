@@ -161,8 +161,8 @@ def study(
         >>> import torch, stripe
         >>> from stripe.data import Loader, load_images
         >>> _ = torch.manual_seed(0)
-        >>> model = stripe.models.create_model("resnet", depth=11, module="senet").eval()
-        >>> train, held_out = load_images("digits", "train", samples=60).hold_out(20, seed=0)
+        >>> model = stripe.models.create_model("resnet", depth=8, block="basicblock", module="senet").eval()
+        >>> train, held_out = load_images("digits", "train", size=16, samples=60).hold_out(20, seed=0)
         >>> images = next(iter(Loader(held_out, 2)))[0]
         >>> choice = stripe.folding.study(
         ...     model, images, Loader(train, 20), Loader(held_out, 20), max_drop=None, learning_steps=20
