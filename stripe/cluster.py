@@ -102,6 +102,8 @@ def moments_on(client: Client, run: Run) -> dict[Key, Moments]:
 class _Measured:
     """A run whose moments are known."""
 
+    keeps_moments = True
+
     def __init__(self, run: Run, moments: Mapping[Key, Moments]) -> None:
         self.epochs, self.gates, self.has_samples = run.epochs, run.gates, run.has_samples
         self.attention, self.batches, self.labels, self._moments = run.attention, run.batches, run.labels, moments
@@ -133,7 +135,7 @@ def _gathered(client: Client, futures: list[Future[Any]]) -> Any:
 
 
 def _measure(path: str, stamp: str, epoch: int, gate: Gate, options: dict[str, Any]) -> list[Measured]:
-    return list(measure(_open(path, stamp), epoch, [gate], rank=True, **options))
+    return list(measure(_open(path, stamp), [epoch], [gate], rank=True, **options))
 
 
 def _moments(path: str, stamp: str, epoch: int, part: Part) -> dict[Key, Moments]:

@@ -40,7 +40,7 @@ class Named:
 class MemoryRun:
     """A run held in memory: {epoch: {gate: values}}."""
 
-    has_samples = True
+    has_samples = keeps_moments = True
 
     def __init__(self, records, labels=None):
         self.records, self._labels = records, labels

@@ -19,7 +19,7 @@ from stripe.stats.intervals import CONFIDENCE, strength_interval
 from stripe.stats.labels import label_share
 from stripe.stats.moments import Moments
 from stripe.stats.rank import effective_ranks
-from stripe.stats.runs import NamedGate, RecordedRun, gates_of, opened
+from stripe.stats.runs import NamedGate, RecordedRun, ahead, gates_of, opened
 from stripe.stats.strength import stripe_strength, two_way_shares
 
 COLUMNS = {
@@ -127,9 +127,7 @@ def summarize(
     run = opened(run)
     chosen = gates_of(run, gates)
     epochs = run.epochs if epochs is None else epochs
-    return tabulate(
-        measured for epoch in epochs for measured in measure(run, epoch, chosen, rank=rank, confidence=confidence)
-    )
+    return tabulate(measure(run, epochs, chosen, rank=rank, confidence=confidence))
 
 
 if summarize.__doc__:  # None under python -OO
@@ -139,18 +137,33 @@ if summarize.__doc__:  # None under python -OO
 
 
 def measure(
-    run: RecordedRun, epoch: int, gates: Sequence[NamedGate], *, rank: bool = False, confidence: float = CONFIDENCE
+    run: RecordedRun,
+    epochs: Sequence[int],
+    gates: Sequence[NamedGate],
+    *,
+    rank: bool = False,
+    confidence: float = CONFIDENCE,
 ) -> Iterator[Measured]:
-    """Measure gates of one epoch one after the other; see `summarize`, which tabulates them."""
-    found = {gate: moments for (_, gate), moments in run.moments([epoch], [gate.name for gate in gates]).items()}
-    ranks = effective_ranks(run, epoch, found) if rank and run.has_samples else {}
-    for gate in gates:
-        moments = found[gate.name]
-        row = row_of(moments, gate.form, confidence=confidence) | {"rank": ranks.get(gate.name, math.nan)}
-        if moments.classes is None and run.has_samples:
-            share = label_share(run.attention(gate.name, epoch), run.labels(epoch))
-            row |= {"label_share": share.eta_squared, "label_omega": share.omega_squared}
-        yield Measured(epoch, gate.name, moments, row)
+    """Measure the gates of each epoch one after the other; see `summarize`, which tabulates them."""
+    for epoch, found in _moments(run, epochs, [gate.name for gate in gates]):
+        ranks = effective_ranks(run, epoch, found) if rank and run.has_samples else {}
+        for gate in gates:
+            moments = found[gate.name]
+            row = row_of(moments, gate.form, confidence=confidence) | {"rank": ranks.get(gate.name, math.nan)}
+            if moments.classes is None and run.has_samples:
+                share = label_share(run.attention(gate.name, epoch), run.labels(epoch))
+                row |= {"label_share": share.eta_squared, "label_omega": share.omega_squared}
+            yield Measured(epoch, gate.name, moments, row)
+
+
+def _moments(run: RecordedRun, epochs: Sequence[int], gates: Sequence[str]) -> Iterator[tuple[int, dict[str, Moments]]]:
+    """Yield each epoch and its moments by gate; where they are kept, the next epoch's are read meanwhile."""
+
+    def read(epoch: int) -> dict[str, Moments]:
+        return {gate: moments for (_, gate), moments in run.moments([epoch], gates).items()}
+
+    found = ((epoch, read(epoch)) for epoch in epochs)
+    return ahead(found) if run.keeps_moments else found  # measuring rows takes long to be interrupted in a thread
 
 
 def tabulate(measured: Iterable[Measured]) -> pd.DataFrame:

@@ -111,7 +111,7 @@ class Groups:
         found, firsts, places = np.unique(keys, return_index=True, return_inverse=True)
         counts = _sums(places, self.counts).astype(np.int64)
         shift = self.means[firsts]  # sums about a member's mean do not cancel
-        off = self.means - shift[places]
+        off: Array = self.means - shift[places]
         mean = np.zeros_like(shift)
         np.add.at(mean, places, off * self.counts[:, None])
         mean /= counts[:, None]

@@ -100,7 +100,7 @@ def jackknife(counts: Counts, every: float, without: Array, confidence: float) -
         return every, every
     error = math.sqrt(variance)
     skewness, excess = _shape(off / error)
-    reach = student(confidence, max(2.0, 2 * (blocks - 1) / (excess + 2)))
+    reach = student(confidence, max(2.0, 2 * (blocks - 1) / (max(excess, 0.0) + 2)))
     return every - error * _unskewed(reach, skewness, blocks), every - error * _unskewed(-reach, skewness, blocks)
 
 
@@ -108,14 +108,12 @@ def _shape(off: Array) -> tuple[float, float]:
     """Return skewness and excess kurtosis of what so few deviations are drawn from, both corrected for their number.
 
     The deviations have mean square 1. The sample's own figures are too small, the more so the heavier the tails: the
-    skewness is corrected by Bobee and Robitaille (1975) for a gamma distribution; the kurtosis is the unbiased one of
-    normal samples (Fisher), or that of the gamma distribution of this skewness, 3/2 of its square, where that is more.
+    skewness is corrected by Bobee and Robitaille (1975), the kurtosis is the unbiased one of normal samples (Fisher).
     """
     n, squares = len(off), off * off
     skewness, excess = float(squares @ off) / n, float(squares @ squares) / n - 3
     skewness *= 1 + 6.51 / n + 20.2 / n**2 + (1.48 / n + 6.77 / n**2) * skewness**2
-    unbiased = ((n + 1) * excess + 6) * (n - 1) / ((n - 2) * max(n - 3, 1))
-    return skewness, max(unbiased, 1.5 * skewness**2)
+    return skewness, ((n + 1) * excess + 6) * (n - 1) / ((n - 2) * max(n - 3, 1))
 
 
 def _unskewed(t: float, skewness: float, blocks: int) -> float:

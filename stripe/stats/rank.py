@@ -10,7 +10,7 @@ import numpy.typing as npt
 from stripe.stats.arithmetic import BLOCK_VALUES, Array, matrix, ratio
 from stripe.stats.measuring import centre
 from stripe.stats.moments import Moments
-from stripe.stats.runs import RecordedRun
+from stripe.stats.runs import RecordedRun, ahead
 
 MANY = 16  # samples a channel, from which products of float32 values are taken in float32
 HELD_VALUES = 2**24  # products that are held at once, 128 MB: gates take turns where theirs are more
@@ -45,7 +45,7 @@ def effective_ranks(run: RecordedRun, epoch: int, moments: Mapping[str, Moments]
     ranks = dict.fromkeys(moments, float("nan"))
     for gates in _turns(moments):
         products = {gate: _products_of(moments[gate]) for gate in gates}
-        for batch in run.batches(epoch, gates):
+        for batch in ahead(run.batches(epoch, gates)):
             for gate, values in batch.items():
                 products[gate].add(_sound(values, moments[gate]))
         ranks |= {gate: each.effective_rank() for gate, each in products.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from stripe.gate import Gate, name_of
 from stripe.messages import listing
@@ -13,6 +14,9 @@ from stripe.stats.arithmetic import Array, Labels
 
 if TYPE_CHECKING:
     from stripe.stats.moments import Moments
+
+
+Item = TypeVar("Item")
 
 
 class NamedGate(Protocol):
@@ -47,6 +51,11 @@ class RecordedRun(Protocol):
         """Whether there are vectors and labels; else there are moments alone."""
         ...
 
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether moments of all samples are at hand without reading a row."""
+        ...
+
     def attention(self, gate: str, epoch: int) -> Array:
         """Attention vectors, (samples, channels)."""
         ...
@@ -74,6 +83,16 @@ def opened(run: RecordedRun | str | os.PathLike[str]) -> RecordedRun:
         return run
     found: RecordedRun = import_module("stripe").open_run(run)
     return found
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield items while a thread makes the next one."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item  # type: ignore[misc]
 
 
 def gates_of(run: RecordedRun, gates: Sequence[Gate | str] | None) -> list[NamedGate]:

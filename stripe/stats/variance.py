@@ -71,7 +71,7 @@ class Variance:
 
     @classmethod
     def of_sums(cls, samples: Any, channels: int, *, scatter: Any, rows: Any, middle: Any, squares: Any) -> Variance:
-        """Split the variance from sums of squares as in `Groups`, and those of the channels' means about their middle."""
+        """Split the variance from sums as in `Groups` and that of squares of the channels' means about their middle."""
         others = channels - 1 if channels > 1 else math.nan
         within, row = ratio(scatter, (samples - 1.0) * channels), ratio(rows, samples - 1.0)
         rest = np.maximum(within - row, 0.0) * (channels / others)

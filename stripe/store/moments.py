@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -75,7 +76,7 @@ def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moment
         for number, each in enumerate(single.to_pylist()):
             width, blocks, classes = channels[each["gate"]], each["blocks"], each["classes"]
             its = slice(vector, vector + width)
-            ends = np.cumsum([start, width, width * blocks, width * (classes or 0)])
+            ends = list(accumulate([start, width, width * blocks, width * (classes or 0)]))
             require(row + 1 + blocks + (classes or 0) <= len(count) and ends[-1] <= len(mean), "too few rows")
             yield (
                 each["gate"],
@@ -95,7 +96,7 @@ def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moment
                     else groups(label, row + 1 + blocks, classes, width, mean[ends[2] : ends[3]]),
                 ),
             )
-            row, vector, start = row + 1 + blocks + (classes or 0), vector + width, int(ends[-1])
+            row, vector, start = row + 1 + blocks + (classes or 0), vector + width, ends[-1]
 
     return dict(parts())
 
