@@ -33,10 +33,15 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folded(trained, tmp_path_factory):
-    """All gates folded, by every means, with the run's stripes as means."""
+    """All gates folded, by every means that changes no convolution, with the run's stripes as means."""
     out = tmp_path_factory.mktemp("fold") / "out"
     words = [
         *FOLD,
+        "--weightings",
+        "mean",
+        "energy",
+        "fisher",
+        "learned",
         "--run",
         trained,
         "--order",
@@ -115,6 +120,7 @@ def test_tables_hold_predictors_latencies_and_onnx(folded):
 
 def test_keep_leaves_the_most_sensitive_gates(trained, tmp_path):
     words = ["--ckpt", trained / "checkpoints" / "last.pt", *FOLD, "--keep", "1", "--backends", "--out", tmp_path]
+    words += ["--weightings", "mean", "matrix"]
     assert main(["fold", *map(str, words)]) == 0
     gates = pd.read_csv(tmp_path / "gates.csv", keep_default_na=False)
     assert gates[gates["direction"] == ""]["place"].tolist() == [3]
@@ -123,8 +129,10 @@ def test_keep_leaves_the_most_sensitive_gates(trained, tmp_path):
     assert not (tmp_path / "folded.pt").exists()
     assert not (tmp_path / "latency.csv").exists()
     table = pd.read_csv(tmp_path / "variants.csv", keep_default_na=False)
-    assert list(table["folded"]) == [0, 2, 2, 2, 2, 0, 2]
-    assert list(table["recovery"]) == [*["none"] * 5, *["re-estimated"] * 2]
+    assert list(table["folded"]) == [0, 2, 2, 0, 2]
+    assert list(table["weighting"])[:3] == ["none", "mean", "matrix"]
+    assert list(table["recovery"]) == [*["none"] * 3, *["re-estimated"] * 2]
+    assert (table["error"] < 1e-12).all()
     model = torch.export.load(tmp_path / "folded.pt2").module()
     assert sum("sigmoid" in str(node.target) for node in model.graph.nodes) == 1
 

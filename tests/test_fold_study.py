@@ -118,7 +118,8 @@ def test_as_many_gates_are_folded_as_cost_at_most_the_allowed_drop(model, batche
 
 
 def test_half_a_point_is_what_folding_may_cost_unless_it_is_said(model, batches):
-    assert study(model, batches[0][0], batches, batches).chosen.folded == 1
+    vectors = ["mean", "energy", "fisher", "learned"]
+    assert study(model, batches[0][0], batches, batches, weightings=vectors).chosen.folded == 1
 
 
 def test_keep_leaves_the_most_sensitive_gates_whatever_the_others_cost(model, batches):
@@ -151,7 +152,8 @@ def test_recoveries_are_tried_at_the_chosen_number_or_at_each_and_the_best_is_ch
 
 
 def test_means_of_ones_own_stand_in_for_those_measured(model, batches):
-    found = study(model, batches[0][0], batches, batches, None, means={gate: [1.0, 1.0] for gate in DAMAGE})
+    given = {gate: [1.0, 1.0] for gate in DAMAGE}
+    found = study(model, batches[0][0], batches, batches, None, weightings=["mean", "energy"], means=given)
     assert accuracies(found.variants, weighting="energy") == pytest.approx(KEPT)
     assert accuracies(found.variants, weighting="mean") == pytest.approx([100, 100, 55, 55])
     with pytest.raises(ValueError, match="the means lack gates common, idle"):

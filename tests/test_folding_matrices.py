@@ -119,6 +119,17 @@ def test_matrices_and_constants_are_merged_beside_each_other():
         assert relative_error(constant(others), expected) > 1e-3
 
 
+def test_a_matrix_that_is_kept_is_written_to_onnx(tmp_path):
+    net = Net(maps=nn.SiLU(), after=nn.Conv2d(8, 5, 3, padding=1)).float()
+    images = torch.randn(3, 3, 14, 22)
+    folded, report = folding.fold(net, {"se": mixing(8)}, images)
+    assert list(report.table["direction"]) == ["kept"]
+    file = folding.save_onnx(folded, images, tmp_path / "folded.onnx")
+    assert file.relative_error < 1e-5
+    assert "GlobalAveragePool" not in file.operators
+    assert "ReduceMean" not in file.operators
+
+
 def test_a_gate_that_no_matrix_can_stand_for_is_refused_one():
     import timm
 

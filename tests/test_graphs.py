@@ -463,6 +463,11 @@ def test_bad_input_is_refused_with_what_was_expected(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             graphs.fold(path, constants, tmp_path / "f.onnx", images(3))
+    shapeless = onnx.load(path)
+    shapeless.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(shapeless, tmp_path / "shapeless.onnx")
+    with pytest.raises(ValueError, match=r"shapeless.onnx' is no valid ONNX to begin with: .*shape"):
+        graphs.fold(tmp_path / "shapeless.onnx", {"gated": np.ones(C)}, tmp_path / "f.onnx", images(3))
     assert not (tmp_path / "f.onnx").exists()
     old = onnx.load(path)
     old.opset_import[0].version = 6

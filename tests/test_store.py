@@ -341,6 +341,26 @@ def test_a_sample_repeated_in_a_later_batch_is_refused(tmp_path):
     np.testing.assert_array_equal(open_run(tmp_path).samples(1), [1, 2, 3, 4])
 
 
+def test_samples_repeat_exactly_where_a_set_says_so(tmp_path):
+    """Batches of every size, ids of either sign and at the ends of their range, some of them given before."""
+    rng, ends = np.random.default_rng(0), np.iinfo(np.int64)
+    numbers = np.concatenate([rng.permutation(np.arange(-400, 400)), [ends.min, ends.max]])
+    known, refusals = set(), 0
+    with writer(tmp_path) as run, run.epoch(1) as epoch:
+        for _ in range(300):
+            ids = rng.choice(numbers, rng.integers(0, 9), replace=False)
+            if known & {*ids.tolist()}:
+                refusals += 1
+                with pytest.raises(ValueError, match="given twice"):
+                    epoch.append(ids, None, vectors(len(ids)))
+            else:
+                epoch.append(ids, None, vectors(len(ids)))
+                known |= {*ids.tolist()}
+    assert refusals > 50
+    assert set(open_run(tmp_path).samples(1).tolist()) == known
+    assert len(known) > 100
+
+
 @pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_exception_in_the_loop_leaves_the_run_as_it_was(tmp_path, interruption, overwrite):

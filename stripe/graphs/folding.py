@@ -52,8 +52,8 @@ def fold(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a file that is quantised or
-            cannot be run, or a network that differs from itself.
+        ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a file that is quantised,
+            cannot be run or is no valid ONNX, or a network that differs from itself.
         ArithmeticError: the folded file differs, even with nothing merged, or is no valid ONNX.
 
     Example:

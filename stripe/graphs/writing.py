@@ -28,6 +28,7 @@ def save(file: GraphFile, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ArithmeticError: the network is no valid ONNX.
+        ValueError: the file that it was made of is none either.
         OSError: the file cannot be written.
     """
     target = Path(path)
@@ -59,6 +60,10 @@ def _check(file: GraphFile) -> None:
     try:
         onnx.checker.check_model(str(checked))
     except onnx.checker.ValidationError as error:
+        try:
+            onnx.checker.check_model(str(file.path))
+        except onnx.checker.ValidationError as own:
+            raise ValueError(f"'{file.path}' is no valid ONNX to begin with: {one_line(own)}") from own
         raise ArithmeticError(f"what was made of '{file.path}' is no valid ONNX: {one_line(error)}") from error
     finally:
         checked.unlink()

@@ -1,4 +1,4 @@
-"""Rows of an epoch on their way to the disk; memory grows by their ids alone."""
+"""Rows of an epoch on their way to the disk; memory grows by their ids alone, 8 bytes each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EpochWriter:
         row_bytes = sum(kind.list_size * kind.value_type.bit_width // 8 for kind in values)
         self._capacity, self._filled = max(1, ROW_GROUP_BYTES // row_bytes), 0
         self._block, self._spare = ({field.name: _empty(field, self._capacity) for field in schema} for _ in range(2))
-        self._seen: set[int] = set()
+        self._seen = _Ids()
         self._rounding_told = False
         self._pending: Future[None] | None = None
 
@@ -58,7 +58,7 @@ class EpochWriter:
         require(known, "moments by label need a label for every sample: give labels from 0")
         batch = {name: self._cast(values, self._block[name].dtype, name) for name, values in batch.items()}
         if self._manifest.has_samples:  # the last thing that refuses a batch, since it remembers
-            self._remember(batch["sample"].tolist())
+            self._remember(batch["sample"])
         self._copy(batch, rows=len(batch["sample"]))
 
     def finish(self) -> None:
@@ -67,11 +67,10 @@ class EpochWriter:
         self._submit(self._parts.close)
         self._wait()
 
-    def _remember(self, ids: list[int]) -> None:
-        repeated = self._seen.intersection(ids)
+    def _remember(self, ids: NDArray[np.int64]) -> None:
         rule = "sample ids must differ within an epoch (drop what a padding sampler repeats)"
-        require_unique([*ids, *repeated], rule)
-        self._seen.update(ids)
+        require_unique([*ids.tolist(), *self._seen.among(ids)], rule)
+        self._seen.add(ids)
 
     def _cast(self, values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
         try:
@@ -108,6 +107,26 @@ class EpochWriter:
         """Wait for the background thread; what failed there is raised here."""
         if self._pending:
             self._pending.result()
+
+
+class _Ids:
+    """Integers to look others up among: sorted arrays, each more than twice as long as the next."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.int64]] = []
+
+    def among(self, ids: NDArray[np.int64]) -> list[int]:
+        """Return those of `ids` that were added."""
+        places = ((held, np.minimum(np.searchsorted(held, ids), len(held) - 1)) for held in self._arrays)
+        return [int(each) for held, at in places for each in ids[held[at] == ids]]
+
+    def add(self, ids: NDArray[np.int64]) -> None:
+        """Add integers that differ."""
+        ids = np.sort(ids)
+        while self._arrays and len(self._arrays[-1]) <= 2 * len(ids):
+            ids = np.sort(np.concatenate([self._arrays.pop(), ids]), kind="stable")
+        if len(ids):
+            self._arrays.append(ids)
 
 
 def _as_columns(
