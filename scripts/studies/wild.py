@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -292,8 +293,7 @@ def _let_be_given(path: Path, gates: Sequence[stripe.Gate], saved: Path) -> None
 
 def _converted(path: Path) -> torch.nn.Module:
     """Return the network as a module of torch."""
-    from onnx2torch import convert
-
+    convert = import_module("onnx2torch").convert
     model = onnx.load(path)
     for node in [node for node in model.graph.node if node.op_type == "Constant"]:  # which the converter does not take
         node.attribute[0].t.name = node.output[0]

@@ -242,7 +242,8 @@ def _compact(arguments: argparse.Namespace, checkpoint: Checkpoint, data: Data, 
     from stripe import figures, folding, plots
     from stripe.folding.studying import MAX_DROP
 
-    calibration, model, sources = data.loader(measured), checkpoint.model, [None]
+    calibration, model = data.loader(measured), checkpoint.model
+    sources: list[str | None] = [None]
     if arguments.shared is not None:
         sources += [arguments.shared or folding.choose_source(model, data.traced, calibration, k=max(arguments.rank))]
     found = folding.tradeoff(

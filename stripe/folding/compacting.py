@@ -132,7 +132,7 @@ class CompactReport:
 def compact(
     model: nn.Module,
     images: Images,
-    calibration: Sequence[Sequence[Any]],
+    calibration: Iterable[Sequence[Any]],
     *,
     k: int | Mapping[str, int],
     source: str | None = None,

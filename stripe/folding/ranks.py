@@ -61,7 +61,7 @@ class Tradeoff:
 def tradeoff(
     model: nn.Module,
     images: Images,
-    calibration: Sequence[Sequence[Any]],
+    calibration: Iterable[Sequence[Any]],
     test: Batches,
     *,
     ranks: Sequence[int],
@@ -76,7 +76,7 @@ def tradeoff(
     Args:
         model: the trained network, in eval mode; it is left as it is.
         images: a small batch as `find_gates` takes it.
-        calibration: batches (images, ...) to learn on, as in `compact`.
+        calibration: batches (images, ...) to learn on, as in `compact`; read again and again.
         test: batches (images, labels, ...) to compare on; labels may be missing, or -1 for none.
         ranks: scores per gate; 0 is the network with everything folded.
         sources: where the scores come from: None for each gate's own, or the name of the gate that serves all.

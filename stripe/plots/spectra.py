@@ -102,6 +102,5 @@ def scores(
     marks = [Line2D([], [], color=color, linestyle="", marker="o", markersize=3) for color in colors.values()]
     if marks:
         names = [f"class {label}" for label in colors]
-        where = {"loc": "outside lower center", "ncols": 2 * columns, "fontsize": TICK_SIZE, "frameon": False}
-        fig.legend(marks, names, **where)
+        fig.legend(marks, names, loc="outside lower center", ncols=2 * columns, fontsize=TICK_SIZE, frameon=False)
     return fig
