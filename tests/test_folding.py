@@ -91,7 +91,7 @@ def test_own_networks_fold_to_the_plain_network(module, block):
     with torch.no_grad():
         expected = at_constants(model, images, gates, {n: torch.from_numpy(v) for n, v in constants.items()})
         assert relative_error(plain(images), expected) < 1e-5
-        assert torch.equal(plain(images), folded(images))
+        assert relative_error(plain(images), folded(images)) < 1e-6
         assert relative_error(model(images), expected) > 1e-3
     assert set(report.table["direction"]) == {"back"}
     assert {value.dtype for value in folded.parameters()} == {torch.float32}
@@ -118,7 +118,7 @@ def test_gates_that_are_not_named_stay_as_they_are():
         assert relative_error(folded(images), at_constants(model, images, [first], constants)) < EXACT
     nothing, report = fold(model, {}, images)
     assert find_gates(nothing, images) == [first, second]
-    assert report.error == 0.0
+    assert report.error < EXACT
     assert report.table.empty
 
 
@@ -421,7 +421,8 @@ def test_train_mode_is_no_matter_and_stays_as_it_is():
     assert not any(module.training for module in folded.modules())
     assert all(module.training for module in model.modules())
     with torch.no_grad():
-        assert relative_error(folded(images), fold(model.eval(), {"se": torch.full((8,), 0.5)}, images)[0](images)) == 0
+        expected = fold(model.eval(), {"se": torch.full((8,), 0.5)}, images)[0]
+    assert relative_error(folded(images), expected(images)) < EXACT
 
 
 def test_a_network_that_differs_even_with_nothing_merged_is_refused(monkeypatch):

@@ -441,9 +441,14 @@ def test_a_script_in_a_hub_folder_is_not_run(tmp_path, hub):
 
 # ---- fuzzing -----------------------------------------------------------------------------------------------
 
-CASES = 600  # of each of these tests
-many = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 tried = 0
+
+
+@pytest.fixture(params=[150, pytest.param(600, marks=pytest.mark.exhaustive)])
+def many(request):
+    """How many cases each of these tests tries, as hypothesis wants it said."""
+    checks = list(HealthCheck)
+    return settings(max_examples=request.param, deadline=None, suppress_health_check=checks, database=None)
 
 
 def refused_or_read(path):
@@ -462,7 +467,7 @@ def refused_or_read(path):
 
 
 @pytest.fixture
-def place(tmp_path, record_property):
+def place(tmp_path, record_property, many):
     """An empty folder two folders down."""
     global tried
     tried = 0
@@ -471,7 +476,7 @@ def place(tmp_path, record_property):
     with contextlib.chdir(folder):
         yield folder
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"a.pt", "a.safetensors"}
-    assert tried >= CASES
+    assert tried >= many.max_examples
     record_property("checkpoints mutated or made up: read, or refused in one line; no code run", tried)
 
 
@@ -503,7 +508,7 @@ networks = st.dictionaries(
 
 
 @pytest.mark.slow
-def test_keys_and_shapes_of_any_kind_are_read_or_refused(place):
+def test_keys_and_shapes_of_any_kind_are_read_or_refused(place, many):
     @many
     @given(
         st.booleans(),
@@ -519,7 +524,7 @@ def test_keys_and_shapes_of_any_kind_are_read_or_refused(place):
 
 
 @pytest.mark.slow
-def test_descriptions_of_any_kind_are_read_or_refused(place):
+def test_descriptions_of_any_kind_are_read_or_refused(place, many):
     @many
     @example({"depth": "\n"}, None, None)
     @given(networks, plain, plain)
