@@ -620,7 +620,7 @@ def test_a_folded_block_keeps_its_arguments_methods_and_train_mode():
     torch.manual_seed(3)
     assert relative_error(folded(images), expected) < EXACT  # the same dropout
     for restored in (copy.deepcopy(folded.eval()), pickle.loads(pickle.dumps(folded.eval()))):
-        assert torch.equal(restored(images), folded(images))
+        assert relative_error(restored(images), folded(images)) < EXACT
     again = fold(nn.Sequential(folded, SE(4).double()).eval(), {"1": torch.rand(4)}, small())[0]
     assert isinstance(again[0].block, Block)
 
