@@ -106,7 +106,8 @@ def test_tables_hold_predictors_latencies_and_onnx(folded):
     assert [row["gate"] for row in content["gates"]] == ["layer1.0", "layer2.0", "layer3.0"]
     assert {row["direction"] for row in content["gates"]} == {"back"}
     assert content["gates"][0]["into"] == "layer1.0.bn2.weight, layer1.0.bn2.bias"
-    assert {row["predictor"] for row in content["predictors"]} == {"foretold", "1 - strength", "within", "energy error"}
+    predictors = {"foretold", "1 - strength", "within", "CV", "energy error"}
+    assert {row["predictor"] for row in content["predictors"]} == predictors
     latency = pd.DataFrame(content["latency"])
     assert list(latency["folded"]) == [0, 1, 2, 3] * 2
     assert (latency["milliseconds"] > 0).all()

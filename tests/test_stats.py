@@ -20,6 +20,7 @@ from stripe.stats import GateMoments, Moments, arithmetic, verdicts
 from stripe.stats.epochs import row_of
 from stripe.stats.groups import block_keys, coarse
 from stripe.stats.intervals import jackknife
+from stripe.stats.runs import ahead
 
 few = settings(deadline=None, max_examples=25)
 
@@ -724,6 +725,30 @@ def test_the_table_names_gates_with_non_finite_values(run):
     assert table["rank"][2] == pytest.approx(stats.effective_rank(values), rel=1e-9)
     assert table.drift[2] > 0
     assert table.loc[3, "strength":"rank"].isna().all()
+
+
+def test_gates_take_turns_where_their_products_would_not_fit_into_memory(run, monkeypatch):
+    expected, asked, batches = stats.summarize(run, rank=True), [], run.batches
+    monkeypatch.setattr(run, "batches", lambda epoch, gates: asked.append(gates) or batches(epoch, gates))
+    monkeypatch.setattr("stripe.stats.rank.HELD_VALUES", 64)
+    pd.testing.assert_frame_equal(stats.summarize(run, rank=True), expected)
+    assert asked == [["layer1.se"], ["layer2.se"]] * 3
+
+
+def test_the_next_item_is_made_ahead_and_what_fails_is_raised_in_its_turn():
+    made = []
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise KeyError("the end")
+
+    source = ahead(items())
+    assert [next(source), next(source), next(source)] == [0, 1, 2] == made
+    with pytest.raises(KeyError, match="the end"):
+        next(source)
+    assert list(ahead([])) == []
 
 
 def test_the_labels_share_of_many_classes_takes_the_rows(run):

@@ -29,7 +29,7 @@ Gates = Sequence[stripe.Gate]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network's and the recording's arguments."""
-    add_network(parser, rounds=4, batch=100)
+    add_network(parser, rounds=3, batch=100)
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="images to record")
     parser.add_argument("--squeeze", action="store_true", help="record what the gates scale too, and run no peer")
     parser.add_argument("--torchlens", action="store_true", help="run it too: some six seconds a batch, take few")

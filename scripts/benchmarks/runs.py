@@ -1,6 +1,8 @@
 """Synthetic runs, as large as wanted, and the arguments that say how large."""
 
 import argparse
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +34,12 @@ def write_run(path: Path, epochs: int, samples: int, channels: list[int]) -> lis
                     parts = np.split(values, np.cumsum(channels)[:-1], axis=1)
                     rows.append(ids, ids % 10, {gate.name: part for gate, part in zip(gates, parts, strict=True)})
     return sorted(str(part) for part in path.rglob("*.parquet"))
+
+
+def rows_alone(run: Path, path: Path) -> Path:
+    """Make of a run one without moments beside its rows, which shares its files; return its path."""
+    shutil.copytree(run, path, ignore=shutil.ignore_patterns(".moments"), copy_function=os.link)
+    return path
 
 
 def _batches(epoch: int, samples: int, channels: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:

@@ -1,4 +1,8 @@
-"""Time recording and moments over the number of samples: time should grow as fast as the samples, memory not at all."""
+"""Time recording and statistics over the number of samples.
+
+The table from moments that are kept should take the same time, measuring rows and recording as much more as there are
+more samples; memory should not grow.
+"""
 
 import argparse
 import math
@@ -8,9 +12,9 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.runs import add_run, gate_channels, write_run
+from benchmarks.runs import add_run, gate_channels, rows_alone, write_run
 from benchmarks.timing import Prepare, Result, Row, Run, measure, report
-from stripe import open_run
+from stripe.stats import summarize
 
 IMAGE_SIZE = 8  # pixels a side, of the recorded images: the network is small, so that recording shows
 BATCH = 100
@@ -32,7 +36,10 @@ def run(arguments: argparse.Namespace) -> Result:
         paths = {size: Path(folder, f"{size}") for size in sizes}
         for size, path in paths.items():
             write_run(path, 1, size, channels)
-        rows += _over({f"stats, {size}": partial(_moments, path) for size, path in paths.items()}, sizes, arguments)
+        rows += _over({f"stats, {size}": partial(_stats, path) for size, path in paths.items()}, sizes, arguments)
+        alone = {size: rows_alone(path, Path(folder, f"{size}-rows")) for size, path in paths.items()}
+        cases = {f"stats of rows, {size}": partial(_stats, path) for size, path in alone.items()}
+        rows += _over(cases, sizes, arguments)
         recorded = Path(folder, "recorded")
         cases = {f"collect, {size}": partial(_record, arguments.depth, size, recorded) for size in sizes}
         rows += _over(cases, sizes, arguments)
@@ -46,12 +53,8 @@ def _over(cases: Mapping[str, Prepare], sizes: list[int], arguments: argparse.Na
     return rows
 
 
-def _moments(path: Path) -> Run:
-    return partial(_take, path)
-
-
-def _take(path: Path) -> None:
-    open_run(path).moments()
+def _stats(path: Path) -> Run:
+    return partial(summarize, path)
 
 
 def _record(depth: int, samples: int, path: Path) -> Run:

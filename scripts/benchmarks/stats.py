@@ -6,8 +6,6 @@ a run without them, which is what the peers do. "stripe, N times the samples" is
 """
 
 import argparse
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks.runs import add_run, gate_channels, write_run
+from benchmarks.runs import add_run, gate_channels, rows_alone, write_run
 from benchmarks.timing import Prepare, Result, Run, check, measure, report
 from stripe import open_run, stats
 
@@ -42,9 +40,9 @@ def run(arguments: argparse.Namespace) -> Result:
     """Take every statistic from the same files."""
     channels = gate_channels(arguments.gates)
     with tempfile.TemporaryDirectory() as folder:
-        kept, rows_alone, longer = (Path(folder, name) for name in ("kept", "rows", "longer"))
+        kept, longer = (Path(folder, name) for name in ("kept", "longer"))
         files = write_run(kept, arguments.epochs, arguments.samples, channels)
-        shutil.copytree(kept, rows_alone, ignore=shutil.ignore_patterns(".moments"), copy_function=os.link)
+        rows = rows_alone(kept, Path(folder, "rows"))
         write_run(longer, arguments.epochs, arguments.times * arguments.samples, channels)
         columns = [f"attention:gate{number}" for number in range(len(channels))]
         cases: dict[str, Prepare] = {"read": partial(_prepare, _read, files, columns, False)}
@@ -52,21 +50,21 @@ def run(arguments: argparse.Namespace) -> Result:
         cases["stripe"] = partial(_prepare, _summarize, kept, False)
         cases[more := f"stripe, {arguments.times} times the samples"] = partial(_prepare, _summarize, longer, False)
         cases["stripe, rank"] = partial(_prepare, _summarize, kept, True)
-        cases["stripe, rows"] = partial(_prepare, _stripe, rows_alone)
+        cases["stripe, rows"] = partial(_prepare, _stripe, rows)
         cases |= {
             name: partial(_prepare, peer, files, columns) for name, peer in PEERS.items() if find_spec(name) is not None
         }
         timings = measure(cases, arguments.rounds)
         means, variances = _stripe(kept)
-    rows = report({name: timing for name, timing in timings.items() if name != more}, "read")
-    rows += report({name: timings[name] for name in ("stripe", more)}, "stripe")[1:]
+    found = report({name: timing for name, timing in timings.items() if name != more}, "read")
+    found += report({name: timings[name] for name in ("stripe", more)}, "stripe")[1:]
     error = 0.0
     for name in ["stripe, rows", *(PEERS.keys() & timings.keys())]:
         other_means, other_variances = timings[name].returned
         spread = np.sqrt(variances)
         error = max(error, float(np.abs((other_means - means) / spread).max()))
         error = max(error, float(np.abs(np.sqrt(other_variances) / spread - 1).max()))
-    return Result(rows, not check("difference of means and standard deviations from the peers'", error, TOLERANCE))
+    return Result(found, not check("difference of means and standard deviations from the peers'", error, TOLERANCE))
 
 
 def _prepare(take: Callable[..., Any], *arguments: Any) -> Run:

@@ -31,6 +31,7 @@ LEGENDS: dict[str, dict[str, str]] = {
         "place": "when the gate is folded: 1 is folded first, being the least sensitive",
         "1 - strength": "what of the gate's variance is not stripes",
         "within": "variance over images, the mean over channels",
+        "CV": "how far the gate is from constant, relative to its mean vector",
         "energy error": "share of the scaled map's energy that the constant gets wrong",
         "damage": "what folding this gate alone costs by --val-samples",
         "direction": "back: merged into the layer before the gate; forward: into the layers after it",

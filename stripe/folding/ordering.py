@@ -13,7 +13,7 @@ from torch import nn
 from stripe.folding.uses import Constants, GateUse
 from stripe.gates import Gate, replace_gates
 from stripe.messages import Progress
-from stripe.stats import stripe_strength
+from stripe.stats import coefficient_of_variation, stripe_strength
 
 Metric = Callable[[nn.Module], float]
 """How good a network is, higher is better, such as minus its divergence from the original on held-out images."""
@@ -63,6 +63,7 @@ def _metric_at(
 
 PREDICTORS: dict[str, Callable[[GateUse], float]] = {
     "energy error": lambda use: use.error(use.constant("energy")),
+    "CV": lambda use: coefficient_of_variation(use.values),
     "within": lambda use: stripe_strength(use.values).within,
     "1 - strength": lambda use: 1 - stripe_strength(use.values).strength,
 }

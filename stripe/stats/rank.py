@@ -95,10 +95,11 @@ class _Products:
         self._dtype = np.float32 if dtype == np.float32 and many else np.float64
         reach = np.frexp(max((high - mean).max(), (mean - low).max()))[1]
         self._scale = 2.0 ** -int(np.clip(reach, -100, 100))  # the largest deviation is about 1; nothing is rounded
-        self._near = (mean * self._scale).astype(self._dtype)
-        self._rest = (mean * self._scale - self._near).astype(self._dtype)  # what float32 leaves of the mean
+        self._near: Array = (mean * self._scale).astype(self._dtype)
+        self._rest: Array = (mean * self._scale - self._near).astype(self._dtype)  # what float32 leaves of the mean
         self._samples, self._channels = samples, channels
-        self._gram, self._rows = (None, []) if samples < channels else (np.zeros((channels, channels)), None)
+        self._gram: Array | None = None if samples < channels else np.zeros((channels, channels))
+        self._rows: list[Array] = []  # where there is no gram
         self._fourth = 0.0
 
     def add(self, values: Array) -> None:
