@@ -18,7 +18,7 @@ import pytest
 import study
 import torch
 from scipy import stats
-from studies import ablation, comparison, forms, growth, recipes, robustness
+from studies import ablation, commands, comparison, forms, growth, recipes, robustness
 from studies.ablation import build_case
 from studies.robustness import Disturbance, disturbances
 from studies.table import Table, claimed, headed
@@ -375,6 +375,26 @@ def test_the_figure_shows_every_seed_and_interval():
     assert [text.get_text() for text in right.get_yticklabels()][0] == "SE \u2212 plain"
     drawn = right.collections[0].get_segments()[0][:, 0]
     assert tuple(drawn) == pytest.approx(tuple(differences.loc[0, ["low", "high"]]))
+
+
+# ---- compact networks ------------------------------------------------------------------------------------
+
+
+def test_what_a_few_numbers_cost_is_a_row_for_each_network(tmp_path):
+    rows = [{"network": name, "numbers": n, "parameters": 9, "divergence": d} for name, n, d in NETWORKS]
+    ranks = pd.DataFrame(rows).assign(worth=90.0, drop=0.123)
+    ends = {f"{name}_{end}": ranks[name] for name in ("divergence", "drop") for end in ("low", "high")}
+    ranks.assign(**ends).to_csv(tmp_path / "ranks.csv", index=False)
+    assert "speedup, eager" not in commands.tables(tmp_path)["numbers.csv"]
+    pd.DataFrame({"file": ["k0.onnx", "original.onnx"], "nodes": [60, 100]}).to_csv(tmp_path / "onnx.csv", index=False)
+    timed = pd.DataFrame({"network": ["original", "k0"], "backend": "eager", "speedup": [1.0, 1.5]})
+    timed.to_csv(tmp_path / "latency.csv", index=False)
+    found = commands.tables(tmp_path)["numbers.csv"].set_index("network")
+    assert found.loc["k0", ["numbers per image", "divergence", "points lost"]].tolist() == ["0", "0.0123", "0.12"]
+    assert found[["nodes", "speedup, eager"]].values.tolist() == [["100", "1.00"], ["60", "1.50"]]
+
+
+NETWORKS = (("original", 336, 0.0), ("k0", 0, 0.01234))
 
 
 # ---- growth ----------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ MATCH |= {"best": "distance_best:.2g", "p": "p_adjusted:.3f", "KL learned": "kl_
 MATCH |= {"KL stripe": "kl_stripe:.2g", "KL removed": "kl_removed:.2g", "verdict": "verdict"}
 PREDICTORS = {"predictor": "predictor", "rho": "rho:.2f", "p": "p:.2f", "adjusted p": "p_adjusted:.2f"}
 PREDICTORS |= {"gates": "gates"}
+NUMBERS = {"network": "network", "numbers per image": "numbers", "parameters": "parameters"}
+NUMBERS |= {"divergence": "divergence:.4f", "from": "divergence_low:.4f", "to": "divergence_high:.4f"}
+NUMBERS |= {"test, %": "worth:.2f", "points lost": "drop:.2f", "at least": "drop_low:.2f", "at most": "drop_high:.2f"}
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
@@ -27,6 +30,8 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
         found["damage.csv"] = headed(
             predictors.assign(p_adjusted=benjamini_hochberg(predictors["p"].to_numpy())), PREDICTORS
         )
+    if (folder / "ranks.csv").exists() and "numbers" in read(folder / "ranks.csv"):
+        found["numbers.csv"] = numbers(folder)
     if folder.name == EXAMPLE:
         found["strength-by-epoch.csv"] = example()
     return found
@@ -55,6 +60,20 @@ def folded(variants: pd.DataFrame) -> pd.DataFrame:
             for count in rows["folded"]
         ]
     return rows
+
+
+def numbers(folder: Path) -> pd.DataFrame:
+    """Return what networks of a few scores per gate cost, with nodes as ONNX and times of one image where measured."""
+    rows, headings = read(folder / "ranks.csv").set_index("network"), dict(NUMBERS)
+    if (folder / "onnx.csv").exists():
+        files = read(folder / "onnx.csv")
+        rows["nodes"] = files.set_index(files["file"].str.removesuffix(".onnx"))["nodes"]
+        headings["nodes"] = "nodes"
+    if (folder / "latency.csv").exists():
+        for backend, its in read(folder / "latency.csv").groupby("backend", sort=False):
+            rows[backend] = its.set_index("network")["speedup"]
+            headings[f"speedup, {backend}"] = f"{backend}:.2f"
+    return headed(rows.reset_index(), headings)
 
 
 def example() -> pd.DataFrame:

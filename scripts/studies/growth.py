@@ -220,9 +220,9 @@ def _trends(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _ranks(epochs: pd.DataFrame) -> pd.DataFrame:
     """Return the effective rank of each gate at its first epoch, its greatest and its last one."""
-    figures = {"channels": ("channels", "first"), "most": ("rank", "max")}
-    figures |= {end: ("rank", end) for end in ("first", "last")}
-    rows = epochs.groupby("gate", sort=False).agg(**figures)
+    by_gate = epochs.groupby("gate", sort=False)
+    rows = by_gate.agg(channels=("channels", "first"), most=("rank", "max"))
+    rows["first"], rows["last"] = (by_gate.nth(place).set_index("gate")["rank"] for place in (0, -1))
     known = epochs.assign(rank=epochs["rank"].fillna(0.0))  # a dead gate has none
     highest = known.loc[known.groupby("gate", sort=False)["rank"].idxmax()].set_index("gate")["epoch"]
     columns = {"gate": "gate", "channels": "channels", "first epoch": "first:.2f", "greatest": "most:.2f"}
