@@ -76,7 +76,7 @@ def tables_of(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> d
     rows = stats.tabulate(
         measured
         for epoch in progress(run.epochs)
-        for measured in stats.measure(run, epoch, run.gates, rank=[epoch] == last)
+        for measured in stats.measure(run, [epoch], run.gates, rank=[epoch] == last)
     )
     return {str(name): its for name, its in rows.groupby("gate")}
 
