@@ -98,5 +98,6 @@ def at_most_graphs(count: int) -> AbstractContextManager[Any]:
     """Return a context in which torch.compile makes at most so many graphs of one function. Loads the compiler."""
     from torch._dynamo import config  # takes seconds and 200 MB
 
-    patch: AbstractContextManager[Any] = config.patch(recompile_limit=count)
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
+    patch: AbstractContextManager[Any] = config.patch({name: count})
     return patch
