@@ -107,6 +107,9 @@ def test_figures_of_every_kind_in_every_format(trained, tmp_path, capsys):
         "drift",
         "excitation",
         "training",
+        "rank-curve",
+        "scores",
+        "directions",
     }
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{n}.{kind}" for n in names for kind in ("png", "pdf", "svg")

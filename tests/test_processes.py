@@ -41,7 +41,7 @@ def finish(process):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    model = {"arch": "resnet", "depth": 8, "block": "basicblock", "module": "senet"}
+    model = {"arch": "resnet", "depth": 11, "module": "senet"}
     state = randomize(create_model(**model)).state_dict()
     description = {"model": model, "data": {"uri": "digits"}}
     torch.save({"state_dict": state, "epoch": 4, "description": description}, tmp_path / "a.pt")

@@ -194,8 +194,7 @@ def study(
     damages, names = _order(order, model, gates, uses, foretold, judges["validation"].negative, progress)
     allowed = None if keep is not None else max_drop
     trials = _Trials(model, images, names, constants, judges, measure, allowed, callback, normalisers)
-    if recoveries is None:
-        recoveries = {"re-estimated": partial(reestimate_norms, loader=calibration)}
+    recoveries = {"re-estimated": partial(reestimate_norms, loader=calibration)} if recoveries is None else recoveries
     for count in counts:
         trials.add(count, weightings, {**AS_FOLDED, **recoveries} if recover_each else AS_FOLDED)
     count = len(gates) - keep if keep is not None else most_folded(trials.rows, max_drop)
