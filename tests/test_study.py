@@ -528,7 +528,7 @@ def test_a_page_shows_its_tables_as_they_stand_and_nothing_else_is_touched(recor
     assert "| g | 0.500 | 0.500 | 0.25 |\n| accuracy | 50.0 % | 50.0 % |  |" in text
     capsys.readouterr()
     assert checked(records) == 0
-    assert "6 tables of 1 pages and 5 derived CSVs" in capsys.readouterr().out
+    assert "6 tables of 1 pages and 6 derived CSVs" in capsys.readouterr().out
     assert checked(records, "--write") == 0
     assert (records / "README.md").read_text() == text
 
