@@ -237,7 +237,7 @@ def run_script(folder: Path, *words: object, changes: int | None = None, after: 
     while process.poll() is None and changes is not None:
         now = inodes(folder)
         counted, seen = counted + (now != seen and (after is None or after.exists())), now
-        time.sleep(0.001)
+        time.sleep(0.002)
         if counted >= changes:
             os.killpg(process.pid, signal.SIGKILL)
             break
@@ -286,7 +286,7 @@ def test_killed_commands_continue_to_the_same_bytes(tmp_path, record_property):
     while killed:
         kills += 1
         assert check_run(last.parents[1]).whole
-        changes = 2 * kills + int(rng.integers(3))
+        changes = 4 * kills + int(rng.integers(3))
         killed = run_script(tmp_path / "killed", *train, "--resume", "run/checkpoints/last.pt", changes=changes)
     assert kills >= 2
     whole, resumed = (tmp_path / name / "run" for name in ("undisturbed", "killed"))
@@ -298,7 +298,7 @@ def test_killed_commands_continue_to_the_same_bytes(tmp_path, record_property):
     run_script(tmp_path / "undisturbed", *collect)
     record_property("`train.py --resume` killed: the same bytes in the end", kills)
     kills = 0
-    while run_script(tmp_path / "killed", *collect, changes=int(rng.integers(2 + kills, 8 + kills))):
+    while run_script(tmp_path / "killed", *collect, changes=int(rng.integers(2 + 3 * kills, 8 + 3 * kills))):
         kills += 1
         if (tmp_path / "killed/probe/run.json").exists():
             assert check_run(tmp_path / "killed/probe").whole

@@ -121,7 +121,7 @@ def test_any_json_is_a_manifest_or_refused(record_property, cases):
     record_property(DAMAGED, tried)
 
 
-@numbers(200, 4000)
+@numbers(200, 2000)
 def test_mutated_manifests_lead_nowhere_else(tmp_path, record_property, cases):
     run = record(tmp_path / "around/run", 1, 2)
     secret = tmp_path / "around/part-0000-000.parquet"  # where '..' would lead
@@ -373,7 +373,7 @@ def crash_at(operation: int, patch: pytest.MonkeyPatch) -> None:
     assert "move" in COUNTED
 
 
-@numbers(15, 200)
+@numbers(15, 100)
 def test_the_store_agrees_with_a_dict(record_property, cases):
     Store.steps = 0
     run_state_machine_as_test(Store, settings=settings(max_examples=cases, stateful_step_count=20, **SETTINGS))

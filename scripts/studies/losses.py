@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,25 +23,26 @@ ROOMS = (
     "hostile",
     "s3",
     "cluster",
-    "processes",
     "foreign_runs",
     "writers",
     "checkpoint_bombs",
     "interrupts",
     "resuming",
 )
-LOOPS = (
-    "a_refused_batch_leaves_neither_rows_nor_ids",
-    "two_threads_never_get_each_others_rows",
-    "copies_made_while_recording_are_not_read_and_can_be_pickled",
+SINGLE = (
+    "processes.py::test_a_killed_process_ends_the_job_and_leaves_finished_epochs",
+    "processes.py::test_a_process_that_fails_tells_why_and_drops_the_epoch",
+    "loops.py::test_a_refused_batch_leaves_neither_rows_nor_ids",
+    "loops.py::test_two_threads_never_get_each_others_rows",
+    "loops.py::test_copies_made_while_recording_are_not_read_and_can_be_pickled",
 )
-"""Of the tests of training loops, those that mislead a Recorder."""
+"""Of the tests of several processes and of training loops, those that kill a process or mislead a Recorder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     tests = [Path("tests", f"test_{room}.py") for room in ROOMS]
-    tests += [Path("tests", f"test_loops.py::test_{name}") for name in LOOPS]
+    tests += [Path("tests", f"test_{name}") for name in SINGLE]
     told = "of this project (default: all that kill, damage or mislead)"
     parser.add_argument("--tests", type=Path, nargs="+", default=tests, metavar="FILE", help=told)
     parser.add_argument("--out", type=Path, default=Path("figures/study"), metavar="DIR", help="where losses.csv goes")
@@ -50,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Write losses.csv, or nothing: RuntimeError where a test failed or nothing was counted."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
-        options = ["-n", "auto", "--dist", "worksteal", "--durations", "40"]
+        processes = 3 * (os.cpu_count() or 2) // 2  # for many tests wait: for a server, or for what they started
+        options = ["-n", str(processes), "--dist", "worksteal", "--durations", "40"]
         options += ["--junitxml", str(report), "-o", "junit_family=xunit1"]  # the one with properties
         words = [sys.executable, "-m", "pytest", *options, *map(str, arguments.tests)]
         code = subprocess.run(words, cwd=ROOT).returncode
