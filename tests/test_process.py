@@ -223,6 +223,14 @@ def test_ctrl_c_is_130_after_the_import_that_it_came_in(tmp_path):
     assert done.stderr == "interrupted: what was finished is valid and kept\n"
 
 
+def test_ctrl_c_before_the_command_begins_is_told_too():
+    early = "cli.process.keep_memory = _thread.interrupt_main\n"
+    code = LOST.format(how="pass").replace("def run", f"{early}def run")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted: what was finished is valid and kept\n"
+
+
 @pytest.mark.parametrize("script", ["benchmark.py", "study.py"])
 def test_scripts_end_as_commands_do(script):
     words = {
