@@ -231,6 +231,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
     assert "--counts, --order: not with --rank" in fails(
         capsys, *ckpt, "--rank", "1", "--counts", "1", "--order", "greedy"
     )
+    assert "--weightings: not with --rank" in fails(capsys, *ckpt, "--rank", "1", "--weightings", "mean")
     assert "no gate is named 'layer9'" in fails(capsys, *ckpt, "--rank", "1", "--shared", "layer9")
     assert "--distill-steps -1" in fails(capsys, *ckpt, "--distill-steps", "-1")
     assert "4 gates to fold: expected 0 to 3" in fails(capsys, *ckpt, "--counts", "4")

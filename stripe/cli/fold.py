@@ -295,18 +295,9 @@ def _check_ranks(arguments: argparse.Namespace) -> None:
         raise ValueError("--shared says where scores come from: give --rank with a number above 0 too")
     if arguments.rank and min(arguments.rank) < 0:
         raise ValueError(f"--rank {min(arguments.rank)}: expected numbers of scores, or 0 to fold all gates")
-    asked = {
-        "--keep": arguments.keep is not None,
-        "--counts": arguments.counts,
-        "--recover-each": arguments.recover_each,
-        "--distill-steps": arguments.distill_steps,
-        "--order": arguments.order != "single",
-        "--run": arguments.run_path,
-        "--normaliser": arguments.normaliser,
-        "--outputs": arguments.outputs,
-    }
-    if arguments.rank and (given := [name for name, value in asked.items() if value]):
-        raise ValueError(f"{', '.join(given)}: not with --rank, which makes every gate compact; leave it out")
+    if arguments.rank:
+        usual = {"keep": None, **options.OF_STUDY, "run_path": None, "normaliser": [], "weightings": CONSTANTS}
+        options.refuse(arguments, usual, "not with --rank, which makes every gate compact; leave it out")
 
 
 # ---- what the study is given -----------------------------------------------------------------------------

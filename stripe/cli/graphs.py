@@ -180,20 +180,11 @@ def _fold_by(
 
 def _require_known(arguments: argparse.Namespace) -> None:
     """Refuse what asks for the training of weights, for other constants, or for several numbers of folded gates."""
-    asked = {
-        "--max-drop": arguments.max_drop is not None,
-        "--distill-steps": arguments.distill_steps,
-        "--counts": arguments.counts,
-        "--recover-each": arguments.recover_each,
-        "--order": arguments.order != "single",
-        "--outputs": arguments.outputs,
-        "--rank": arguments.rank,
-    }
     unknown = set(arguments.weightings) - {*WEIGHTINGS} if set(arguments.weightings) != set(CONSTANTS) else set()
     if unknown:
         raise ValueError(f"--weightings {min(unknown)}: an ONNX file is folded by some of {', '.join(WEIGHTINGS)}")
-    if given := [name for name, value in asked.items() if value]:
-        raise ValueError(f"{', '.join(given)}: not for ONNX files; fold the network as a module, or leave it out")
+    usual = {"max_drop": None, **options.OF_STUDY, "rank": None}
+    options.refuse(arguments, usual, "not for ONNX files; fold the network as a module, or leave it out")
     if arguments.keep is not None and arguments.keep < 0:
         raise ValueError(f"--keep {arguments.keep}: expected a number of gates, at least 0")
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 LINE = 110  # letters of a line of a legend
+OF_STUDY: Mapping[str, object] = {
+    "counts": None, "recover_each": False, "distill_steps": 0, "order": "single", "outputs": None,
+}  # fmt: skip
+"""What only the study of a network's folds takes, and its usual values."""
+
 NETWORKS = (
     "timm:NAME[:pretrained], torchvision:NAME[:pretrained], hf:NAME_OR_DIR, package.module:FACTORY (its code runs)"
 )
@@ -206,6 +211,14 @@ def legend(meanings: Mapping[str, str]) -> str:
         textwrap.fill(f"{name:{width}}  {meaning}", LINE, subsequent_indent=" " * (width + 2))
         for name, meaning in meanings.items()
     )
+
+
+def refuse(arguments: argparse.Namespace, usual: Mapping[str, object], why: str) -> None:
+    """Refuse options that do not have their usual values, given by their attributes' names (ValueError)."""
+    given = [name for name, value in usual.items() if getattr(arguments, name) != value]
+    if given:
+        named = ", ".join(f"--{name.removesuffix('_path').replace('_', '-')}" for name in given)
+        raise ValueError(f"{named}: {why}")
 
 
 def positive(text: str) -> int:
