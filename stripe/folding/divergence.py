@@ -37,9 +37,28 @@ def divergence(kind: str, found: Outputs, wanted: Outputs) -> Tensor:
     over the samples; of "values" the squared error over the squared value, averaged over the floating-point tensors.
     """
     if kind == CLASSES:
-        ours, theirs = log_probabilities(found[0]), log_probabilities(wanted[0])
-        return (theirs.exp() * (theirs - ours)).sum() / len(ours)
+        return _leibler(found[0], wanted[0]).sum() / len(found[0])
     return torch.stack([wrong / total.clamp_min(1e-30) for wrong, total in _energies(found, wanted)]).mean()
+
+
+def of_each(kind: str, found: Outputs, wanted: Outputs) -> tuple[Tensor, Tensor]:
+    """Return each sample's divergence and likeness (1: the same), (N,) each, in float64.
+
+    Of "values" these are of all tensors of a sample together; the likeness is the cosine. Of "classes" it is whether
+    the most likely class is the same.
+    """
+    if kind == CLASSES:
+        same = found[0].argmax(1) == wanted[0].argmax(1)
+        return _leibler(found[0].double(), wanted[0].double()).sum(1), same.double()
+    ours, theirs = (torch.cat([each.double().flatten(1) for each in outputs], 1) for outputs in (found, wanted))
+    wrong = (ours - theirs).square().sum(1) / theirs.square().sum(1).clamp_min(1e-300)
+    return wrong, torch.cosine_similarity(ours, theirs)
+
+
+def _leibler(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return what each class adds to the Kullback-Leibler divergence of a sample, (N, K), from two outputs' scores."""
+    ours, theirs = log_probabilities(found), log_probabilities(wanted)
+    return theirs.exp() * (theirs - ours)
 
 
 def log_probabilities(scores: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stripe.devices import device_of
 from stripe.folding.compacting import compact
-from stripe.folding.divergence import CLASSES, kind_of, log_probabilities
+from stripe.folding.divergence import CLASSES, kind_of, of_each
 from stripe.folding.tensors import outputs_of
 from stripe.folding.uses import Array
 from stripe.gates import find_gates
@@ -127,7 +127,7 @@ def _compared(networks: Mapping[str, nn.Module], test: Iterable[Sequence[Any]], 
         for batch in test:
             images = batch[0].to(device_of(networks[ORIGINAL]))
             outputs = [outputs_of(network, images) for network in networks.values()]
-            found = [_judged(kind, each, outputs[0]) for each in outputs]
+            found = [of_each(kind, each, outputs[0]) for each in outputs]
             away.append(torch.stack([divergence for divergence, _ in found]).cpu())
             same.append(torch.stack([likeness for _, likeness in found]).cpu())
             labels = batch[1] if len(batch) > 1 and kind == CLASSES else None
@@ -139,16 +139,6 @@ def _compared(networks: Mapping[str, nn.Module], test: Iterable[Sequence[Any]], 
     measure = "accuracy" if labelled else "agreement" if kind == CLASSES else "cosine"
     worth = torch.cat(right if labelled else same, 1).double()
     return torch.cat(away, 1).double().numpy(), 100 * worth.numpy(), measure
-
-
-def _judged(kind: str, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return, of every image, how far outputs are from those wanted, and how alike (1: the same), (images,) each."""
-    if kind == CLASSES:
-        ours, theirs = (log_probabilities(each[0].double()) for each in (found, wanted))
-        return (theirs.exp() * (theirs - ours)).sum(1), (ours.argmax(1) == theirs.argmax(1)).double()
-    ours, theirs = (torch.cat([each.double().flatten(1) for each in outputs], 1) for outputs in (found, wanted))
-    wrong = (ours - theirs).square().sum(1) / theirs.square().sum(1).clamp_min(1e-300)
-    return wrong, torch.cosine_similarity(ours, theirs)
 
 
 def _mean(name: str, values: Array, confidence: float = CONFIDENCE) -> dict[str, float]:
