@@ -24,10 +24,10 @@ from stripe.files import replaced, require_regular
 from stripe.gate import Gate, name_of
 from stripe.messages import one_line
 from stripe.plots.drawing import RESOLUTION
+from stripe.stats.spectrum import SHOWN_SAMPLES
 from stripe.store import Run, open_run
 
 GATES, EPOCHS, IMAGES = 6, 6, 100  # at most as many are drawn unless gates are named; images are those of the grid
-SPECTRUM_IMAGES = 1000  # at most, from which the directions are found
 CLASSES = 10  # lines of the excitation, and colours of the scores, at most
 MAX_NAME = 150  # bytes of a figure's name, of the 255 that most file systems take
 RANGE = 0.005, 0.995  # quantiles of a gate between which its colours in the grid span; the colour bar points beyond
@@ -187,8 +187,9 @@ def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tup
 
 def _each_of_spectrum(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Figure]]:
     """Draw in how few directions attention varies: how much they hold, where images lie along two, what they are."""
-    first = np.argsort(run.samples(epoch), kind="stable")[:SPECTRUM_IMAGES]
-    ids, attention = run.samples(epoch)[first], {gate: run.attention(gate, epoch)[first] for gate in gates}
+    ids = run.samples(epoch)
+    first = np.argsort(ids, kind="stable")[:SHOWN_SAMPLES]
+    ids, attention = ids[first], {gate: run.attention(gate, epoch)[first] for gate in gates}
     enough = {gate: its for gate, its in attention.items() if np.isfinite(its).all(axis=1).sum() > 2}
     found = {gate: stats.spectrum(its, sample_ids=ids) for gate, its in enough.items()}
     if not found:

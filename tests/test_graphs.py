@@ -593,7 +593,7 @@ def test_networks_that_others_trained_fold_whole(tmp_path, name):
     constants = {name: use.constant("energy") for name, use in uses.items()}
     report = graphs.fold(path, constants, tmp_path / "f.onnx", x)
     assert set(report.table["direction"]) <= {"back", "forward"}
-    assert report.error < 5e-5  # the detector's own rounding is 1e-5: see below
+    assert report.error < (5e-5 if "det" in name else 1e-5)  # the detector's own rounding is 1e-5: see below
     assert graphs.find_gates(tmp_path / "f.onnx", x) == []
     assert graphs.cost(path, tmp_path / "f.onnx", x).relative_error > 1e-4
 

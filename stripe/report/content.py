@@ -17,13 +17,13 @@ import pandas as pd
 from stripe import stats
 from stripe.files import read_text
 from stripe.report.packing import Plain, coded, numbers, plain, spread
+from stripe.stats.spectrum import SHOWN_SAMPLES
 from stripe.store import Run
 
 RECORDS = (500, 100, 20, 4)  # of a table from a file, and points of a curve, by how little room there is
 MAX_COLUMNS = 40  # of such a table
 MEASURES = ("strength", "strength_low", "strength_high", "cv", "std", "drift", "label_share", "sample_share")
 MAX_SUMMARY = 2_000  # letters
-SPECTRUM_SAMPLES = 1000  # at most, from which the directions are found
 MAX_CLASSES = 10  # of whose means a gate's figure is drawn
 CURVES = ("lr", "train_loss", "val_loss", "train_accuracy", "val_accuracy")  # of metrics.csv
 
@@ -95,7 +95,7 @@ def _shares(run: Run, gate: str, epoch: int) -> list[list[Plain]] | None:
     if not run.has_samples:
         return None
     ids = run.samples(epoch)
-    first = np.argsort(ids, kind="stable")[:SPECTRUM_SAMPLES]
+    first = np.argsort(ids, kind="stable")[:SHOWN_SAMPLES]
     attention = run.attention(gate, epoch)[first]
     if np.isfinite(attention).all(axis=1).sum() < 3:
         return None

@@ -16,6 +16,7 @@ from stripe.stats.moments import Mask
 from stripe.stats.rank import effective_rank, participation_ratio
 
 DIRECTIONS = 8  # that are told apart unless more are asked for
+SHOWN_SAMPLES = 1000  # at most, on which figures and pages find the directions
 
 
 @dataclass(frozen=True, eq=False)
