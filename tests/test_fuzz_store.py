@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 import json
 import resource
@@ -15,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from stripe.stats import summarize
 from stripe.store import Manifest, check_run, open_run, repair_run
 from stripe.store.directory import Directory
+from stripe.store.moments import MOMENTS_SCHEMA
 from stripe.store.parts import PartWriter, read_footer
 from tests.killed import COUNTED, Files
 from tests.runs import GATES, edit, listing, parts, record, vectors, writer
@@ -238,9 +244,58 @@ def hostile_footers(folder: str, cases: int) -> int:
     return campaign(check, cases, data=st.data())
 
 
+def made_up(rows: list[dict[str, Any]], data: st.DataObject) -> bytes:
+    """Return a file of moments with a row too few, too many or elsewhere, or with another value in a few places."""
+    rows = copy.deepcopy(rows)
+    for _ in range(data.draw(st.integers(1, 2))):
+        place, other = data.draw(st.integers(0, len(rows) - 1)), data.draw(st.integers(0, len(rows) - 1))
+        match data.draw(st.sampled_from(["change", "change", "change", "drop", "repeat", "swap"])):
+            case "drop":
+                del rows[place]
+            case "repeat":
+                rows.insert(other, rows[place])
+            case "swap":
+                rows[place], rows[other] = rows[other], rows[place]
+            case "change":
+                field = data.draw(st.sampled_from(list(MOMENTS_SCHEMA)))
+                drawn = st.text(max_size=2) if field.name == "gate" else st.sampled_from([-1, 0, 1, 2, 8, 2**40, 2**53])
+                if pa.types.is_list(field.type):
+                    elements = [False, True] if field.name == "broken" else [0, 1]
+                    drawn = st.lists(st.none() | st.sampled_from(elements), max_size=9)
+                rows[place][field.name] = data.draw(st.none() | drawn if field.nullable else drawn)
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=MOMENTS_SCHEMA), sink)
+    return sink.getvalue()
+
+
+def hostile_moments(folder: str, cases: int) -> int:
+    """Read damaged files of moments that the manifest vouches for, in little memory; return how many were tried."""
+    run = record(Path(folder) / "run", 1, samples=20)
+    [name] = (run / ".moments").rglob("*.moments")
+    whole, rows = name.read_bytes(), pq.read_table(name).to_pylist()
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    read = 0
+
+    def check(data: st.DataObject) -> None:
+        nonlocal read
+        content = made_up(rows, data) if data.draw(st.booleans()) else whole[:-3000] + damaged(whole[-3000:], data)
+        name.write_bytes(content)
+        edit(run, lambda m: m["epochs"][0].update(moments=zlib.crc32(content)))
+        read += refused_or(lambda: open_run(run).moments([1])) is not None
+        refused_or(lambda: summarize(run))
+        refused_or(lambda: check_run(run))
+
+    tried = campaign(check, cases, data=st.data())
+    assert 0 < read < tried
+    return tried
+
+
+@pytest.mark.parametrize("hostile", [hostile_footers, hostile_moments])
 @numbers(150, 3000)
-def test_hostile_footers_are_read_in_little_memory(tmp_path, record_property, cases):
-    code = f"import os, tests.test_fuzz_store as t; os.write(1, b'%d' % t.hostile_footers({str(tmp_path)!r}, {cases}))"
+def test_what_the_manifest_vouches_for_is_read_in_little_memory(tmp_path, record_property, hostile, cases):
+    call = f"t.{hostile.__name__}({str(tmp_path)!r}, {cases})"
+    code = f"import os, tests.test_fuzz_store as t; os.write(1, b'%d' % {call})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert int(ended.stdout) >= 0.95 * cases

@@ -57,11 +57,20 @@ def to_table(moments: Mapping[str, Moments], schema: pa.Schema = MOMENTS_SCHEMA)
 def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moments]:
     """Read the moments of gates with so many channels by name; ValueError when the table is not of these gates."""
     table = table.combine_chunks()
+    table.validate(full=True)
     mean, m2, low, high, broken, near = (_flat(table, name) for name in ("mean", "m2", "low", "high", "broken", "near"))
     count, scatter, rows = (_values(table, name) for name in ("count", "scatter", "rows"))
     block, label = (_values(table, name) for name in ("block", "label"))
     single = table.filter(table["blocks"].is_valid()).select(["gate", "nonfinite", "left_out", "blocks", "classes"])
     require(single["gate"].to_pylist() == list(channels), "other gates than the manifest's")
+    sizes = _sizes(single)
+    starts = np.flatnonzero(table["blocks"].is_valid().to_numpy())
+    require(starts.tolist() == [0, *accumulate(sizes)][:-1] and sum(sizes) == len(count), "other rows than it counts")
+    widths = list(channels.values())
+    lengths = {len(each) for each in (m2, low, high, broken)} | {sum(widths)}
+    told = sum(width * size for width, size in zip(widths, sizes, strict=True))
+    require(len(lengths) == 1 and len(mean) == told and len(near) == 3 * len(sizes), "vectors of other lengths")
+    require(not any((each < 0).any() for each in (count, scatter, rows, m2, near)), "negative sums or counts")
 
     def groups(keys: NDArray[np.int64], at: int, number: int, width: int, values: NDArray[np.float64]) -> Groups:
         from stripe.stats import Groups
@@ -77,7 +86,6 @@ def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moment
             width, blocks, classes = channels[each["gate"]], each["blocks"], each["classes"]
             its = slice(vector, vector + width)
             ends = list(accumulate([start, width, width * blocks, width * (classes or 0)]))
-            require(row + 1 + blocks + (classes or 0) <= len(count) and ends[-1] <= len(mean), "too few rows")
             yield (
                 each["gate"],
                 Moments(
@@ -117,6 +125,15 @@ def _rows(key: str, groups: Groups) -> list[dict[str, Any]]:
     ]
 
 
+def _sizes(single: pa.Table) -> list[int]:
+    """Return how many rows each gate has, from the rows of all samples; ValueError for counts that are none."""
+    counts = {name: single[name].to_pylist() for name in ("nonfinite", "left_out", "blocks")}
+    counts["classes"] = [each or 0 for each in single["classes"].to_pylist()]
+    for name, values in counts.items():
+        require(all(each is not None and each >= 0 for each in values), f"{name} that are no counts")
+    return [1 + blocks + classes for blocks, classes in zip(counts["blocks"], counts["classes"], strict=True)]
+
+
 def _values(table: pa.Table, name: str) -> NDArray[Any]:
     """Return a column of numbers, 0 where it is null."""
     column = table[name].combine_chunks()
@@ -124,5 +141,7 @@ def _values(table: pa.Table, name: str) -> NDArray[Any]:
 
 
 def _flat(table: pa.Table, name: str) -> NDArray[Any]:
-    """Return the values of a column of vectors, one after the other."""
-    return table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    """Return the values of a column of vectors, one after the other; ValueError where one is null."""
+    values = table[name].combine_chunks().flatten()
+    require(not values.null_count, f"vectors of {name} with nulls in them")
+    return values.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
