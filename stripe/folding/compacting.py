@@ -237,7 +237,10 @@ def _counts(gates: Sequence[Gate], k: int | Mapping[str, int], source: str | Non
         if counts[gate.name] < 0:
             raise ValueError(f"k={counts[gate.name]} for gate {gate.name!r}; expected 0 or more")
         if counts[gate.name] and gate.form not in FORMS:
-            raise ValueError(f"gate {gate.name!r} is {gate.form}; only {' and '.join(FORMS)} gates can be compact")
+            raise ValueError(
+                f"gate {gate.name!r} is {gate.form}; only {' and '.join(FORMS)} gates can be compact: give k by the"
+                " gates' names, and 0 for this one, which makes it a constant"
+            )
         if counts[gate.name] and product_of(gate).op == "addcmul":
             raise ValueError(f"gate {gate.name!r} is applied by addcmul; write x + x * g for it to be compact")
     if source and not counts[source]:
