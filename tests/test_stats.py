@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import stripe
 from stripe import stats
@@ -733,6 +734,25 @@ def test_gates_take_turns_where_their_products_would_not_fit_into_memory(run, mo
     monkeypatch.setattr("stripe.stats.rank.HELD_VALUES", 64)
     pd.testing.assert_frame_equal(stats.summarize(run, rank=True), expected)
     assert asked == [["layer1.se"], ["layer2.se"]] * 3
+
+
+def test_ranks_do_not_depend_on_how_many_rows_are_taken_together(run, monkeypatch):
+    expected = stats.summarize(run, rank=True)
+    monkeypatch.setattr("stripe.stats.rank.ROWS", 7)
+    pd.testing.assert_frame_equal(stats.summarize(run, rank=True), expected, rtol=1e-12)
+
+
+def test_ranks_take_one_thread_of_the_blas_and_give_the_others_back(run, monkeypatch):
+    def threads():
+        return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+    asked, batches = [], run.batches
+    monkeypatch.setattr(run, "batches", lambda epoch, gates: asked.append(threads()) or batches(epoch, gates))
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        stats.summarize(run, epochs=[1], rank=True)
+        assert asked == [[1] * len(before)]
+        assert threads() == before
 
 
 def test_the_next_item_is_made_ahead_and_what_fails_is_raised_in_its_turn():

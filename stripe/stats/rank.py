@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
-from stripe.stats.arithmetic import BLOCK_VALUES, Array, matrix, ratio
+from stripe.stats.arithmetic import Array, matrix, ratio
 from stripe.stats.measuring import centre
 from stripe.stats.moments import Moments
 from stripe.stats.runs import RecordedRun, ahead
 
 MANY = 16  # samples a channel, from which products of float32 values are taken in float32
-HELD_VALUES = 2**24  # products that are held at once, 128 MB: gates take turns where theirs are more
+ROWS = 1024  # whose products are taken together
+HELD_VALUES = 2**24  # products and rows that are held at once, 128 MB: gates take turns where theirs are more
 
 
 def effective_rank(values: Array) -> float:
@@ -41,14 +44,21 @@ def effective_rank(values: Array) -> float:
 
 
 def effective_ranks(run: RecordedRun, epoch: int, moments: Mapping[str, Moments]) -> dict[str, float]:
-    """Return the effective rank in an epoch of every gate whose moments are given, reading its rows."""
+    """Return the effective rank in an epoch of every gate whose moments are given, reading its rows.
+
+    Gates are spread over the processor's cores. The BLAS takes one core for each: its own threads, awake between
+    products as small as these, would take the cores from those that read and unpack the rows.
+    """
+    from threadpoolctl import threadpool_limits
+
     ranks = dict.fromkeys(moments, float("nan"))
-    for gates in _turns(moments):
-        products = {gate: _products_of(moments[gate]) for gate in gates}
-        for batch in ahead(run.batches(epoch, gates)):
-            for gate, values in batch.items():
-                products[gate].add(_sound(values, moments[gate]))
-        ranks |= {gate: each.effective_rank() for gate, each in products.items()}
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
+        for gates in _turns(moments):
+            products = [_products_of(moments[gate]) for gate in gates]
+            for batch in ahead(run.batches(epoch, gates)):
+                sound = (_sound(batch[gate], moments[gate]) for gate in gates)
+                list(threads.map(_Products.add, products, sound))
+            ranks |= zip(gates, threads.map(_Products.effective_rank, products), strict=True)
     return ranks
 
 
@@ -57,7 +67,7 @@ def _turns(moments: Mapping[str, Moments]) -> Iterator[list[str]]:
     turn: list[str] = []
     held = 0
     for gate, each in moments.items():
-        size = each.mean.size * min(each.mean.size, each.count)
+        size = each.mean.size * min(each.mean.size + ROWS, each.count)
         if turn and held + size > HELD_VALUES:
             yield turn
             turn, held = [], 0
@@ -98,26 +108,35 @@ class _Products:
         self._near: Array = (mean * self._scale).astype(self._dtype)
         self._rest: Array = (mean * self._scale - self._near).astype(self._dtype)  # what float32 leaves of the mean
         self._samples, self._channels = samples, channels
+        self._block, self._filled = np.empty((min(ROWS, samples), channels), self._dtype), 0
         self._gram: Array | None = None if samples < channels else np.zeros((channels, channels))
         self._rows: list[Array] = []  # where there is no gram
         self._fourth = 0.0
 
     def add(self, values: Array) -> None:
         """Take rows, (n, channels)."""
-        step = max(16, BLOCK_VALUES // self._channels)
-        for start in range(0, len(values), step):
-            part = np.multiply(values[start : start + step], self._scale, dtype=self._dtype)
+        while len(values):
+            part = self._block[self._filled : self._filled + len(values)]
+            np.multiply(values[: len(part)], self._scale, out=part)
             part -= self._near
-            part -= self._rest
-            squares = np.einsum("nc,nc->n", part, part).astype(np.float64)
-            self._fourth += float(squares @ squares)
-            if self._gram is None:
-                self._rows.append(part)
-            else:
-                self._gram += part.T @ part
+            values, self._filled = values[len(part) :], self._filled + len(part)
+            if self._filled == len(self._block):
+                self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Add up the products of the rows that wait."""
+        part, self._filled = self._block[: self._filled], 0
+        part -= self._rest
+        squares = np.einsum("nc,nc->n", part, part).astype(np.float64)
+        self._fourth += float(squares @ squares)
+        if self._gram is None:
+            self._rows.append(part.copy())
+        else:
+            self._gram += part.T @ part
 
     def effective_rank(self) -> float:
         """Return what `effective_rank` does, once all rows have come."""
+        self._sum_up()
         gram = self._gram
         if gram is None:
             rows = np.concatenate(self._rows)
