@@ -533,8 +533,9 @@ def test_the_interval_of_blocks_of_unequal_sizes_holds_the_mean():
         (stripes(2, 5), (math.nan, math.nan)),
         (stripes(9, 1), (math.nan, math.nan)),
         (np.where(np.arange(40)[:, None] == 3, 0.9, np.broadcast_to([0.1, 0.5], (40, 2))), (0.0, 1.0)),
+        ([0.1, 0.5, 0.7] + 0.1 * (-1.0) ** np.arange(10)[:, None], (84 / 94, 84 / 94)),  # V = 0.28 / 3, W = 0.1 / 9
     ],
-    ids=["constant", "two samples", "one channel", "one sample that differs"],
+    ids=["constant", "two samples", "one channel", "one sample that differs", "deviations of one size"],
 )
 def test_intervals_where_there_is_little_to_go_by(values, expected):
     interval = stats.strength_interval(values)

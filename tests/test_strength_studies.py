@@ -9,6 +9,7 @@ from study import main
 
 import stripe
 from stripe.stats import Interval, effective_rank
+from stripe.stats.intervals import NO_SHAPE
 from tests.runs import record
 
 SMALL = ["coverage", "--images", "20", "--channels", "16", "--strengths", "0.5", "--repetitions", "60", "--out"]
@@ -22,6 +23,13 @@ def test_simulated_gates_have_the_strength_that_they_are_said_to_have(noise):
         assert between / (between + within) == pytest.approx(0.3, abs=0.03 if noise == "t3" else 0.01)
     shares = stripe.stats.two_way_shares(next(coverage.draw(noise, (4000, 64), 0.3, 1)))
     assert (shares.sample > 0.3) == (noise == "half common to a row")
+
+
+def test_heavy_tails_of_few_images_show_in_single_values(monkeypatch):
+    """Twenty images' sums over channels hardly tell how heavy the tails are."""
+    held = coverage.simulate("t3", (20, 256), 0.5, 500)["coverage"]
+    monkeypatch.setattr("stripe.stats.intervals._shape_of_values", lambda blocks: NO_SHAPE)
+    assert held >= 0.9 > coverage.simulate("t3", (20, 256), 0.5, 500)["coverage"]
 
 
 def test_the_table_grows_cell_by_cell_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from stripe.stats.arithmetic import Array, Counts
+from stripe.stats.groups import Groups
 from stripe.stats.moments import Moments, moments_of
 from stripe.stats.variance import Variance
 
 CONFIDENCE = 0.95
+NO_SHAPE = (math.inf, -math.inf)  # bounds of a skewness and an excess kurtosis of which nothing is known
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDE
     channels, which leaves no scale of its own; its end points, turned back into strengths, take R / N off V as the
     estimate does. Ends follow Student's t, with the degrees of freedom that the kurtosis of the jackknife's values
     leaves (Satterthwaite 1946), after Hall's cubic transformation for their skewness (Hall 1992); kurtosis and skewness
-    are corrected for the number of blocks. The estimate always lies inside.
+    are corrected for the number of blocks. Where every sample is a block of its own, they are at least what the squared
+    deviations of all single values imply: heavy tails show in these before they show in so few samples. The estimate
+    always lies inside.
 
     The channels are those of this network; samples are taken as independent draws. Simulated at 0.95 (``study.py
     coverage``, 500 gates of each kind), it holds the true strength in 0.93 to 0.99 of cases for 20 to 1,000 samples
@@ -70,7 +74,8 @@ def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDE
     every, without = (_log_contrast(each) for each in (whole, Variance.without_each(moments.blocks)))
     if not (np.isfinite(every) and np.isfinite(without).all()):
         return Interval(0.0, 1.0)
-    ends = np.array(jackknife(moments.blocks.counts, float(every), without, confidence))
+    shape = _shape_of_values(moments.blocks)
+    ends = np.array(jackknife(moments.blocks.counts, float(every), without, confidence, shape=shape))
     odds = np.maximum(np.exp(ends) - float(whole.rest / (whole.samples * whole.within)), 0.0)
     low, high = (odds / (1 + odds)).tolist()
     return Interval(min(low, strength), max(high, strength))
@@ -81,7 +86,26 @@ def _log_contrast(variance: Variance) -> Any:
     return np.log(variance.spread) - np.log(variance.within)
 
 
-def jackknife(counts: Counts, every: float, without: Array, confidence: float) -> tuple[float, float]:
+def _shape_of_values(blocks: Groups) -> tuple[float, float]:
+    """Return the skewness and the excess kurtosis that single values imply for what W adds to the log contrast.
+
+    A sample adds its squared deviations, summed over C channels. Were these independent, the sum would have their
+    skewness over the square root of C and their excess kurtosis over C; log(V / W) falls where W rises. They bound
+    nothing where blocks hold several samples, whose single values are not kept, or where all squares are alike.
+    """
+    squares = np.square(blocks.deviations.off)
+    squares /= squares.mean()
+    squares -= squares.mean(axis=0)
+    size, channels = math.sqrt(np.mean(np.square(squares))), squares.shape[1]
+    if blocks.counts.max() > 1 or size < 1e-9:
+        return NO_SHAPE
+    squares /= size
+    return -float(np.mean(squares**3)) / math.sqrt(channels), (float(np.mean(squares**4)) - 3) / channels
+
+
+def jackknife(
+    counts: Counts, every: float, without: Array, confidence: float, *, shape: tuple[float, float] = NO_SHAPE
+) -> tuple[float, float]:
     """Return the ends of the interval of a figure from its value of all samples and its values without each block.
 
     Args:
@@ -89,6 +113,7 @@ def jackknife(counts: Counts, every: float, without: Array, confidence: float) -
         every: the figure of all samples.
         without: the figure of all samples but those of a block, (blocks,).
         confidence: between 0 and 1.
+        shape: what the skewness is at most and the excess kurtosis at least, where more is known than the blocks tell.
 
     The blocks may differ in size (Busing, Meijer, van der Leeden 1999).
     """
@@ -100,6 +125,7 @@ def jackknife(counts: Counts, every: float, without: Array, confidence: float) -
         return every, every
     error = math.sqrt(variance)
     skewness, excess = _shape(off / error)
+    skewness, excess = min(skewness, shape[0]), max(excess, shape[1])
     reach = student(confidence, max(2.0, 2 * (blocks - 1) / (max(excess, 0.0) + 2)))
     return every - error * _unskewed(reach, skewness, blocks), every - error * _unskewed(-reach, skewness, blocks)
 
