@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stripe.cli import Help
 from stripe.cli.process import add_traceback, dispatch
-from stripe.files import write_json
+from stripe.files import write_csv, write_json
 
 BENCHMARKS = {
     "collect": "recording attention, beside the bare forward loop, torchlens, torchvision's feature extractor",
@@ -69,10 +69,10 @@ def _run(arguments: argparse.Namespace) -> int:
     record |= {"versions": versions(), "rows": result.rows}
     if arguments.json:
         write_json(arguments.json, record)
-    files, table = import_module("studies.table"), import_module("benchmarks.tables").table(record)
-    print(table.drop(columns=[*files.PROVENANCE]).to_string(index=False))
+    table = import_module("benchmarks.tables").table(record)
+    print(table.drop(columns=[*import_module("studies.table").PROVENANCE]).to_string(index=False))
     if arguments.csv:
-        files.write(table, arguments.csv)
+        write_csv(arguments.csv, table)
     return int(result.failed)
 
 

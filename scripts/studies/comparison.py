@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import optimize, stats
 
+from stripe.figures import save
 from stripe.stats import benjamini_hochberg
 from studies.table import headed, publish, read
 
@@ -267,6 +268,4 @@ def figures(out: Path) -> None:
     for setting, module, part in groups(read(out / "results.csv")):
         rows = paired(part)
         if len(rows):
-            figure = draw(part, rows, module)
-            figure.savefig(out / f"forms-{setting}-{module}.png", dpi=200, metadata={"Software": None})
-            plt.close(figure)
+            save(draw(part, rows, module), out / f"forms-{setting}-{module}")

@@ -23,11 +23,11 @@ from torch import nn
 
 import stripe
 from stripe.data import ImageSet, Loader
-from stripe.files import write_json
+from stripe.files import write_csv, write_json
 from stripe.stats import summarize
 from stripe.training import processes
 from studies.forms import add_trainings, build, cases_of, recipe_of
-from studies.table import Row, Table, write
+from studies.table import Row, Table
 from studies.training import Images, OutOfTime, load, pending, train
 
 ORDER = ("attention", "asr", "plain", "both")
@@ -154,6 +154,6 @@ class Observer:
         taken = json.loads(notes.read_text()) if notes.exists() else {}
         rows = [row | taken.get(str(int(row["epoch"])), {}) for row in self.epochs]
         if rows:
-            write(pd.DataFrame(rows), out / f"{name}-epochs.csv")
+            write_csv(out / f"{name}-epochs.csv", pd.DataFrame(rows))
         if rows and self._gates:
-            write(summarize(stripe.open_run(self.directory / "all")), out / f"{name}-stripes.csv")
+            write_csv(out / f"{name}-stripes.csv", summarize(stripe.open_run(self.directory / "all")))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stripe.asr.layers import asr_layers
+from stripe.asr.convert import deploy
 from stripe.devices import device_of
 from stripe.folding import GateUse, measure_gates
 from stripe.folding.exact import fuse_norms
@@ -102,7 +102,7 @@ class Task:
         asr_model = _frozen(asr_model) if asr_model else model
         images = _first_images(test_loader, IMAGES).to(device_of(model))
         gates = _readable(model, gates, images[:2])
-        uses, squeezes = _measured(model, gates, images)
+        uses, squeezes = measured(model, gates, [(batch,) for batch in images.split(OUTPUT_IMAGES)])
         if quicken:
             asr_model = model = _quicker(model, gates, stripes, images[:2])
         known = {"gates": gates, "stripes": stripes, "uses": uses, "squeezes": squeezes, "images": images}
@@ -143,7 +143,7 @@ class Task:
             with self.precision, replace_gates(self.model, self.gates, values):
                 found[name] = evaluate(self.model, data).accuracy
         if self.asr_model is not self.model:
-            for name, network in (("asr", self.asr_model), ("asr deployed", _deployed(self.asr_model))):
+            for name, network in (("asr", self.asr_model), ("asr deployed", deploy(self.asr_model))):
                 with self.precision:
                     found[name] = evaluate(network, data).accuracy
         return found
@@ -178,13 +178,6 @@ def _frozen(model: nn.Module) -> nn.Module:
     return uncompiled(copy.deepcopy(model)).eval().requires_grad_(False)
 
 
-def _deployed(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for _, layer in list(asr_layers(model)):
-        layer.switch_to_deploy(delete=True)
-    return model
-
-
 def _first_images(data: Data, count: int) -> Tensor:
     batches: list[Tensor] = []
     for images, *_ in data:
@@ -216,8 +209,10 @@ def _quicker(model: nn.Module, gates: Sequence[Gate], stripes: Vectors, images: 
     return quick
 
 
-def _measured(model: nn.Module, gates: Sequence[Gate], images: Tensor) -> tuple[dict[str, GateUse], dict[str, Tensor]]:
-    """Return by gate what it does and the squeezes (images, channels), from one pass over the images."""
+def measured(
+    model: nn.Module, gates: Sequence[Gate], loader: Iterable[Sequence[Any]]
+) -> tuple[dict[str, GateUse], dict[str, Tensor]]:
+    """Return by gate what it does and the squeezes (images, channels), from one pass over batches (images, ...)."""
     squeezes: dict[str, list[Tensor]] = {gate.name: [] for gate in gates}
 
     def keep(gate: Gate, kind: Kind, values: Tensor) -> None:
@@ -225,5 +220,5 @@ def _measured(model: nn.Module, gates: Sequence[Gate], images: Tensor) -> tuple[
             squeezes[gate.name].append(values)
 
     with read_gates(model, gates, keep, squeeze=True):
-        uses = measure_gates(model, gates, [(batch,) for batch in images.split(OUTPUT_IMAGES)])
+        uses = measure_gates(model, gates, loader)
     return uses, {name: torch.cat(parts).clone() for name, parts in squeezes.items()}
