@@ -6,7 +6,6 @@ import platform
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stripe.cli import Help
@@ -95,13 +94,9 @@ def device_name() -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of python, stripe and what it is measured beside, where installed."""
-    found = {"python": platform.python_version()}
-    for name in ("stripe-observation", *LIBRARIES):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    from stripe.store.writing import versions_of
+
+    return versions_of(["stripe-observation", *LIBRARIES])
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from stripe.folding.report import FoldReport, table_of
 from stripe.gate import Gate, name_of
 from stripe.gates.rules import candidates_of
 from stripe.graphs.checking import Reference
-from stripe.graphs.file import FLOATS, GraphFile, Tensor, captured, prune, referenced, rename, replace_node
+from stripe.graphs.file import FLOATS, GraphFile, Tensor, captured, copied, prune, referenced, rename, replace_node
 from stripe.graphs.inputs import Batch, Inputs, first_of
+from stripe.graphs.nodes import GraphTrace
 from stripe.graphs.operators import run_again
 from stripe.graphs.recording import SEARCHED, Path, opened, operands, samples_of
-from stripe.graphs.trace import GraphTrace, trace
+from stripe.graphs.trace import trace
 from stripe.graphs.writing import save
 
 TOLERANCES: dict[int, float] = {
@@ -164,7 +165,7 @@ class _Original:
 
     def _at_constants(self) -> GraphFile:
         """Return the network with constants in the places of its gates, and nothing else changed."""
-        proto = _copied(self.file.proto)
+        proto = copied(self.file.proto)
         added = {}
         for gate in self.gates:
             node, attention, _ = operands(self.file, gate)
@@ -176,8 +177,7 @@ class _Original:
             rename([product], attention, name)
             if shift:
                 added[f"{name}.shift"] = placed(gate, shift[0], shape).astype(self._type_of(made))
-                scaled = onnx.NodeProto()
-                scaled.CopyFrom(product)
+                scaled = copied(product)
                 scaled.output[0] = f"{made}.unshifted"
                 sum_ = helper.make_node("Add", [scaled.output[0], f"{name}.shift"], [made])
                 replace_node(proto.graph, made, [scaled, sum_])
@@ -205,7 +205,7 @@ class _Original:
 
     def _built(self, merges: Sequence[Merge]) -> GraphFile:
         """Return the network with weights changed and maps taken out."""
-        proto = _copied(self.file.proto)
+        proto = copied(self.file.proto)
         changed: dict[str, Tensor] = {}
         for merge in merges:
             for edit in merge.edits:
@@ -244,12 +244,6 @@ class _Original:
             taken = made
         replace_node(graph, y, nodes)
         return constants
-
-
-def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    return copy
 
 
 def _take_out(graph: onnx.GraphProto, x: str, y: str) -> None:

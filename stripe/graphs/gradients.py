@@ -12,9 +12,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from stripe.graphs.file import Tensor
+from stripe.graphs.nodes import Shape, attribute
 from stripe.graphs.windows import Window
 
-Shape = tuple[int, ...]
 OLDEST_OPSET = 11
 """Before it, numbers that the nodes below take as inputs were attributes."""
 
@@ -138,9 +138,7 @@ class Step:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """Return an attribute."""
-        found = next((each for each in self.node.attribute if each.name == name), None)
-        value = default if found is None else helper.get_attribute_value(found)
-        return value.decode() if isinstance(value, bytes) else value
+        return attribute(self.node, name, default)
 
     def require(self, fits: bool, what: str) -> None:
         """Refuse an operator in a form that is not known here."""
