@@ -12,9 +12,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from stripe.folding.fields import Array, Weights
-from stripe.folding.maps import AffineMap, Constants, placed
+from stripe.folding.maps import AffineMap, Constants, placed, require_fitting
 from stripe.folding.merging import Merge, Network
-from stripe.folding.report import FoldReport, table_of
+from stripe.folding.report import FoldReport, report_of
 from stripe.gate import Gate, name_of
 from stripe.gates.rules import candidates_of
 from stripe.graphs.checking import Reference
@@ -76,27 +76,15 @@ def fold(
     original = _Original(file, graph, gates, vectors, samples)
     folded, merges, error = original.merged(network.plan(list(constant.maps(weights))))
     save(folded, folded_path)
-    table = table_of(merges, "gate")
-    order = [gate.name for gate in gates]
-    return FoldReport(table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error)
+    return report_of(merges, gates, error)
 
 
 def _checked(file: GraphFile, gates: Sequence[Gate], constants: Mapping[Any, Array]) -> dict[str, Array]:
     """Return the constants in float64, by the names of their gates."""
     if not gates:
         raise ValueError(f"'{file.path}' has no gates to fold: see stripe.graphs.explain_gates for what was looked at")
-    channels = {gate.name: gate.channels for gate in gates}
     vectors = {name_of(gate): np.asarray(vector, np.float64) for gate, vector in constants.items()}
-    for name, vector in vectors.items():
-        if name not in channels:
-            raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(channels)}")
-        if vector.shape not in ((channels[name],), (2, channels[name])):
-            raise ValueError(
-                f"the constant of gate {name!r} has shape {vector.shape}; expected ({channels[name]},), or"
-                f" (2, {channels[name]}) with a shift"
-            )
-        if not np.isfinite(vector).all():
-            raise ValueError(f"the constant of gate {name!r} is not finite in {(~np.isfinite(vector)).sum()} values")
+    require_fitting(gates, vectors, mixing=False)
     return vectors
 
 
