@@ -31,7 +31,7 @@ from stripe.recorder import RecorderCallback
 from stripe.stats import summarize
 from stripe.training import evaluate, processes
 from studies import comparison
-from studies.table import Row, Table, add_data
+from studies.table import Row, Table, add_data, publish
 from studies.training import Images, OutOfTime, load, pending, train
 
 FORMS: dict[str, dict[str, bool]] = {
@@ -111,7 +111,8 @@ def run(arguments: argparse.Namespace) -> None:
                 stripes.put(case, *observed)
             results.put(case, row)
             print(f"{directory}: {row['accuracy_last']:.2f} %, {row['seconds']:.0f} s", flush=True)
-    comparison.report(arguments.out)
+    publish(comparison.tables(arguments.out), arguments.out)
+    comparison.figures(arguments.out)
 
 
 def cases_of(forms: Sequence[str], module: str, seeds: Sequence[int]) -> Iterator[Row]:

@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(arguments.ckpt or Path(arguments.run, "checkpoints", "last.pt"))
     images = inputs(arguments, preprocessing(checkpoint.description))
     write_csv(out / "inputs.csv", measure(checkpoint.model, images, arguments).round(2 * DECIMALS))
-    report(out)
+    publish(tables(out), out)
+    figures(out)
 
 
 # ---- over epochs -----------------------------------------------------------------------------------------
@@ -243,12 +244,6 @@ def _other_images(inputs: pd.DataFrame) -> pd.DataFrame:
     accuracy = inputs.groupby("input")["accuracy"].first()
     texts = {f"{kind}: strength": f"{accuracy[kind]:.1f} %" for kind in kinds if pd.notna(accuracy[kind])}
     return pd.concat([rows, pd.DataFrame([{"gate": "accuracy"} | texts])], ignore_index=True).fillna("")
-
-
-def report(out: Path) -> None:
-    """Write and print the tables of a directory, and draw its figures."""
-    publish(tables(out), out)
-    figures(out)
 
 
 def figures(out: Path) -> None:
