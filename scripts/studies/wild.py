@@ -20,7 +20,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import pandas as pd
 import seaborn as sns
 import torch
@@ -241,7 +240,7 @@ class _Study:
         folded = self.folder / "folded.onnx"
         graphs.fold(self.file, self._constants([gate.name for gate in self.gates], "mean"), folded, self.known[:SEEN])
         files = {"as it was": self.path, "all folded": folded}
-        sessions = {name: _session(path) for name, path in files.items()}
+        sessions = {name: folding.onnx_session(path, threads=1) for name, path in files.items()}
         for batch in (1, 8):
             given = {self.file.inputs[0].name: self.known[:batch]}
             seconds = interleave({n: partial(s.run, None, given) for n, s in sessions.items()}, self.rounds)
@@ -259,15 +258,8 @@ class _Study:
                 }
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def _outputs(path: Path, inputs: Array, given: Mapping[str, Array] | None = None) -> Array:
-    session = _session(path)
+    session = folding.onnx_session(path, threads=1)
     fed = {session.get_inputs()[0].name: inputs, **(given or {})}
     parts = [slice(start, start + BATCH) for start in range(0, len(inputs), BATCH)]
     found = [session.run(None, {name: values[part] for name, values in fed.items()})[0] for part in parts]

@@ -92,8 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
     }
     _print_results(results, speeds, cv=table["cv"])
     print(f"{time.perf_counter() - started:.0f} s in all; run {arguments.out}, figures in {arguments.figures}")
-    gates = options.plain(table)
-    options.write_json(arguments.json, {"accuracy": results, "images_per_second": speeds, "gates": gates})
+    options.write_json(
+        arguments.json, {"accuracy": results, "images_per_second": speeds, "gates": options.plain(table)}
+    )
     return 0
 
 
