@@ -102,9 +102,8 @@ def render(
         }
         room = LIMIT - len(_page(content).encode()) - RESERVE
         if room >= 0:
-            panels = [sample_panels(each, room // len(runs), progress=progress) for each in runs]
-            drawn = [each | {"heatmaps": its} for each, its in zip(described, panels, strict=True)]
-            page = _page(content | {"runs": drawn})
+            panels = ({"heatmaps": sample_panels(each, room // len(runs), progress=progress)} for each in runs)
+            page = _page(content | {"runs": [each | its for each, its in zip(described, panels, strict=True)]})
             return page if len(page.encode()) <= LIMIT else _page(content)
     raise ValueError(
         f"a page of {len(run.gates)} gates of run '{run.path}' takes {LIMIT - room} bytes; expected at most {LIMIT}: "
