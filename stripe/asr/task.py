@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stripe.asr.convert import deploy
+from stripe.asr.layers import asr_layers
 from stripe.devices import device_of
 from stripe.folding import GateUse, measure_gates
 from stripe.folding.exact import fuse_norms
@@ -143,7 +143,7 @@ class Task:
             with self.precision, replace_gates(self.model, self.gates, values):
                 found[name] = evaluate(self.model, data).accuracy
         if self.asr_model is not self.model:
-            for name, network in (("asr", self.asr_model), ("asr deployed", deploy(self.asr_model))):
+            for name, network in (("asr", self.asr_model), ("asr deployed", _deployed(self.asr_model))):
                 with self.precision:
                     found[name] = evaluate(network, data).accuracy
         return found
@@ -176,6 +176,13 @@ class Task:
 
 def _frozen(model: nn.Module) -> nn.Module:
     return uncompiled(copy.deepcopy(model)).eval().requires_grad_(False)
+
+
+def _deployed(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for _, layer in list(asr_layers(model)):
+        layer.switch_to_deploy(delete=True)
+    return model
 
 
 def _first_images(data: Data, count: int) -> Tensor:
