@@ -2,8 +2,8 @@
 
 Every epoch the moments of attention over all test images, the attention of a probe set, and the test accuracy are
 kept; what follows from them is written beside results.csv after every slice of time, finished or not. As the paper
-does, without validation images unless asked; its "best" accuracy is that of the epoch best on the test set, which
-flatters, and stands beside that of the last epoch.
+does, on all training images and without validation images unless asked; its "best" accuracy is that of the epoch best
+on the test set, which flatters, and stands beside that of the last epoch. The setting is paper-DATA-resnetDEPTH.
 """
 
 import argparse
