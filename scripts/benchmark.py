@@ -6,12 +6,11 @@ import platform
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stripe.cli import Help
 from stripe.cli.process import add_traceback, dispatch
-from stripe.files import write_json
+from stripe.files import write_csv, write_json
 
 BENCHMARKS = {
     "collect": "recording attention, beside the bare forward loop, torchlens, torchvision's feature extractor",
@@ -69,10 +68,10 @@ def _run(arguments: argparse.Namespace) -> int:
     record |= {"versions": versions(), "rows": result.rows}
     if arguments.json:
         write_json(arguments.json, record)
-    files, table = import_module("studies.table"), import_module("benchmarks.tables").table(record)
-    print(table.drop(columns=[*files.PROVENANCE]).to_string(index=False))
+    table = import_module("benchmarks.tables").table(record)
+    print(table.drop(columns=[*import_module("studies.table").PROVENANCE]).to_string(index=False))
     if arguments.csv:
-        files.write(table, arguments.csv)
+        write_csv(arguments.csv, table)
     return int(result.failed)
 
 
@@ -95,13 +94,9 @@ def device_name() -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of python, stripe and what it is measured beside, where installed."""
-    found = {"python": platform.python_version()}
-    for name in ("stripe-observation", *LIBRARIES):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    from stripe.store.writing import versions_of
+
+    return versions_of(["stripe-observation", *LIBRARIES])
 
 
 if __name__ == "__main__":

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import stripe
+from stripe.cli.process import dispatch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the small run with its training curves; print what it holds and its size; exit code 2 on bad input."""
-    arguments = read_arguments(argv)
-    try:
-        thin(stripe.open_run(arguments.run), arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    """Write the small run; exit code 2 on bad input."""
+    return dispatch(lambda: read_arguments(argv), run, packages=(__name__, "stripe"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the small run with its training curves; print what it holds and its size."""
+    thin(stripe.open_run(arguments.run), arguments)
     if (metrics := Path(arguments.run, "metrics.csv")).is_file():
         shutil.copyfile(metrics, arguments.out / "metrics.csv")
     size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
     print(f"{stripe.open_run(arguments.out)}, {size / 1e6:.2f} MB")
-    return 0
 
 
 def thin(run: stripe.Run, arguments: argparse.Namespace) -> None:

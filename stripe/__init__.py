@@ -56,11 +56,6 @@ _HOMES = {
     "load_example": "stripe.examples",
     "open_run": "stripe.store",
 }
-_ROOMS = (
-    "asr", "attention", "checkpoints", "cluster", "data", "examples", "figures", "folding", "gate", "gates", "graphs",
-    "models", "plots", "recipe", "recorder", "report", "stats", "store", "tracking", "training",
-)  # fmt: skip
-
 __all__ = [
     "Gate", "Recorder", "RecorderCallback", "Run", "Tracker", "asr", "attention", "checkpoints", "cluster", "data",
     "examples", "figures", "find_gates", "fold", "folding", "gate", "gates", "graphs", "interleave", "keep_memory",
@@ -73,7 +68,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its home."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name in _ROOMS:
+    if name in __all__:
         return import_module(f"stripe.{name}")
     raise AttributeError(f"module 'stripe' has no attribute '{name}'; expected one of {', '.join(__all__)}")
 

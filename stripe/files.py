@@ -86,7 +86,7 @@ def replaced(path: str | os.PathLike[str], *, root: str | os.PathLike[str] | Non
         partial.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
         try:
             yield partial
-            _sync(partial)
+            sync(partial)
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
@@ -124,8 +124,8 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _sync(path: Path) -> None:
-    """Push a file to the disk, so that the rename cannot outlive what it names."""
+def sync(path: Path) -> None:
+    """Push a file or folder to the disk, so that a rename cannot outlive what it names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

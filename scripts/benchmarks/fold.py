@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import stripe
-from benchmarks.networks import DEVICE, prepared_forward, prepared_session
+from benchmarks.networks import DEVICE, pixels, prepared_forward, prepared_session
 from benchmarks.timing import Prepare, Result, Run, check, measure, report
 from stripe.folding import FoldReport, save_onnx
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Result:
     """Time one batch through both networks, every way."""
-    images = _images(arguments.batch, arguments.size)
+    images = pixels(arguments.batch, arguments.size)
     network, (folded, folding) = _load(arguments.ckpt), _fold(arguments.ckpt, arguments.size)
     cases: dict[str, Prepare] = {}
     for layout in ("eager", "channels-last"):
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         if DEVICE == "cpu":
             for name, each in (("attention", network), ("folded", folded)):
-                save_onnx(each, _images(2, arguments.size), Path(folder, f"{name}.onnx"))  # one is no batch to export
+                save_onnx(each, pixels(2, arguments.size), Path(folder, f"{name}.onnx"))  # one is no batch to export
                 cases[f"{name}, onnxruntime"] = partial(prepared_session, Path(folder, f"{name}.onnx"), images)
         times = -(-AT_LEAST // arguments.batch)
         repeated = {name: partial(_prepare_repeated, prepare, times) for name, prepare in cases.items()}
@@ -61,22 +61,18 @@ def _prepare_repeated(prepare: Prepare, times: int) -> Run:
     return repeat
 
 
-def _images(batch: int, size: int) -> Tensor:
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
 def _load(spec: str) -> nn.Module:
     torch.manual_seed(0)
     return stripe.models.load_checkpoint(spec)
 
 
 def _fold(spec: str, size: int) -> tuple[nn.Module, FoldReport]:
-    network, images = _load(spec), _images(3, size)
+    network, images = _load(spec), pixels(3, size)
     constants = {gate.name: torch.full((gate.channels,), CONSTANT) for gate in stripe.find_gates(network, images)}
     return stripe.fold(network, constants, images)
 
 
 def _prepare(name: str, layout: str, arguments: argparse.Namespace) -> Run:
     network = _load(arguments.ckpt) if name == "attention" else _fold(arguments.ckpt, arguments.size)[0]
-    images = _images(arguments.batch, arguments.size)
+    images = pixels(arguments.batch, arguments.size)
     return prepared_forward(network, images, channels_last=layout == "channels-last")

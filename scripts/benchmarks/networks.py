@@ -30,9 +30,9 @@ def build(form: str, depth: int, module: str, classes: int = 10) -> nn.Module:
     return create_model("resnet", depth=depth, num_classes=classes, **options).to(DEVICE).eval()
 
 
-def pixels(samples: int) -> Tensor:
-    """Return images (samples, 3, 32, 32), the same on every call."""
-    return torch.rand(samples, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def pixels(samples: int, size: int = 32) -> Tensor:
+    """Return images (samples, 3, size, size), the same on every call."""
+    return torch.rand(samples, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def forward(network: nn.Module, images: Tensor) -> None:

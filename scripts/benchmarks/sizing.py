@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import stripe
-from benchmarks.networks import DEVICE, build
+from benchmarks.networks import DEVICE, build, pixels
 from benchmarks.timing import Result, Row
 from stripe.gate import Gate
 from stripe.models import read_checkpoint
@@ -46,18 +46,14 @@ def run(arguments: argparse.Namespace) -> Result:
     for name in arguments.networks:
         make, size = NETWORKS[name]
         network = make().eval().to(DEVICE)
-        gates = stripe.find_gates(network, _images(2, size).to(DEVICE))
+        gates = stripe.find_gates(network, pixels(2, size).to(DEVICE))
         about = dict.fromkeys(COMPARED) | {"gates": len(gates), "channels": sum(gate.channels for gate in gates)}
-        found: list[Found] = [("recording", _record(network, gates, _images(arguments.images, size)), None)]
+        found: list[Found] = [("recording", _record(network, gates, pixels(arguments.images, size)), None)]
         found += _stored(gates, max(BATCH, arguments.samples // BATCH * BATCH))
         for case, seconds, size_of in found:
             row = {"case": f"{name}, {case}", "seconds": seconds, "min": seconds, "max": seconds, "bytes": size_of}
             rows.append(row | about)
     return Result(rows)
-
-
-def _images(samples: int, size: int) -> Tensor:
-    return torch.rand(samples, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def _record(network: nn.Module, gates: list[stripe.Gate], images: Tensor) -> float:

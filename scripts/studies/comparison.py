@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import optimize, stats
 
+from stripe.figures import save
 from stripe.stats import benjamini_hochberg
-from studies.table import headed, publish, read
+from studies.table import headed, read
 
 ALPHA, POWER = 0.05, 0.8  # of the paired, two-sided t-test
 DIFFERENCE = 0.5  # points of accuracy worth telling apart
@@ -35,7 +36,18 @@ PAIRS = (
     ("anneal", "asr"),
     ("folded", "attention"),
 )
-FORMS = ("plain", "attention", "asr", "both", "plain-0.5", "plain-0.25", "asr-1", "anneal", "folded")
+FORMS = {
+    "plain": "plain",
+    "attention": "{0}",
+    "asr": "ASR({0})",
+    "both": "ASR({0})+{0}",
+    "plain-0.5": "plain from 0.5",
+    "plain-0.25": "plain from 0.25",
+    "asr-1": "ASR({0}) from 1",
+    "anneal": "annealed {0}",
+    "folded": "folded {0}",
+}
+"""By form, in the order of figures, its name with that of the attention module in it."""
 MEASURES = {"last": "last epoch", "best": "best validated epoch"}
 NAMES = {"senet": "SE", "eca": "ECA", "srm": "SRM"}
 DECIMALS = 4  # of written tables: more than any accuracy has
@@ -133,18 +145,7 @@ def difference(accuracies: pd.DataFrame, form: str, base: str) -> dict[str, obje
 
 def label(form: str, module: str) -> str:
     """Return the name that a table or a figure gives to a form."""
-    name = NAMES.get(module, module)
-    return {
-        "plain": "plain",
-        "attention": name,
-        "asr": f"ASR({name})",
-        "both": f"ASR({name})+{name}",
-        "plain-0.5": "plain from 0.5",
-        "plain-0.25": "plain from 0.25",
-        "asr-1": f"ASR({name}) from 1",
-        "anneal": f"annealed {name}",
-        "folded": f"folded {name}",
-    }[form]
+    return FORMS[form].format(NAMES.get(module, module))
 
 
 # ---- figure ----------------------------------------------------------------------------------------------
@@ -254,12 +255,6 @@ def _labels(rows: pd.DataFrame, form: str) -> list[str]:
     return [label(str(name), str(module)) for name, module in zip(rows[form], rows["module"], strict=True)]
 
 
-def report(out: Path) -> None:
-    """Write and print the tables of a directory, and draw every setting and module."""
-    publish(tables(out), out)
-    figures(out)
-
-
 def figures(out: Path) -> None:
     """Draw every setting and module of results.csv in a directory, if it is there."""
     if not (out / "results.csv").exists():
@@ -267,6 +262,4 @@ def figures(out: Path) -> None:
     for setting, module, part in groups(read(out / "results.csv")):
         rows = paired(part)
         if len(rows):
-            figure = draw(part, rows, module)
-            figure.savefig(out / f"forms-{setting}-{module}.png", dpi=200, metadata={"Software": None})
-            plt.close(figure)
+            save(draw(part, rows, module), out / f"forms-{setting}-{module}")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 import stripe
+from stripe.files import write_csv
 from stripe.stats import MEASURES, changes, spectrum
-from studies.table import write
 
 DIGITS = 4
 RANK = "rank"
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     tables = [compared(stripe.open_run(path)).assign(run=Path(path).name) for path in arguments.runs]
     table = pd.concat(tables, ignore_index=True)
     shown = table[list(HEADINGS)].map(lambda value: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value)
-    write(shown.rename(columns=HEADINGS), arguments.out / "constancy.csv")
+    write_csv(arguments.out / "constancy.csv", shown.rename(columns=HEADINGS))
     print(count(table).to_string())
 
 

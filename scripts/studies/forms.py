@@ -10,8 +10,11 @@ with attention of the image are recorded after every epoch. Several processes ma
 import argparse
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 from torch import nn
 
 import stripe
-from stripe.data import ImageSet, Loader, load_images
+from stripe.data import ImageSet, Loader
 from stripe.folding import learn_constants, measure_gates
 from stripe.models import create_model
 from stripe.models.resnet import Block
@@ -28,8 +31,8 @@ from stripe.recorder import RecorderCallback
 from stripe.stats import summarize
 from stripe.training import evaluate, processes
 from studies import comparison
-from studies.table import Row, Table, add_data, claimed
-from studies.training import Images, OutOfTime, train
+from studies.table import Row, Table, add_data, publish
+from studies.training import Images, OutOfTime, load, pending, train
 
 FORMS: dict[str, dict[str, bool]] = {
     "plain": {},
@@ -54,10 +57,18 @@ STRIPES = "epoch gate channels samples strength std sample_share drift label_sha
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
+    add_trainings(parser, list(FORMS))
+    parser.set_defaults(setting="resnet20", forms=list(FORMS)[:4])
+    parser.add_argument("--test-samples", type=int, metavar="N", help="test images (default: all)")
+    parser.add_argument("--scheduler", default="cosine", help="step, cosine or onecycle")
+
+
+def add_trainings(parser: argparse.ArgumentParser, forms: Sequence[str]) -> None:
+    """Add what the studies that train networks of some forms, seed by seed, take."""
     add_data(parser, "hf:../shared/data/cifar10", 128, Path("figures/study"))
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--setting", default="resnet20", metavar="NAME", help="of all options but forms, module, seeds")
-    what.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS)[:4], help="which networks")
+    what.add_argument("--setting", metavar="NAME", help="of all options but forms, module, seeds")
+    what.add_argument("--forms", nargs="+", choices=forms, default=forms, help="which networks, in this order")
     what.add_argument("--module", default="senet", help="attention module")
     what.add_argument(
         "--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights, order, crops, held-out images"
@@ -65,68 +76,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--depth", type=int, default=20, help="of the ResNet")
     what.add_argument("--block", default="bottleneck", help="of the ResNet: bottleneck or basicblock")
     what.add_argument("--train-samples", type=int, default=20_000, metavar="N", help="training images")
-    what.add_argument("--val-samples", type=int, default=2_000, metavar="N", help="further ones, held out")
-    what.add_argument("--test-samples", type=int, metavar="N", help="test images (default: all)")
+    what.add_argument("--val-samples", type=int, default=2_000, metavar="N", help="of them, or further ones, held out")
     what.add_argument("--record", type=int, default=1_000, metavar="N", help="test images to record after every epoch")
     how = parser.add_argument_group("how")
     how.add_argument("--epochs", type=int, default=15, metavar="N", help="of each training")
-    how.add_argument("--scheduler", default="cosine", help="step, cosine or onecycle")
     how.add_argument("--milestones", type=int, nargs="+", default=[81, 122], metavar="E", help="epochs of the steps")
     how.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
     how.add_argument("--weight-decay", type=float, default=5e-4, help="of all weights")
     how.add_argument("--amp", default="no", help="mixed precision: no, bf16 or fp16")
-    how.add_argument("--compile", action="store_true", help="torch.compile the training")
     how.add_argument(
-        "--minutes", type=float, default=float("inf"), metavar="M", help="begin no epoch after as many, but the first"
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the training"
+    )
+    how.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="begin no epoch after as many, but the first"
     )
     how.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where networks and runs go")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train every case without a row, then compare and draw what there is."""
-    deadline = time.monotonic() + 60 * arguments.minutes
     config = {name: getattr(arguments, name) for name in SETTINGS}
     results, stripes = (
         Table(arguments.out / f"{name}.csv", config, setting=arguments.setting) for name in ("results", "stripes")
     )
+    samples = arguments.train_samples + arguments.val_samples
+    images = functools.cache(partial(load, arguments, samples, arguments.test_samples))  # not before a case needs them
     cases = list(cases_of(arguments.forms, arguments.module, arguments.seeds))
-    missing = results.missing(cases)
-    loaded = functools.cache(functools.partial(load, arguments))  # not before a case needs them
-    try:
-        for number, case in enumerate(missing):
-            if number and time.monotonic() >= deadline:
-                raise OutOfTime
-            directory = arguments.runs / "-".join([arguments.setting, *map(str, case.values())])
-            with claimed(directory) as mine:
-                if not mine or not results.missing([case]):
-                    continue  # another process trains it, or has by now
-                images, test = loaded()
-                training, validation = images.hold_out(arguments.val_samples, case["seed"])
-                parts = Images(training, validation, test)
-                row, observed = train_case(case, parts, directory, arguments, deadline)
-                if observed:
-                    stripes.put(case, *observed)
-                results.put(case, row)
+    for case, directory, deadline in pending(results, cases, arguments.runs / arguments.setting, arguments.minutes):
+        with suppress(OutOfTime):
+            training, test = images()
+            parts = Images(*training.hold_out(arguments.val_samples, case["seed"]), test)
+            row, observed = train_case(case, parts, directory, arguments, deadline)
+            if observed:
+                stripes.put(case, *observed)
+            results.put(case, row)
             print(f"{directory}: {row['accuracy_last']:.2f} %, {row['seconds']:.0f} s", flush=True)
-    except OutOfTime:
-        left = len(results.missing(cases))
-        print(f"time is up after {arguments.minutes:g} minutes: {left} of {len(cases)} trainings to go; run it again")
-    comparison.report(arguments.out)
+    publish(comparison.tables(arguments.out), arguments.out)
+    comparison.figures(arguments.out)
 
 
 def cases_of(forms: Sequence[str], module: str, seeds: Sequence[int]) -> Iterator[Row]:
     """Yield all forms of a seed before the next seed, so that every finished seed gives pairs."""
     for seed, form in itertools.product(seeds, forms):
         yield {"form": form, "module": "none" if form.startswith("plain") else module, "seed": seed}
-
-
-def load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
-    """Load the images to train on and to hold out, and the test images."""
-    samples = arguments.train_samples + arguments.val_samples
-    images = load_images(arguments.dataset, "train", samples=samples, data_dir=arguments.data_dir)
-    as_trained = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
-    test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **as_trained)
-    return images, test
 
 
 def train_case(
@@ -136,12 +128,19 @@ def train_case(
     if case["form"] == "folded":
         return fold_case(case, images, directory, arguments), []
     model, description = build(case, images, arguments)
+    if case["form"] in STARTS:
+        begin_at(model, STARTS[case["form"]])
+    if case["form"] == "anneal":
+        steps = arguments.epochs * len(Loader(images.training, arguments.batch, train=True))
+        begin, end = (round(part * steps) for part in BLENDING)
+        model = stripe.asr.anneal(model, next(iter(Loader(images.test, 2)))[0], begin=begin, end=end)
+        description["annealed"] = [begin, end]
     gated = case["form"] in ("attention", "both", "anneal")
     probe = images.test.take(min(arguments.record, len(images.test)))
     row = train(
         model,
         images,
-        Recipe(seed=case["seed"], **{name: _plain(getattr(arguments, name)) for name in RECIPE}),
+        recipe_of(arguments, case["seed"]),
         directory=directory,
         description=description,
         batch=arguments.batch,
@@ -159,16 +158,14 @@ def build(case: Row, images: Images, arguments: argparse.Namespace) -> tuple[nn.
     network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(images.test.classes)}
     network |= FORMS[case["form"]] | {"module": None if case["module"] == "none" else case["module"]}
     torch.manual_seed(case["seed"])
-    model = create_model("resnet", **network)
     description = {"model": {"arch": "resnet", **network}, "data": images.training.describe(), "seed": case["seed"]}
-    if case["form"] in STARTS:
-        begin_at(model, STARTS[case["form"]])
-    if case["form"] == "anneal":
-        steps = arguments.epochs * len(Loader(images.training, arguments.batch, train=True))
-        begin, end = (round(part * steps) for part in BLENDING)
-        model = stripe.asr.anneal(model, next(iter(Loader(images.test, 2)))[0], begin=begin, end=end)
-        description["annealed"] = [begin, end]
-    return model, description
+    return create_model("resnet", **network), description
+
+
+def recipe_of(arguments: argparse.Namespace, seed: int) -> Recipe:
+    """Return the recipe that the arguments name."""
+    options = {name: getattr(arguments, name) for name in RECIPE} | {"milestones": tuple(arguments.milestones)}
+    return Recipe(seed=seed, **options)
 
 
 def fold_case(case: Row, images: Images, directory: Path, arguments: argparse.Namespace) -> Row:
@@ -207,7 +204,3 @@ def _recording(model: nn.Module, probe: ImageSet, directory: Path, description: 
     gates = stripe.find_gates(model, next(iter(loader))[0][:2])
     about = {"description": description["model"], "data": probe.describe(), "seeds": {"seed": description["seed"]}}
     return RecorderCallback(loader, gates, directory, overwrite=True, **about)
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

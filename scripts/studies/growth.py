@@ -21,13 +21,16 @@ from torchvision.transforms.functional import gaussian_blur
 
 import stripe
 from stripe import plots
+from stripe.cli.options import preprocessing
 from stripe.data import ImageSet, Loader, load_images
+from stripe.figures import save
+from stripe.files import write_csv
 from stripe.models import read_checkpoint
 from stripe.plots.drawing import LEGEND_ROOM, draw_by_gate
 from stripe.recipe import SETTLED_DRIFT
 from stripe.stats import drift, settled_epoch, summarize
 from stripe.training import evaluate
-from studies.table import add_data, headed, publish, read, write
+from studies.table import add_data, headed, publish, read
 
 BLUR = 1.5  # sigma in pixels
 LEAST_CHANGE = 0.01  # of strength, below which nothing rises or falls
@@ -51,12 +54,12 @@ def run(arguments: argparse.Namespace) -> None:
     observed, out = stripe.open_run(arguments.run), arguments.out
     if len(observed.epochs) < 2:
         raise ValueError(f"run '{arguments.run}' holds epochs {observed.epochs}: growth takes two or more")
-    write(summarize(observed, rank=True)[EPOCHS].round(2 * DECIMALS), out / "epochs.csv")
+    write_csv(out / "epochs.csv", summarize(observed, rank=True)[EPOCHS].round(2 * DECIMALS))
     checkpoint = read_checkpoint(arguments.ckpt or Path(arguments.run, "checkpoints", "last.pt"))
-    data = {key: checkpoint.description.get("data", {}).get(key) for key in ("size", "mean", "std")}
-    images = inputs(arguments, {key: value for key, value in data.items() if value is not None})
-    write(measure(checkpoint.model, images, arguments).round(2 * DECIMALS), out / "inputs.csv")
-    report(out)
+    images = inputs(arguments, preprocessing(checkpoint.description))
+    write_csv(out / "inputs.csv", measure(checkpoint.model, images, arguments).round(2 * DECIMALS))
+    publish(tables(out), out)
+    figures(out)
 
 
 # ---- over epochs -----------------------------------------------------------------------------------------
@@ -243,18 +246,9 @@ def _other_images(inputs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows, pd.DataFrame([{"gate": "accuracy"} | texts])], ignore_index=True).fillna("")
 
 
-def report(out: Path) -> None:
-    """Write and print the tables of a directory, and draw its figures."""
-    publish(tables(out), out)
-    figures(out)
-
-
 def figures(out: Path) -> None:
     """Draw epochs.csv and inputs.csv of a directory, where they are there."""
     drawn = ("growth", "epochs.csv", draw), ("ranks", "epochs.csv", draw_ranks), ("inputs", "inputs.csv", draw_inputs)
     for name, source, draws in drawn:
         if (out / source).exists():
-            figure = draws(read(out / source))
-            figure.savefig(out / f"{name}.png", dpi=200, metadata={"Software": None})
-            plt.close(figure)
-            print(out / f"{name}.png")
+            print(*save(draws(read(out / source)), out / name))

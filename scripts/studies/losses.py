@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pandas as pd
 from benchmark import device, versions
 
-from studies.table import write
+from stripe.files import write_csv
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise RuntimeError(f"pytest ended with exit code {code} and {len(counted)} counts: losses.csv stays as it was")
     rows = [{"tried": what, "cases": cases, "tests": tests} for (what, tests), cases in counted.items()]
     about = {"versions": json.dumps(versions()), "machine": device()}
-    write(pd.DataFrame(rows).assign(**about), arguments.out / "losses.csv")
+    write_csv(arguments.out / "losses.csv", pd.DataFrame(rows).assign(**about))
 
 
 def count(report: Path) -> Iterator[tuple[tuple[str, str], int]]:

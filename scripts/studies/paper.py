@@ -2,17 +2,17 @@
 
 Every epoch the moments of attention over all test images, the attention of a probe set, and the test accuracy are
 kept; what follows from them is written beside results.csv after every slice of time, finished or not. As the paper
-does, without validation images unless asked; its "best" accuracy is that of the epoch best on the test set, which
-flatters, and stands beside that of the last epoch.
+does, on all training images and without validation images unless asked; its "best" accuracy is that of the epoch best
+on the test set, which flatters, and stands beside that of the last epoch. The setting is paper-DATA-resnetDEPTH.
 """
 
 import argparse
-import itertools
+import functools
 import json
-import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,87 +22,45 @@ import torch.nn.functional as F
 from torch import nn
 
 import stripe
-from stripe.data import ImageSet, Loader, load_images
-from stripe.files import write_json
-from stripe.models import create_model
-from stripe.recipe import Recipe
+from stripe.data import ImageSet, Loader
+from stripe.files import write_csv, write_json
 from stripe.stats import summarize
 from stripe.training import processes
-from studies.forms import FORMS
-from studies.table import Row, Table, add_data, claimed, write
-from studies.training import Images, OutOfTime, train
+from studies.forms import add_trainings, build, cases_of, recipe_of
+from studies.table import Row, Table
+from studies.training import Images, OutOfTime, load, pending, train
 
 ORDER = ("attention", "asr", "plain", "both")
 RECIPE = ("epochs", "milestones", "lr", "weight_decay", "amp", "compile")
 SETTINGS = ("dataset", "depth", "block", "module", "batch", "train_samples", "val_samples", *RECIPE)
+PAPERS = {"epochs": 164, "scheduler": "step", "weight_decay": 1e-4, "amp": "bf16"}
 EVALUATED = 1000  # images at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments; the defaults are the paper's."""
-    add_data(parser, "cifar100", 128, Path("figures/study"))
-    cuda = torch.cuda.is_available()
-    what = parser.add_argument_group("what is trained")
-    what.add_argument("--setting", metavar="NAME", help="name of these options (default: paper-DATA-resnetDEPTH)")
-    what.add_argument("--forms", nargs="+", choices=ORDER, default=list(ORDER), help="which networks, in this order")
-    what.add_argument("--module", default="senet", help="attention module")
-    what.add_argument("--seeds", type=int, nargs="+", default=[1], help="of weights, order, crops, held-out images")
-    what.add_argument("--depth", type=int, default=164, help="of the ResNet")
-    what.add_argument("--block", default="bottleneck", help="of the ResNet: bottleneck or basicblock")
-    what.add_argument("--train-samples", type=int, metavar="N", help="training images (default: all)")
-    what.add_argument("--val-samples", type=int, default=0, metavar="N", help="of them held out")
-    what.add_argument("--record", type=int, default=500, metavar="N", help="test images whose rows are kept")
-    how = parser.add_argument_group("how")
-    how.add_argument("--epochs", type=int, default=164, metavar="N", help="of each training")
-    how.add_argument("--milestones", type=int, nargs="+", default=[81, 122], metavar="E", help="epochs of the steps")
-    how.add_argument("--lr", type=float, default=0.1, help="learning rate at the start")
-    how.add_argument("--weight-decay", type=float, default=1e-4, help="of all weights")
-    how.add_argument("--amp", default="bf16", help="mixed precision: no, bf16 or fp16")
-    how.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compile and capture the training step"
-    )
-    how.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="begin no epoch after as many")
-    how.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where networks and runs go")
+    add_trainings(parser, ORDER)
+    parser.set_defaults(dataset="cifar100", depth=164, compile=torch.cuda.is_available(), **PAPERS)
+    parser.set_defaults(seeds=[1], train_samples=None, val_samples=0, record=500)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train every case without a row, as far as time allows, and write what there is of each."""
-    deadline = time.monotonic() + 60 * arguments.minutes
     config = {name: getattr(arguments, name) for name in SETTINGS}
     data = arguments.dataset.rstrip("/").split("/")[-1]
     setting = arguments.setting or f"paper-{data}-resnet{arguments.depth}"
     results = Table(arguments.out / "results.csv", config, setting=setting)
-    cases = [
-        {"form": form, "module": "none" if form == "plain" else arguments.module, "seed": seed}
-        for seed, form in itertools.product(arguments.seeds, arguments.forms)
-    ]
-    missing = results.missing(cases)
-    if not missing:
-        return
-    images = load(arguments)
-    for case in missing:
-        name = "-".join([setting, *map(str, case.values())])
-        with claimed(arguments.runs / name) as mine:
-            if not mine or not results.missing([case]):
-                continue  # another process trains it, or has by now
-            observer = Observer(arguments.runs / name, arguments.record)
+    images = functools.cache(partial(load, arguments, arguments.train_samples))  # not before a case needs them
+    cases = list(cases_of(arguments.forms, arguments.module, arguments.seeds))
+    for case, directory, deadline in pending(results, cases, arguments.runs / setting, arguments.minutes):
+        observer, name = Observer(directory, arguments.record), directory.name
+        with suppress(OutOfTime):
             try:
-                row = train_case(case, images, observer, arguments, config, deadline)
+                row = train_case(case, images(), observer, arguments, config, deadline)
                 results.put(case, row | {"accuracy_best_on_test": max(e["test_accuracy"] for e in observer.epochs)})
                 print(f"{name}: {row['accuracy_last']:.2f} %, {row['images_per_second']:.0f} images/s", flush=True)
-            except OutOfTime:
-                left = len(results.missing(cases))
-                print(f"time is up after {arguments.minutes:g} minutes: {left} of {len(cases)} trainings to go")
-                return
             finally:
                 observer.report(arguments.out / "paper", name)
-
-
-def load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
-    """Load the training and the test images."""
-    where = {"data_dir": arguments.data_dir}
-    images = load_images(arguments.dataset, "train", samples=arguments.train_samples, **where)
-    return images, load_images(arguments.dataset, "test", mean=images.mean, std=images.std, **where)
 
 
 def train_case(
@@ -118,18 +76,14 @@ def train_case(
     parts = Images(training, None, test)
     if arguments.val_samples:
         parts = Images(*training.hold_out(arguments.val_samples, case["seed"]), test)
-    network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(test.classes)}
-    network |= FORMS[case["form"]] | {"module": None if case["form"] == "plain" else arguments.module}
     same_config(observer.directory.with_suffix(".json"), config)
-    torch.manual_seed(case["seed"])
-    model = create_model("resnet", **network).to(processes().device)
-    description = {"model": {"arch": "resnet", **network}, "data": training.describe(), "seed": case["seed"]}
+    model, description = build(case, parts, arguments)
+    model.to(processes().device)
     observer.begin(model, test, description, gated=case["form"] in ("attention", "both"))
-    recipe = {name: getattr(arguments, name) for name in RECIPE} | {"milestones": tuple(arguments.milestones)}
     return train(
         model,
         parts,
-        Recipe(seed=case["seed"], **recipe),
+        recipe_of(arguments, case["seed"]),
         directory=observer.directory,
         description=description,
         batch=arguments.batch,
@@ -200,6 +154,6 @@ class Observer:
         taken = json.loads(notes.read_text()) if notes.exists() else {}
         rows = [row | taken.get(str(int(row["epoch"])), {}) for row in self.epochs]
         if rows:
-            write(pd.DataFrame(rows), out / f"{name}-epochs.csv")
+            write_csv(out / f"{name}-epochs.csv", pd.DataFrame(rows))
         if rows and self._gates:
-            write(summarize(stripe.open_run(self.directory / "all")), out / f"{name}-stripes.csv")
+            write_csv(out / f"{name}-stripes.csv", summarize(stripe.open_run(self.directory / "all")))

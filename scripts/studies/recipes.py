@@ -5,10 +5,12 @@ Several processes may run at once and share the work.
 """
 
 import argparse
+import functools
 import itertools
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -17,12 +19,13 @@ from benchmarks.networks import DEVICE
 from benchmarks.reference import as_written, loader_as_written, train_as_written
 from torch import nn
 
-from stripe.data import ImageSet, Loader, load_images
+from stripe.data import ImageSet, Loader
 from stripe.models import create_model
 from stripe.recipe import Recipe
 from stripe.training import evaluate, fit
 from studies import comparison
-from studies.table import Row, Table, add_data, claimed, headed, publish, read
+from studies.table import Row, Table, add_data, headed, publish, read
+from studies.training import load, pending
 
 FORMS = {"SE": {}, "ASR": {"asr": True}}
 RECIPES = ("reference", "stripe")
@@ -45,21 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train every case without a row, then compare in pairs of a seed."""
-    deadline = time.monotonic() + 60 * arguments.minutes
     table = Table(arguments.out / "recipes.csv", {name: getattr(arguments, name) for name in SETTINGS})
+    images = functools.cache(partial(load, arguments, arguments.train_samples, arguments.test_samples))
     cases = list(cases_of(arguments.seeds))
-    if missing := table.missing(cases):
-        images = load_images(arguments.dataset, "train", samples=arguments.train_samples, data_dir=arguments.data_dir)
-        as_trained = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
-        test = load_images(arguments.dataset, "test", samples=arguments.test_samples, **as_trained)
-    for case in missing:
-        if time.monotonic() >= deadline:
-            break
-        with claimed(arguments.out / "-".join(["recipes", *map(str, case.values())])) as mine:
-            if mine and table.missing([case]):
-                table.put(case, train_case(case, images, test, arguments))
-    if left := len(table.missing(cases)):
-        print(f"{left} of {len(cases)} trainings to go; run it again")
+    for case, *_ in pending(table, cases, arguments.out / "recipes", arguments.minutes, at_least=0):
+        table.put(case, train_case(case, *images(), arguments))
     rows = table.frame()
     if len(rows):
         print(rows.pivot_table("accuracy", "seed", ["form", "recipe"], sort=False).round(2).to_string())

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stripe import asr
+from stripe.cli.options import preprocessing
 from stripe.data import Loader, load_images
+from stripe.figures import save
 from stripe.models import read_checkpoint
 from stripe.training import evaluate
 from studies.table import Table, add_data, headed, publish, read
@@ -84,8 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not (missing := table.missing(cases)):
             continue
         checkpoint = read_checkpoint(path)
-        model, data = asr.deploy(checkpoint.model), checkpoint.description.get("data", {})
-        own = {key: data[key] for key in ("size", "mean", "std") if key in data}
+        model, own = asr.deploy(checkpoint.model), preprocessing(checkpoint.description)
         options = {"samples": arguments.samples, "data_dir": arguments.data_dir}
         loader = Loader(load_images(arguments.dataset, "test", **options, **own), arguments.batch)
         for case in tqdm(missing, name, disable=None):
@@ -93,9 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
             with disturbance.applied(model):
                 table.put(case, {"accuracy": evaluate(model, loader).accuracy})
     rows = table.frame()
-    draw_robustness(rows).savefig(arguments.out / "robustness.png", dpi=200)
     publish(tables(arguments.out), arguments.out)
-    print(arguments.out / "robustness.png")
+    print(*save(draw_robustness(rows), arguments.out / "robustness"))
 
 
 def _name_and_path(word: str) -> tuple[str, str]:

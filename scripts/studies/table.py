@@ -14,6 +14,8 @@ from typing import Any
 import pandas as pd
 from benchmark import device, versions
 
+from stripe.files import write_csv
+
 Row = dict[str, Any]
 PROVENANCE = ("config", "versions", "machine")
 """Columns that say how a row was made; pages leave them out."""
@@ -53,7 +55,7 @@ class Table:
         with _held(self.path.parent / ".lock", fcntl.LOCK_EX):
             rows = [row for row in self._read() if not _same(row, self._identity | case)]
             rows += [case | result | self._always for result in results]
-            write(pd.DataFrame(rows), self.path)
+            write_csv(self.path, pd.DataFrame(rows))
 
     def frame(self) -> pd.DataFrame:
         """Return the rows of this configuration; no row, no columns."""
@@ -78,18 +80,10 @@ def read_text(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def write(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    table.to_csv(partial, index=False)
-    partial.replace(path)
-
-
 def publish(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Write tables, by file name, to a directory, and print them."""
     for name, table in tables.items():
-        write(table, out / name)
+        write_csv(out / name, table)
         print(table.to_string(index=False))
 
 

@@ -1,5 +1,9 @@
-"""Train a network, or finish its training, and test it in deployed form; every epoch's time and energy are noted."""
+"""Train networks, or finish their trainings, and test them in deployed form; every epoch's time and energy are noted.
 
+Several processes may run at once and share the trainings.
+"""
+
+import argparse
 import json
 import math
 import shutil
@@ -14,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from stripe import asr
-from stripe.data import ImageSet, Loader
+from stripe.data import ImageSet, Loader, load_images
 from stripe.files import write_json
 from stripe.recipe import Recipe
 from stripe.training import Callback, evaluate, fit, processes
 from studies.energy import joules
-from studies.table import Row
+from studies.table import Row, Table, claimed
 
 
 class OutOfTime(Exception):
@@ -33,6 +37,32 @@ class Images:
     training: ImageSet
     validation: ImageSet | None
     test: ImageSet
+
+
+def load(arguments: argparse.Namespace, training: int | None, test: int | None = None) -> tuple[ImageSet, ImageSet]:
+    """Load so many training images and test images (None: all), both normalised as the first."""
+    images = load_images(arguments.dataset, "train", samples=training, data_dir=arguments.data_dir)
+    as_trained = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
+    return images, load_images(arguments.dataset, "test", samples=test, **as_trained)
+
+
+def pending(
+    table: Table, cases: Sequence[Row], prefix: Path, minutes: float, at_least: int = 1
+) -> Iterator[tuple[Row, Path, float]]:
+    """Yield each case without a row, its directory, which no other process has meanwhile, and the deadline (monotonic).
+
+    After the deadline none is begun but the first `at_least`; it is said at the end how many are left.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    for number, case in enumerate(table.missing(cases)):
+        if number >= at_least and time.monotonic() >= deadline:
+            break
+        directory = prefix.with_name("-".join([prefix.name, *map(str, case.values())]))
+        with claimed(directory) as mine:
+            if mine and table.missing([case]):  # else another process trains it, or has by now
+                yield case, directory, deadline
+    if left := len(table.missing(cases)):
+        print(f"{left} of {len(cases)} trainings to go; run it again")
 
 
 class TimedLoader(Loader):

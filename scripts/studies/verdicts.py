@@ -7,7 +7,7 @@ On simulated gates, and on those of a trained network: psi drawn anew, sent thro
 import argparse
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import stripe
 from stripe.asr.psi import Psi, best_fit, random_psis, vectors_of
+from stripe.asr.task import measured
 from stripe.attention import create_attention
 from stripe.data import Loader, load_images
-from stripe.folding import GateUse, measure_gates
-from stripe.gate import Gate
-from stripe.gates import isolate, read_gates
+from stripe.folding import GateUse
+from stripe.gates import isolate
 from stripe.stats import Moments, benjamini_hochberg
 from stripe.stats.verdicts import EQUIVALENT, VERDICTS, energy_distance, rank_p, verdict
 from studies.table import Row, Table, add_data, headed, publish, read
@@ -157,16 +157,9 @@ def trained(arguments: argparse.Namespace, rounds: int) -> Iterator[list[Subject
     loader = Loader(images, arguments.batch)
     first = next(iter(loader))[0][:2]
     gates = stripe.find_gates(model, first)
-    squeezes: dict[str, list[Tensor]] = {gate.name: [] for gate in gates}
-
-    def keep(gate: Gate, kind: str, values: Tensor) -> None:
-        if kind == "squeeze":
-            squeezes[gate.name].append(values)
-
-    with read_gates(model, gates, keep, squeeze=True):
-        uses = measure_gates(model, gates, loader)
+    uses, squeezes = measured(model, gates, loader)
     attentions, _ = isolate(model, gates, first)
-    subjects = [Subject(a, torch.cat(squeezes[name]).clone(), uses[name]) for name, a in attentions.items()]
+    subjects = [Subject(a, squeezes[name], uses[name]) for name, a in attentions.items()]
     yield from itertools.repeat(subjects, rounds)
 
 
@@ -175,7 +168,9 @@ def judged(subjects: list[Subject], psi: str, seed: int) -> pd.DataFrame:
     generator = torch.Generator().manual_seed(seed)
     found = pd.DataFrame([_measured(subject, psi, generator) for subject in subjects])
     found["p"] = benjamini_hochberg(found["p"].to_numpy())
-    found["verdict"] = [_verdict(row) for row in found.to_dict("records")]
+    rows: list[dict[Any, Any]] = found.to_dict("records")
+    told = ("limit", "p", "random", "best")
+    found["verdict"] = [verdict(row["distance"], **{name: row[name] for name in told}) for row in rows]
     return found
 
 
@@ -189,7 +184,3 @@ def _measured(subject: Subject, kind: str, generator: torch.Generator) -> Row:
     best = distance if kind == "fitted" else 0.0
     return {"distance": distance, "limit": subject.limit, "p": rank_p(distance, subject.random), "random": random,
             "best": best}  # fmt: skip
-
-
-def _verdict(row: Mapping[Any, Any]) -> str:
-    return verdict(row["distance"], limit=row["limit"], p=row["p"], random=row["random"], best=row["best"])

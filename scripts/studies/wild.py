@@ -20,15 +20,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy.special import rel_entr
 
 import stripe
 from stripe import folding, graphs, interleave, plots, stats
+from stripe.figures import save
 from studies import rendering
 from studies.table import Row, Table, headed, publish, read
 
@@ -239,7 +240,7 @@ class _Study:
         folded = self.folder / "folded.onnx"
         graphs.fold(self.file, self._constants([gate.name for gate in self.gates], "mean"), folded, self.known[:SEEN])
         files = {"as it was": self.path, "all folded": folded}
-        sessions = {name: _session(path) for name, path in files.items()}
+        sessions = {name: folding.onnx_session(path, threads=1) for name, path in files.items()}
         for batch in (1, 8):
             given = {self.file.inputs[0].name: self.known[:batch]}
             seconds = interleave({n: partial(s.run, None, given) for n, s in sessions.items()}, self.rounds)
@@ -257,15 +258,8 @@ class _Study:
                 }
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def _outputs(path: Path, inputs: Array, given: Mapping[str, Array] | None = None) -> Array:
-    session = _session(path)
+    session = folding.onnx_session(path, threads=1)
     fed = {session.get_inputs()[0].name: inputs, **(given or {})}
     parts = [slice(start, start + BATCH) for start in range(0, len(inputs), BATCH)]
     found = [session.run(None, {name: values[part] for name, values in fed.items()})[0] for part in parts]
@@ -373,36 +367,30 @@ def figures(folder: Path) -> None:
     """Draw what folding costs and how many directions attention has, where these were measured."""
     found = tables(folder)
     if "costs.csv" in found:
-        _draw_costs(folder)
+        _draw(folder, "costs", "case == 'folded' and constants != 'none'", _draw_costs)
     if "ranks.csv" in found:
-        _draw_ranks(folder)
+        _draw(folder, "ranks", "case == 'spectrum'", _draw_ranks)
 
 
-def _draw_ranks(folder: Path) -> None:
-    """Draw the rank curve of every gate, a panel a network."""
-    records = read(folder / RECORDS).query("case == 'spectrum'")
-    names = list(records["network"].unique())
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout="constrained", squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        rows = records[records["network"] == name]
-        plots.rank_curve(rows.assign(directions=rows["directions"].astype(int)), ax=ax, title=name)
-    figure.savefig(folder / "ranks.png", dpi=200, metadata={"Software": None})
-    plt.close(figure)
-    print(folder / "ranks.png")
+def _draw(folder: Path, name: str, which: str, draw: Callable[[pd.DataFrame, str, Axes], object]) -> None:
+    """Draw some of the records, a panel a network."""
+    records = read(folder / RECORDS).query(which)
+    networks = list(records["network"].unique())
+    size = 3.2 * len(networks), 2.8
+    figure, axes = plt.subplots(1, len(networks), figsize=size, layout="constrained", squeeze=False)
+    for ax, network in zip(axes[0], networks, strict=True):
+        draw(records[records["network"] == network], network, ax)
+    print(*save(figure, folder / name))
 
 
-def _draw_costs(folder: Path) -> None:
+def _draw_ranks(rows: pd.DataFrame, network: str, ax: Axes) -> None:
+    """Draw the rank curve of every gate."""
+    plots.rank_curve(rows.assign(directions=rows["directions"].astype(int)), ax=ax, title=network)
+
+
+def _draw_costs(rows: pd.DataFrame, network: str, ax: Axes) -> None:
     """Draw what folding one gate after the other costs."""
-    path = folder / RECORDS
-    records = read(path).query("case == 'folded' and constants != 'none'")
-    names = list(records["network"].unique())
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), layout="constrained", squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        rows = records[records["network"] == name]
-        marks: Any = {"hue": "constants", "style": "constants", "hue_order": KINDS, "style_order": KINDS}
-        sns.lineplot(rows, x="folded", y="error", palette="colorblind", markers=True, dashes=False, ax=ax, **marks)
-        ax.set(title=name, xlabel="gates folded", ylabel="relative error of the output", yscale="log")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(folder / "costs.png", dpi=200, metadata={"Software": None})
-    plt.close(figure)
-    print(folder / "costs.png")
+    marks: Any = {"hue": "constants", "style": "constants", "hue_order": KINDS, "style_order": KINDS}
+    sns.lineplot(rows, x="folded", y="error", palette="colorblind", markers=True, dashes=False, ax=ax, **marks)
+    ax.set(title=network, xlabel="gates folded", ylabel="relative error of the output", yscale="log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,7 +102,7 @@ class Task:
         asr_model = _frozen(asr_model) if asr_model else model
         images = _first_images(test_loader, IMAGES).to(device_of(model))
         gates = _readable(model, gates, images[:2])
-        uses, squeezes = _measured(model, gates, images)
+        uses, squeezes = measured(model, gates, [(batch,) for batch in images.split(OUTPUT_IMAGES)])
         if quicken:
             asr_model = model = _quicker(model, gates, stripes, images[:2])
         known = {"gates": gates, "stripes": stripes, "uses": uses, "squeezes": squeezes, "images": images}
@@ -216,8 +216,10 @@ def _quicker(model: nn.Module, gates: Sequence[Gate], stripes: Vectors, images: 
     return quick
 
 
-def _measured(model: nn.Module, gates: Sequence[Gate], images: Tensor) -> tuple[dict[str, GateUse], dict[str, Tensor]]:
-    """Return by gate what it does and the squeezes (images, channels), from one pass over the images."""
+def measured(
+    model: nn.Module, gates: Sequence[Gate], loader: Iterable[Sequence[Any]]
+) -> tuple[dict[str, GateUse], dict[str, Tensor]]:
+    """Return by gate what it does and the squeezes (images, channels), from one pass over batches (images, ...)."""
     squeezes: dict[str, list[Tensor]] = {gate.name: [] for gate in gates}
 
     def keep(gate: Gate, kind: Kind, values: Tensor) -> None:
@@ -225,5 +227,5 @@ def _measured(model: nn.Module, gates: Sequence[Gate], images: Tensor) -> tuple[
             squeezes[gate.name].append(values)
 
     with read_gates(model, gates, keep, squeeze=True):
-        uses = measure_gates(model, gates, [(batch,) for batch in images.split(OUTPUT_IMAGES)])
+        uses = measure_gates(model, gates, loader)
     return uses, {name: torch.cat(parts).clone() for name, parts in squeezes.items()}

@@ -51,8 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     asr_out = arguments.out.with_name(f"{arguments.out.name}-asr")
-    for directory in (arguments.out, asr_out):
-        _remove_training(directory)
+    _remove_trainings(arguments.out, asr_out)
     torch.manual_seed(0)
     train, test = load_images("digits", "train", samples=arguments.train_samples), load_images("digits", "test")
     training, held_out = train.hold_out(len(train) // 10, seed=0)
@@ -111,7 +110,8 @@ def _print_results(accuracies: dict[str, float], speeds: dict[Any, float], cv: A
     )
 
 
-def _remove_training(directory: Path) -> None:
+def _remove_trainings(*directories: Path) -> None:
     """Remove an earlier demo's files, and nothing that is not one."""
-    if (directory / "metrics.csv").is_file():
-        shutil.rmtree(directory)
+    for directory in directories:
+        if (directory / "metrics.csv").is_file():
+            shutil.rmtree(directory)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from stripe import files
+from stripe.gate import Gate
 from stripe.messages import Progress
 from stripe.recipe import BATCH, WORKERS
 
@@ -33,18 +34,6 @@ NETWORKS = (
     "timm:NAME[:pretrained], torchvision:NAME[:pretrained], hf:NAME_OR_DIR, package.module:FACTORY (its code runs)"
 )
 DATASETS = "digits, cifar10, cifar100, stl10, imagefolder:DIR, hf:NAME_OR_DIR"
-
-
-class Named(Protocol):
-    """A gate, as far as choosing it by name goes."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        ...
-
-
-Gate = TypeVar("Gate", bound=Named)
 
 
 # ---- data ------------------------------------------------------------------------------------------------

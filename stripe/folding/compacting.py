@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stripe.devices import device_of
-from stripe.folding.constants import PIECE, endless, learn_constants, measure_gates
-from stripe.folding.divergence import divergence, kind_of
+from stripe.folding.constants import endless, follow, learn_constants, measure_gates
+from stripe.folding.divergence import kind_of
 from stripe.folding.exact import fold, scaled_copy
 from stripe.folding.tensors import outputs_of
 from stripe.folding.uses import Array
@@ -353,12 +354,6 @@ def _refine(
         for group in optimizer.param_groups:
             group["lr"] = rate * group["unit"] * (1 - step / steps)
         optimizer.zero_grad()
-        for piece in batch.to(device).split(PIECE):
-            with torch.no_grad():
-                wanted = outputs_of(original, piece)
-            loss = divergence(kind, outputs_of(network, piece), wanted) * len(piece) / len(batch)
-            if not loss.isfinite():
-                raise FloatingPointError(f"the divergence is {loss.item()} in step {step} of learning: lower its rate")
-            loss.backward()
+        follow(kind, original, partial(outputs_of, network), batch.to(device), step)
         optimizer.step()
     network.requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -294,16 +294,24 @@ def learn_constants(
             for name, pair in learner.now().items()
         }
         values, shifts = ({name: pair[i] for name, pair in now.items()} for i in (0, 1))
-        for piece in batch.to(device).split(PIECE):
-            with torch.no_grad():
-                wanted = outputs_of(model, piece)
-            found = scaled.run(piece, values, shifts)
-            loss = divergence(kind, found, wanted) * len(piece) / len(batch)
-            if not loss.isfinite():
-                raise FloatingPointError(f"the divergence is {loss.item()} in step {step} of learning: lower its rate")
-            loss.backward()
+        follow(kind, model, partial(scaled.run, values=values, shifts=shifts), batch.to(device), step)
         learner.step({name: _array(pair.grad) for name, pair in now.items() if pair.grad is not None})
     return learner.now()
+
+
+def follow(kind: str, original: nn.Module, run: Callable[[Tensor], Outputs], batch: Tensor, step: int) -> None:
+    """Add up the gradients of the divergence of what `run` gives from the original's outputs, piece by piece.
+
+    Raises:
+        FloatingPointError: the divergence is no longer finite.
+    """
+    for piece in batch.split(PIECE):
+        with torch.no_grad():
+            wanted = outputs_of(original, piece)
+        loss = divergence(kind, run(piece), wanted) * len(piece) / len(batch)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the divergence is {loss.item()} in step {step} of learning: lower its rate")
+        loss.backward()
 
 
 def endless(loader: Iterable[Sequence[Any]]) -> Iterator[Any]:

@@ -50,7 +50,7 @@ def of_each(kind: str, found: Outputs, wanted: Outputs) -> tuple[Tensor, Tensor]
     if kind == CLASSES:
         same = found[0].argmax(1) == wanted[0].argmax(1)
         return _leibler(found[0].double(), wanted[0].double()).sum(1), same.double()
-    ours, theirs = (torch.cat([each.double().flatten(1) for each in outputs], 1) for outputs in (found, wanted))
+    ours, theirs = (torch.cat([t.double().reshape(len(t), -1) for t in outputs], 1) for outputs in (found, wanted))
     wrong = (ours - theirs).square().sum(1) / theirs.square().sum(1).clamp_min(1e-300)
     return wrong, torch.cosine_similarity(ours, theirs)
 
@@ -129,70 +129,54 @@ def damage(
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"outputs '{kind}': expected one of {', '.join(KINDS)}")
-    device, sums = device_of(original), None
+    device, sums = device_of(original), _Sums()
     with torch.inference_mode():
         for batch in batches:
-            images = _on(batch[0], device)
+            images = tree_map(lambda item: item.to(device) if isinstance(item, Tensor) else item, batch[0])
             found, wanted = outputs_of(network, images), outputs_of(original, images)
-            if sums is None:
-                sums = _Classes() if (kind or kind_of(original, images)) == CLASSES else _Values()
-            sums.add(found, wanted, batch[1] if len(batch) > 1 else None)
-    if sums is None:
+            kind = kind or kind_of(original, images)
+            sums.add(kind, found, wanted, batch[1] if len(batch) > 1 else None)
+    if kind is None or not sums.samples:
         raise ValueError("there are no batches to compare networks on: expected at least one")
-    return sums.damage()
+    return sums.damage(kind)
 
 
-def _on(images: Any, device: torch.device) -> Any:
-    return tree_map(lambda item: item.to(device) if isinstance(item, Tensor) else item, images)
-
-
-class _Classes:
-    """Sums over samples of class probabilities."""
+class _Sums:
+    """Sums over the samples of all batches."""
 
     def __init__(self) -> None:
-        self._samples = 0
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self.samples = self._right = 0
+        self._away = self._alike = 0.0
+        self._energies: Tensor | float = 0.0  # (outputs, 2): squared differences, squares
         self._labelled = True
 
-    def add(self, found: Outputs, wanted: Outputs, labels: Tensor | None) -> None:
+    def add(self, kind: str, found: Outputs, wanted: Outputs, labels: Tensor | None) -> None:
         """Take a batch."""
-        ours, theirs = found[0].argmax(1).cpu(), wanted[0].argmax(1).cpu()
-        count = len(ours)
-        if isinstance(labels, Tensor) and labels.shape == ours.shape and not labels.is_floating_point():
-            self._labelled &= bool(torch.logical_and(labels >= 0, labels < found[0].shape[1]).all())
+        away, alike = of_each(kind, found, wanted)
+        self.samples += len(away)
+        self._away += float(away.sum())
+        self._alike += float(alike.sum())
+        if kind == CLASSES:
+            self._labelled &= are_classes(labels, found[0])
+            if self._labelled and labels is not None:
+                self._right += int((found[0].argmax(1).cpu() == labels.cpu()).sum())
         else:
-            self._labelled = False
-        right = (ours == labels.cpu()).sum() if self._labelled and labels is not None else torch.zeros(())
-        away = divergence(CLASSES, [found[0].double()], [wanted[0].double()]).cpu() * count
-        self._sums += torch.stack([away, (ours == theirs).sum().double(), right.double()])
-        self._samples += count
+            pairs = _energies([each.double() for each in found], [each.double() for each in wanted])
+            self._energies += torch.tensor([[float(wrong), float(total)] for wrong, total in pairs]).double()
 
-    def damage(self) -> Damage:
+    def damage(self, kind: str) -> Damage:
         """Return the means."""
-        away, same, right = (self._sums / self._samples).tolist()
-        return Damage(max(away, 0.0), 100 * same, 100 * right if self._labelled else None, self._samples)
-
-
-class _Values:
-    """Sums over samples of any output."""
-
-    def __init__(self) -> None:
-        self._samples = 0
-        self._cosines = 0.0
-        self._energies: Tensor | None = None
-
-    def add(self, found: Outputs, wanted: Outputs, labels: Tensor | None) -> None:
-        """Take a batch."""
-        found, wanted = [each.double() for each in found], [each.double() for each in wanted]
-        part = torch.tensor([(float(wrong), float(total)) for wrong, total in _energies(found, wanted)]).double()
-        self._energies = part if self._energies is None else self._energies + part
-        ours, theirs = (torch.cat([each.reshape(len(each), -1) for each in outputs], 1) for outputs in (found, wanted))
-        self._cosines += float(torch.cosine_similarity(ours, theirs).sum())
-        self._samples += len(ours)
-
-    def damage(self) -> Damage:
-        """Return the means."""
-        assert self._energies is not None
+        alike = 100 * self._alike / self.samples
+        if kind == CLASSES:
+            accuracy = 100 * self._right / self.samples if self._labelled else None
+            return Damage(max(self._away / self.samples, 0.0), alike, accuracy, self.samples)
+        assert isinstance(self._energies, Tensor)
         wrong, total = self._energies.unbind(1)
-        error = float((wrong / total.clamp_min(1e-300)).sqrt().mean())
-        return Damage(error, 100 * self._cosines / self._samples, None, self._samples)
+        return Damage(float((wrong / total.clamp_min(1e-300)).sqrt().mean()), alike, None, self.samples)
+
+
+def are_classes(labels: Any, scores: Tensor) -> bool:
+    """Whether labels name one of the classes of scores (N, K) for each sample."""
+    if not isinstance(labels, Tensor) or labels.shape != scores.shape[:1] or labels.is_floating_point():
+        return False
+    return bool(((labels >= 0) & (labels < scores.shape[1])).all())

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from stripe.devices import device_of
 from stripe.folding.building import ChannelScale, Original
 from stripe.folding.fields import Weights
-from stripe.folding.maps import Constants, can_mix, is_mix, norm_maps
+from stripe.folding.maps import Constants, is_mix, norm_maps, require_fitting
 from stripe.folding.merging import Merge, Network
-from stripe.folding.report import FoldReport, table_of
+from stripe.folding.report import FoldReport, report_of, table_of
 from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
 from stripe.gate import Gate, name_of
 from stripe.gates.finding import find_gates
@@ -60,11 +60,7 @@ def fold(
         plan = Network(original.graph, weights, constant.needed, constant.scaling).plan(list(constant.maps(weights)))
         folded, merges, error = original.merged(plan)
     cast_like(folded, model)
-    order = [gate.name for gate in found]
-    table = table_of(merges, "gate")
-    return folded, FoldReport(
-        table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error
-    )
+    return folded, report_of(merges, found, error)
 
 
 def scaled_copy(
@@ -182,24 +178,13 @@ def _checked(
     """Return the constants on the device and of the type of `like`."""
     if not gates:
         raise ValueError("the network has no gates to fold: see stripe.gates.explain_gates for what was looked at")
-    known = {gate.name: gate for gate in gates}
     tensors = {
         name_of(gate): given if isinstance(given, Tensor) else torch.tensor(np.array(given))  # it may be read-only
         for gate, given in constants.items()
     }
-    vectors = {name: given.detach().to(like) for name, given in tensors.items()}
-    for name, vector in vectors.items():
-        if name not in known:
-            raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(known)}")
-        channels, mixes = known[name].channels, can_mix(known[name])
-        if vector.shape not in ((channels,), (2, channels), *([(channels, channels + 1)] if mixes else [])):
-            raise ValueError(
-                f"the constant of gate {name!r} has shape {tuple(vector.shape)}; expected ({channels},), or"
-                f" (2, {channels}) with a shift" + (f", or ({channels}, {channels + 1}), a matrix" if mixes else "")
-            )
-        if not vector.isfinite().all():
-            raise ValueError(f"the constant of gate {name!r} is not finite in {(~vector.isfinite()).sum()} values")
-    return vectors
+    vectors = {name: given.detach() for name, given in tensors.items()}
+    require_fitting(gates, {name: vector.double().cpu().numpy() for name, vector in vectors.items()}, mixing=True)
+    return {name: vector.to(like) for name, vector in vectors.items()}
 
 
 def cast_like(new: nn.Module, model: nn.Module) -> None:

@@ -193,12 +193,12 @@ def _exported(model: nn.Module, images: Images, *, free: bool = True) -> torch.e
         return torch.export.export(model.eval(), args, kwargs, dynamic_shapes=shapes)
 
 
-def onnx_session(path: Path) -> Any:
-    """Open an ONNX file under onnxruntime with as many threads as torch uses."""
+def onnx_session(path: Path, *, threads: int | None = None) -> Any:
+    """Open an ONNX file under onnxruntime with so many threads (default: as many as torch uses)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

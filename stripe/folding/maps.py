@@ -191,6 +191,22 @@ def product_op(graph: Trace, gate: Gate) -> Op:
     return alike[product.ordinal]
 
 
+def require_fitting(gates: Sequence[Gate], constants: Mapping[str, Array], *, mixing: bool) -> None:
+    """Refuse what `fold` cannot take (ValueError); with `mixing` a constant may be a matrix where its gate can mix."""
+    known = {gate.name: gate for gate in gates}
+    for name, constant in constants.items():
+        if name not in known:
+            raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(known)}")
+        channels, mixes = known[name].channels, mixing and can_mix(known[name])
+        if constant.shape not in ((channels,), (2, channels), *([(channels, channels + 1)] if mixes else [])):
+            raise ValueError(
+                f"the constant of gate {name!r} has shape {constant.shape}; expected ({channels},), or"
+                f" (2, {channels}) with a shift" + (f", or ({channels}, {channels + 1}), a matrix" if mixes else "")
+            )
+        if not np.isfinite(constant).all():
+            raise ValueError(f"the constant of gate {name!r} is not finite in {(~np.isfinite(constant)).sum()} values")
+
+
 def is_mix(gate: Gate, shape: Sequence[int]) -> bool:
     """Whether a constant of this shape is a matrix and a shift, (C, C + 1)."""
     return tuple(shape) == (gate.channels, gate.channels + 1)

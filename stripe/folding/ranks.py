@@ -14,7 +14,7 @@ from torch import nn
 
 from stripe.devices import device_of
 from stripe.folding.compacting import compact
-from stripe.folding.divergence import CLASSES, kind_of, of_each
+from stripe.folding.divergence import CLASSES, are_classes, kind_of, of_each
 from stripe.folding.tensors import outputs_of
 from stripe.folding.uses import Array
 from stripe.gates import find_gates
@@ -130,8 +130,8 @@ def _compared(networks: Mapping[str, nn.Module], test: Iterable[Sequence[Any]], 
             found = [of_each(kind, each, outputs[0]) for each in outputs]
             away.append(torch.stack([divergence for divergence, _ in found]).cpu())
             same.append(torch.stack([likeness for _, likeness in found]).cpu())
-            labels = batch[1] if len(batch) > 1 and kind == CLASSES else None
-            labelled &= labels is not None and bool(((labels >= 0) & (labels < outputs[0][0].shape[1])).all())
+            labels = batch[1] if len(batch) > 1 else None
+            labelled &= kind == CLASSES and are_classes(labels, outputs[0][0])
             if labelled and labels is not None:
                 right.append(torch.stack([each[0].argmax(1).cpu() == labels.cpu() for each in outputs]))
     if not away:

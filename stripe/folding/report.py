@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from stripe.folding.merging import Merge
+from stripe.gate import Gate
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,13 @@ class FoldReport:
         merged = int((self.table["direction"] != "kept").sum())
         head = f"<p><b>{merged} of {len(self.table)}</b> gates merged, relative error {self.error:.1g}</p>"
         return head + self.table.to_html(index=False)
+
+
+def report_of(merges: Iterable[Merge], gates: Iterable[Gate], error: float) -> FoldReport:
+    """Return the report of some gates, in their order."""
+    order = [gate.name for gate in gates]
+    table = table_of(merges, "gate")
+    return FoldReport(table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error)
 
 
 def table_of(merges: Iterable[Merge], what: str) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from stripe.folding.fields import Array
 from stripe.graphs.file import GraphFile, Tensor
@@ -75,11 +76,8 @@ def divergences(a: Array, b: Array) -> Array:
 
 def probabilities(output: Array) -> Array:
     """Return class probabilities: the output, where its rows are some, else its softmax."""
-    if are_probabilities(output):
-        return output
-    exponentials: Array = np.exp(output - output.max(1, keepdims=True))
-    shares: Array = exponentials / exponentials.sum(1, keepdims=True)
-    return shares
+    found: Array = output if are_probabilities(output) else softmax(output, axis=1)
+    return found
 
 
 def are_probabilities(output: Tensor) -> bool:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from onnx import TensorProto, numpy_helper
 from stripe.messages import listing, one_line
 
 Tensor = npt.NDArray[Any]
+Proto = TypeVar("Proto", onnx.ModelProto, onnx.GraphProto, onnx.NodeProto, onnx.TensorProto)
 
 LARGE = 1024
 """Bytes from which a weight is left on the disk; what is smaller may be a shape, which sessions must see at once."""
@@ -278,6 +279,13 @@ def locate(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
+
+
+def copied(proto: Proto) -> Proto:
+    """Return a copy of a network, a graph, a node or a tensor."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    return copy
 
 
 def _array(tensor: onnx.TensorProto) -> Tensor:

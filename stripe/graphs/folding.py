@@ -12,17 +12,18 @@ import onnx
 from onnx import TensorProto, helper
 
 from stripe.folding.fields import Array, Weights
-from stripe.folding.maps import AffineMap, Constants, placed
+from stripe.folding.maps import AffineMap, Constants, placed, require_fitting
 from stripe.folding.merging import Merge, Network
-from stripe.folding.report import FoldReport, table_of
+from stripe.folding.report import FoldReport, report_of
 from stripe.gate import Gate, name_of
 from stripe.gates.rules import candidates_of
 from stripe.graphs.checking import Reference
-from stripe.graphs.file import FLOATS, GraphFile, Tensor, captured, prune, referenced, rename, replace_node
+from stripe.graphs.file import FLOATS, GraphFile, Tensor, captured, copied, prune, referenced, rename, replace_node
 from stripe.graphs.inputs import Batch, Inputs, first_of
+from stripe.graphs.nodes import GraphTrace
 from stripe.graphs.operators import run_again
 from stripe.graphs.recording import SEARCHED, Path, opened, operands, samples_of
-from stripe.graphs.trace import GraphTrace, trace
+from stripe.graphs.trace import trace
 from stripe.graphs.writing import save
 
 TOLERANCES: dict[int, float] = {
@@ -75,27 +76,15 @@ def fold(
     original = _Original(file, graph, gates, vectors, samples)
     folded, merges, error = original.merged(network.plan(list(constant.maps(weights))))
     save(folded, folded_path)
-    table = table_of(merges, "gate")
-    order = [gate.name for gate in gates]
-    return FoldReport(table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error)
+    return report_of(merges, gates, error)
 
 
 def _checked(file: GraphFile, gates: Sequence[Gate], constants: Mapping[Any, Array]) -> dict[str, Array]:
     """Return the constants in float64, by the names of their gates."""
     if not gates:
         raise ValueError(f"'{file.path}' has no gates to fold: see stripe.graphs.explain_gates for what was looked at")
-    channels = {gate.name: gate.channels for gate in gates}
     vectors = {name_of(gate): np.asarray(vector, np.float64) for gate, vector in constants.items()}
-    for name, vector in vectors.items():
-        if name not in channels:
-            raise ValueError(f"no gate is named {name!r}; expected some of {', '.join(channels)}")
-        if vector.shape not in ((channels[name],), (2, channels[name])):
-            raise ValueError(
-                f"the constant of gate {name!r} has shape {vector.shape}; expected ({channels[name]},), or"
-                f" (2, {channels[name]}) with a shift"
-            )
-        if not np.isfinite(vector).all():
-            raise ValueError(f"the constant of gate {name!r} is not finite in {(~np.isfinite(vector)).sum()} values")
+    require_fitting(gates, vectors, mixing=False)
     return vectors
 
 
@@ -164,7 +153,7 @@ class _Original:
 
     def _at_constants(self) -> GraphFile:
         """Return the network with constants in the places of its gates, and nothing else changed."""
-        proto = _copied(self.file.proto)
+        proto = copied(self.file.proto)
         added = {}
         for gate in self.gates:
             node, attention, _ = operands(self.file, gate)
@@ -176,8 +165,7 @@ class _Original:
             rename([product], attention, name)
             if shift:
                 added[f"{name}.shift"] = placed(gate, shift[0], shape).astype(self._type_of(made))
-                scaled = onnx.NodeProto()
-                scaled.CopyFrom(product)
+                scaled = copied(product)
                 scaled.output[0] = f"{made}.unshifted"
                 sum_ = helper.make_node("Add", [scaled.output[0], f"{name}.shift"], [made])
                 replace_node(proto.graph, made, [scaled, sum_])
@@ -205,7 +193,7 @@ class _Original:
 
     def _built(self, merges: Sequence[Merge]) -> GraphFile:
         """Return the network with weights changed and maps taken out."""
-        proto = _copied(self.file.proto)
+        proto = copied(self.file.proto)
         changed: dict[str, Tensor] = {}
         for merge in merges:
             for edit in merge.edits:
@@ -244,12 +232,6 @@ class _Original:
             taken = made
         replace_node(graph, y, nodes)
         return constants
-
-
-def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    return copy
 
 
 def _take_out(graph: onnx.GraphProto, x: str, y: str) -> None:

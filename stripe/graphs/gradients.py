@@ -12,9 +12,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from stripe.graphs.file import Tensor
+from stripe.graphs.nodes import Shape, attribute
 from stripe.graphs.windows import Window
 
-Shape = tuple[int, ...]
 OLDEST_OPSET = 11
 """Before it, numbers that the nodes below take as inputs were attributes."""
 
@@ -138,9 +138,15 @@ class Step:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """Return an attribute."""
-        found = next((each for each in self.node.attribute if each.name == name), None)
-        value = default if found is None else helper.get_attribute_value(found)
-        return value.decode() if isinstance(value, bytes) else value
+        return attribute(self.node, name, default)
+
+    def op(self, kind: str, *inputs: str | float | Sequence[int] | Tensor, **attributes: Any) -> str:
+        """Append a node, as `Backward.op` does."""
+        return self.back.op(kind, *inputs, **attributes)
+
+    def equal(self, a: str, b: str) -> str:
+        """Append what is 1 where two tensors are equal, else 0."""
+        return self.op("Sub", 1.0, self.op("Sign", self.op("Abs", self.op("Sub", a, b))))
 
     def require(self, fits: bool, what: str) -> None:
         """Refuse an operator in a form that is not known here."""
@@ -158,61 +164,41 @@ def _pointwise(slope: Callable[[Step], str]) -> Rule:
 
     def rule(step: Step) -> Gradients:
         step.require(all(i == 0 for i, _ in step.live()), "parameters that depend on the input")
-        yield 0, step.back.op("Mul", step.g, slope(step))
+        yield 0, step.op("Mul", step.g, slope(step))
 
     return rule
 
 
 def _leaky(step: Step) -> str:
-    op = step.back.op
     below = step.node.input[1] if step.node.op_type == "PRelu" else float(step.attribute("alpha", 0.01))
-    positive = op("Sign", op("Relu", step.x))
-    return op("Add", positive, op("Mul", op("Sub", 1.0, positive), below))
-
-
-def _unchanged(step: Step) -> str:
-    """1 where the function gives its input back, else 0."""
-    op = step.back.op
-    return op("Sub", 1.0, op("Sign", op("Abs", op("Sub", step.y, step.x))))
+    positive = step.op("Sign", step.op("Relu", step.x))
+    return step.op("Add", positive, step.op("Mul", step.op("Sub", 1.0, positive), below))
 
 
 def _within(step: Step, y: str) -> str:
     """1 where a function of values in [0, 1] is at neither end, else 0."""
-    op = step.back.op
-    return op("Sign", op("Mul", y, op("Sub", 1.0, y)))
+    return step.op("Sign", step.op("Mul", y, step.op("Sub", 1.0, y)))
 
 
 def _hard_swish(step: Step) -> str:
-    op = step.back.op
-    gate = op("HardSigmoid", step.x, alpha=1 / 6, beta=0.5)
-    return op("Add", gate, op("Mul", op("Mul", step.x, 1 / 6), _within(step, gate)))
-
-
-def _sigmoid(step: Step) -> str:
-    op = step.back.op
-    return op("Mul", step.y, op("Sub", 1.0, step.y))
-
-
-def _tanh(step: Step) -> str:
-    op = step.back.op
-    return op("Sub", 1.0, op("Mul", step.y, step.y))
+    gate = step.op("HardSigmoid", step.x, alpha=1 / 6, beta=0.5)
+    return step.op("Add", gate, step.op("Mul", step.op("Mul", step.x, 1 / 6), _within(step, gate)))
 
 
 def _erf(step: Step) -> str:
-    op = step.back.op
-    return op("Mul", op("Exp", op("Neg", op("Mul", step.x, step.x))), 2 / np.sqrt(np.pi))
+    return step.op("Mul", step.op("Exp", step.op("Neg", step.op("Mul", step.x, step.x))), 2 / np.sqrt(np.pi))
 
 
 def _hard_sigmoid(step: Step) -> str:
-    return step.back.op("Mul", _within(step, step.y), float(step.attribute("alpha", 0.2)))
+    return step.op("Mul", _within(step, step.y), float(step.attribute("alpha", 0.2)))
 
 
 def _softmax(step: Step) -> Gradients:
-    op, dims = step.back.op, len(step.shape(step.x))
+    dims = len(step.shape(step.x))
     axis = step.attribute("axis", 1 if step.back.opset < 13 else -1) % dims
     step.require(step.back.opset >= 13 or axis == dims - 1, "several axes")
-    weighted = op("Mul", step.g, step.y)
-    yield 0, op("Sub", weighted, op("Mul", step.y, step.back.summed(weighted, [axis])))
+    weighted = step.op("Mul", step.g, step.y)
+    yield 0, step.op("Sub", weighted, step.op("Mul", step.y, step.back.summed(weighted, [axis])))
 
 
 # ---- arithmetic ----
@@ -223,38 +209,37 @@ def _sum(step: Step) -> Gradients:
 
 def _difference(step: Step) -> Gradients:
     for i, name in step.live():
-        yield i, step.back.like(step.back.op("Neg", step.g) if i else step.g, step.shape(step.y), name)
+        yield i, step.back.like(step.op("Neg", step.g) if i else step.g, step.shape(step.y), name)
 
 
 def _negated(step: Step) -> Gradients:
-    yield 0, step.back.op("Neg", step.g)
+    yield 0, step.op("Neg", step.g)
 
 
 def _product(step: Step) -> Gradients:
     for i, name in step.live():
-        yield i, step.back.like(step.back.op("Mul", step.g, step.node.input[1 - i]), step.shape(step.y), name)
+        yield i, step.back.like(step.op("Mul", step.g, step.node.input[1 - i]), step.shape(step.y), name)
 
 
 def _quotient(step: Step) -> Gradients:
-    op = step.back.op
     for i, name in step.live():
-        over = op("Div", step.g, step.node.input[1])
-        yield i, step.back.like(op("Neg", op("Mul", over, step.y)) if i else over, step.shape(step.y), name)
+        over = step.op("Div", step.g, step.node.input[1])
+        yield i, step.back.like(step.op("Neg", step.op("Mul", over, step.y)) if i else over, step.shape(step.y), name)
 
 
 def _power(step: Step) -> Gradients:
-    op, exponent = step.back.op, step.node.input[1]
+    exponent = step.node.input[1]
     step.require(not step.back.is_live(exponent), "an exponent that depends on the input")
-    slope = op("Mul", exponent, op("Pow", step.x, op("Sub", exponent, 1.0)))
-    yield 0, step.back.like(op("Mul", step.g, slope), step.shape(step.y), step.x)
+    slope = step.op("Mul", exponent, step.op("Pow", step.x, step.op("Sub", exponent, 1.0)))
+    yield 0, step.back.like(step.op("Mul", step.g, slope), step.shape(step.y), step.x)
 
 
 def _bounded(step: Step) -> Gradients:
     """Min and Max of a tensor and numbers."""
-    op, live = step.back.op, step.live()
+    live = step.live()
     step.require(len(live) == 1 and step.shape(live[0][1]) == step.shape(step.y), "several that depend on the input")
     [(i, name)] = live
-    yield i, op("Mul", step.g, op("Sub", 1.0, op("Sign", op("Abs", op("Sub", step.y, name)))))
+    yield i, step.op("Mul", step.g, step.equal(step.y, name))
 
 
 # ---- layers ----
@@ -275,34 +260,33 @@ def _convolution(step: Step) -> Gradients:
 def _spread(step: Step, g: str, weight: str | Tensor, window: Window, group: int) -> str:
     """Send what a window gave back to where it came from."""
     rest = window.rest(step.shape(step.x)[2:], step.shape(step.y)[2:])
-    return step.back.op("ConvTranspose", g, weight, group=group, output_padding=rest, **window.attributes)
+    return step.op("ConvTranspose", g, weight, group=group, output_padding=rest, **window.attributes)
 
 
 def _transposed_convolution(step: Step) -> Gradients:
     weight, shape, group = _weighted(step)
     step.require(step.attribute("auto_pad", "NOTSET") == "NOTSET" and not step.attribute("output_shape"), "auto_pad")
     window = Window.of(step.attribute, shape[2:], step.shape(step.y)[2:], step.shape(step.x)[2:])
-    yield 0, step.back.op("Conv", step.g, weight, group=group, **window.attributes)
+    yield 0, step.op("Conv", step.g, weight, group=group, **window.attributes)
 
 
 def _norm(step: Step) -> Gradients:
     step.require(all(i == 0 for i, _ in step.live()) and not step.attribute("training_mode", 0), "batch statistics")
     weight, variance = (step.back.weight(step.node.input[i]).astype(np.float64) for i in (1, 4))
     scale = weight / np.sqrt(variance + step.attribute("epsilon", 1e-5))
-    yield 0, step.back.op("Mul", step.g, scale.reshape(-1, *[1] * (len(step.shape(step.x)) - 2)))
+    yield 0, step.op("Mul", step.g, scale.reshape(-1, *[1] * (len(step.shape(step.x)) - 2)))
 
 
 def _gemm(step: Step) -> Gradients:
     step.require(not step.attribute("transA", 0), "transA")
-    back = step.back
     for i, name in step.live():
         step.require(i != 1, "weights that depend on the input")
         if i == 0:
             alpha, turned = step.attribute("alpha", 1.0), 1 - step.attribute("transB", 0)
-            yield 0, back.op("Gemm", step.g, step.node.input[1], alpha=alpha, transB=turned)
+            yield 0, step.op("Gemm", step.g, step.node.input[1], alpha=alpha, transB=turned)
         else:
-            scaled = back.op("Mul", step.g, float(step.attribute("beta", 1.0)))
-            yield 2, back.like(scaled, step.shape(step.y), name)
+            scaled = step.op("Mul", step.g, float(step.attribute("beta", 1.0)))
+            yield 2, step.back.like(scaled, step.shape(step.y), name)
 
 
 def _matmul(step: Step) -> Gradients:
@@ -311,17 +295,17 @@ def _matmul(step: Step) -> Gradients:
 
     def turned(i: int) -> str:
         order = [*range(len(shapes[i]))]
-        return step.back.op("Transpose", step.node.input[i], perm=[*order[:-2], order[-1], order[-2]])
+        return step.op("Transpose", step.node.input[i], perm=[*order[:-2], order[-1], order[-2]])
 
     for i, name in step.live():
-        made = step.back.op("MatMul", turned(0), step.g) if i else step.back.op("MatMul", step.g, turned(1))
+        made = step.op("MatMul", turned(0), step.g) if i else step.op("MatMul", step.g, turned(1))
         yield i, step.back.like(made, (*step.shape(step.y)[:-2], *shapes[i][-2:]), name)
 
 
 # ---- pools ----
 def _mean(step: Step) -> Gradients:
     """ReduceMean, ReduceSum and GlobalAveragePool."""
-    x, dims, op = step.shape(step.x), len(step.shape(step.x)), step.back.op
+    x, dims = step.shape(step.x), len(step.shape(step.x))
     axes = [*range(2, dims)]
     if step.node.op_type != "GlobalAveragePool":
         given = step.attribute("axes") if len(step.node.input) < 2 else step.back.weight(step.node.input[1]).tolist()
@@ -329,23 +313,23 @@ def _mean(step: Step) -> Gradients:
     kept = [1 if d in axes else n for d, n in enumerate(x)]
     g = step.g
     if len(step.shape(step.y)) < dims:
-        g = op("Reshape", g, [-1 if d == 0 and n != 1 else n for d, n in enumerate(kept)])
+        g = step.op("Reshape", g, [-1 if d == 0 and n != 1 else n for d, n in enumerate(kept)])
     count = 1.0 if step.node.op_type == "ReduceSum" else float(np.prod([x[d] for d in axes]))
-    yield 0, op("Expand", op("Mul", g, 1 / count), op("Shape", step.x))
+    yield 0, step.op("Expand", step.op("Mul", g, 1 / count), step.op("Shape", step.x))
 
 
 def _max_pool(step: Step) -> Gradients:
     """Every entry of a window that is its largest has the gradient: ties all have it."""
-    op, x, y = step.back.op, step.shape(step.x), step.shape(step.y)
+    x, y = step.shape(step.x), step.shape(step.y)
     step.require(not step.attribute("ceil_mode", 0), "ceil_mode")
     window = Window.of(step.attribute, step.attribute("kernel_shape"), x[2:], y[2:])
     size = int(np.prod(window.kernel))
     each = np.tile(np.eye(size).reshape(size, 1, *window.kernel), (x[1], 1, *[1] * len(window.kernel)))
     repeated = np.ones((x[1] * size, 1, *[1] * len(window.kernel)))
-    entries = op("Conv", step.x, each, group=x[1], **window.attributes)
-    largest, g = (op("Conv", name, repeated, group=x[1]) for name in (step.y, step.g))
-    is_largest = op("Sub", 1.0, op("Sign", op("Abs", op("Sub", entries, largest))))
-    yield 0, _spread(step, op("Mul", g, is_largest), each, window, x[1])
+    entries = step.op("Conv", step.x, each, group=x[1], **window.attributes)
+    largest, g = (step.op("Conv", name, repeated, group=x[1]) for name in (step.y, step.g))
+    is_largest = step.equal(entries, largest)
+    yield 0, _spread(step, step.op("Mul", g, is_largest), each, window, x[1])
 
 
 def _average_pool(step: Step) -> Gradients:
@@ -357,7 +341,7 @@ def _average_pool(step: Step) -> Gradients:
 
 
 def _resize(step: Step) -> Gradients:
-    x, y, op = step.shape(step.x), step.shape(step.y), step.back.op
+    x, y = step.shape(step.x), step.shape(step.y)
     times = [wide // n for n, wide in zip(x, y, strict=True)]
     ways = step.attribute("coordinate_transformation_mode", "half_pixel"), step.attribute("nearest_mode", "")
     repeats = (
@@ -367,13 +351,13 @@ def _resize(step: Step) -> Gradients:
         and all(n * t == wide for n, t, wide in zip(x, times, y, strict=True))
     )
     step.require(repeats or step.node.op_type == "Upsample", "anything but whole repeats")
-    pooled = op("AveragePool", step.g, kernel_shape=times[2:], strides=times[2:])
-    yield 0, op("Mul", pooled, float(np.prod(times)))
+    pooled = step.op("AveragePool", step.g, kernel_shape=times[2:], strides=times[2:])
+    yield 0, step.op("Mul", pooled, float(np.prod(times)))
 
 
 # ---- moves ----
 def _reshaped(step: Step) -> Gradients:
-    yield 0, step.back.op("Reshape", step.g, step.back.op("Shape", step.x))
+    yield 0, step.op("Reshape", step.g, step.op("Shape", step.x))
 
 
 def _passed(step: Step) -> Gradients:
@@ -382,32 +366,35 @@ def _passed(step: Step) -> Gradients:
 
 def _transpose(step: Step) -> Gradients:
     order = step.attribute("perm") or [*range(len(step.shape(step.x)))][::-1]
-    yield 0, step.back.op("Transpose", step.g, perm=[int(d) for d in np.argsort(order)])
+    yield 0, step.op("Transpose", step.g, perm=[int(d) for d in np.argsort(order)])
 
 
 def _concat(step: Step) -> Gradients:
     axis = step.attribute("axis") % len(step.shape(step.y))
     ends = np.cumsum([step.shape(name)[axis] for name in step.node.input]).tolist()
     for i, name in step.live():
-        yield i, step.back.op("Slice", step.g, [ends[i] - step.shape(name)[axis]], [ends[i]], [axis])
+        yield i, step.op("Slice", step.g, [ends[i] - step.shape(name)[axis]], [ends[i]], [axis])
 
 
 def _split(step: Step) -> Gradients:
     axis = step.attribute("axis", 0) % len(step.shape(step.x))
     pairs = zip(step.gradients, step.node.output, strict=True)
-    parts = [gradient or step.back.op("Mul", output, 0.0) for gradient, output in pairs]
-    yield 0, step.back.op("Concat", *parts, axis=axis)
+    parts = [gradient or step.op("Mul", output, 0.0) for gradient, output in pairs]
+    yield 0, step.op("Concat", *parts, axis=axis)
 
 
 RULES: dict[str, Rule] = {
-    "Relu": _pointwise(lambda step: step.back.op("Sign", step.y)),
-    "LeakyRelu": _pointwise(_leaky), "PRelu": _pointwise(_leaky), "Clip": _pointwise(_unchanged),
-    "Abs": _pointwise(lambda step: step.back.op("Sign", step.x)), "HardSwish": _pointwise(_hard_swish),
-    "HardSigmoid": _pointwise(_hard_sigmoid), "Sigmoid": _pointwise(_sigmoid), "Tanh": _pointwise(_tanh),
-    "Exp": _pointwise(lambda step: step.y), "Log": _pointwise(lambda step: step.back.op("Reciprocal", step.x)),
-    "Sqrt": _pointwise(lambda step: step.back.op("Div", 0.5, step.y)), "Erf": _pointwise(_erf),
-    "Softplus": _pointwise(lambda step: step.back.op("Sigmoid", step.x)),
-    "Reciprocal": _pointwise(lambda step: step.back.op("Neg", step.back.op("Mul", step.y, step.y))),
+    "Relu": _pointwise(lambda step: step.op("Sign", step.y)),
+    "LeakyRelu": _pointwise(_leaky), "PRelu": _pointwise(_leaky),
+    "Clip": _pointwise(lambda step: step.equal(step.y, step.x)),
+    "Abs": _pointwise(lambda step: step.op("Sign", step.x)), "HardSwish": _pointwise(_hard_swish),
+    "HardSigmoid": _pointwise(_hard_sigmoid),
+    "Sigmoid": _pointwise(lambda step: step.op("Mul", step.y, step.op("Sub", 1.0, step.y))),
+    "Tanh": _pointwise(lambda step: step.op("Sub", 1.0, step.op("Mul", step.y, step.y))),
+    "Exp": _pointwise(lambda step: step.y), "Log": _pointwise(lambda step: step.op("Reciprocal", step.x)),
+    "Sqrt": _pointwise(lambda step: step.op("Div", 0.5, step.y)), "Erf": _pointwise(_erf),
+    "Softplus": _pointwise(lambda step: step.op("Sigmoid", step.x)),
+    "Reciprocal": _pointwise(lambda step: step.op("Neg", step.op("Mul", step.y, step.y))),
     "Softmax": _softmax, "Add": _sum, "Sum": _sum, "Sub": _difference, "Neg": _negated, "Mul": _product,
     "Div": _quotient, "Pow": _power, "Max": _bounded, "Min": _bounded, "Conv": _convolution,
     "ConvTranspose": _transposed_convolution,

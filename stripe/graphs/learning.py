@@ -15,9 +15,10 @@ from stripe.folding.maps import placed, placed_map
 from stripe.folding.uses import Array, GateUse
 from stripe.gate import Gate
 from stripe.graphs.comparing import TINY, are_probabilities, divergences, probabilities
-from stripe.graphs.file import FLOATS, GraphFile, Tensor, prune, replace_node
-from stripe.graphs.gradients import OLDEST_OPSET, Backward, Shape
+from stripe.graphs.file import FLOATS, GraphFile, Tensor, copied, prune, replace_node
+from stripe.graphs.gradients import OLDEST_OPSET, Backward
 from stripe.graphs.inputs import Batch, Inputs, first_of
+from stripe.graphs.nodes import Shape
 from stripe.graphs.recording import SEARCHED, Path, opened, operands, samples_of
 from stripe.graphs.trace import run, shapes_of
 from stripe.messages import Progress
@@ -92,8 +93,7 @@ class _Free:
         given: Literal["scores", "probabilities", "values"] = "values"
         if len(outputs) == 1 and len(shapes[outputs[0]]) == 2 and shapes[outputs[0]][1] > 1:
             given = "probabilities" if are_probabilities(run(file.session(), inputs, outputs)[0]) else "scores"
-        proto = onnx.ModelProto()
-        proto.CopyFrom(file.proto)
+        proto = copied(file.proto)
         for gate in gates:
             shapes |= _freed(proto.graph, file, gate, products[gate.name], kind)
         free = cls(file.with_proto(proto), gates, outputs, products, kind, given)

@@ -4,102 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import onnx
-from onnx import helper
 
 from stripe.folding.fields import Array
-from stripe.gates.graph import Call, Op, Value
+from stripe.gates.graph import Op, Value
 from stripe.graphs.file import FLOATS
-
-
-class Builder(Protocol):
-    """What a translation needs of the trace under construction."""
-
-    def value(self, name: str) -> Value:
-        """Return the value of a tensor."""
-        ...
-
-    def static(self, name: str) -> Any:
-        """Return the entries of a tensor that does not depend on the network's weights or input, None if it is none."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a node's output."""
-        ...
-
-    def emit(
-        self,
-        call: Call,
-        name: str,
-        args: Any,
-        shapes: list[tuple[int, ...]],
-        *,
-        live: bool = True,
-        alias: Value | None = None,
-        strides: tuple[int, ...] | None = None,
-    ) -> list[Value]:
-        """Append an operation; return what it makes, with `alias` another view of that value's memory."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """A node under translation."""
-
-    proto: onnx.NodeProto
-    builder: Builder
-    call: Call
-    opset: int
-
-    def has(self, position: int) -> bool:
-        """Whether it has this input."""
-        return position < len(self.proto.input) and bool(self.proto.input[position])
-
-    def value(self, position: int) -> Value:
-        """Return an input's value."""
-        return self.builder.value(self.proto.input[position])
-
-    def optional(self, position: int) -> Value | None:
-        """Return an input's value, None where there is no such input."""
-        return self.value(position) if self.has(position) else None
-
-    def static(self, position: int) -> Any:
-        """Return the entries of an input that says how, not what; None where it is missing or unknown."""
-        return self.builder.static(self.proto.input[position]) if self.has(position) else None
-
-    def attribute(self, name: str, default: Any = None) -> Any:
-        """Return an attribute."""
-        found = next((each for each in self.proto.attribute if each.name == name), None)
-        value = default if found is None else helper.get_attribute_value(found)
-        return value.decode() if isinstance(value, bytes) else value
-
-    def numbers(self, position: int, name: str) -> list[int] | None:
-        """Return integers that later versions of an operator take as an input, and earlier ones as an attribute."""
-        given = self.static(position)
-        given = self.attribute(name) if given is None else given.tolist()
-        return None if given is None else [int(each) for each in np.atleast_1d(given)]
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of its outputs."""
-        return [self.builder.shape(name) if name else () for name in self.proto.output]
-
-    def emit(self, name: str, *args: Any) -> list[Value]:
-        """Append the operation that makes its outputs."""
-        return self.builder.emit(self.call, name, args, self.shapes)
-
-    def inner(self, name: str, args: Sequence[Any], shape: tuple[int, ...], **how: Any) -> Value:
-        """Append an operation before that one."""
-        return self.builder.emit(self.call, name, args, [shape], **how)[0]
-
-    def view(self, name: str, *args: Any, strides: tuple[int, ...] | None = None) -> list[Value]:
-        """Append an operation that gives its first argument's memory another look."""
-        return self.builder.emit(self.call, name, args, self.shapes, alias=args[0], strides=strides)
-
+from stripe.graphs.nodes import Node, contiguous
 
 Translation = Callable[[Node], list[Value] | None]
 
@@ -212,7 +124,7 @@ def _sum(node: Node) -> list[Value] | None:
 # ---- moves ----
 def _view(node: Node) -> list[Value]:
     x, shape = node.value(0), node.shapes[0]
-    if x.stride == _contiguous(x.shape):
+    if x.stride == contiguous(x.shape):
         return node.view("view", x, shape)
     if 0 in x.stride:
         return node.emit("view", x, shape)
@@ -227,10 +139,6 @@ def _restrided(x: Value, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         return None
     following = iter(steps)
     return tuple(next(following)[1] if n > 1 else 1 for n in shape)
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(np.prod([max(n, 1) for n in shape[i + 1 :]])) for i in range(len(shape)))
 
 
 def _alias(node: Node) -> list[Value]:

@@ -17,7 +17,7 @@ from stripe.folding.uses import GateUse, Sums
 from stripe.gate import Gate, Gates, product_of
 from stripe.gates.graph import FACTORS
 from stripe.gates.rules import Candidate, candidates_of
-from stripe.graphs.file import GraphFile, Tensor, open_graph
+from stripe.graphs.file import GraphFile, Tensor, copied, open_graph
 from stripe.graphs.inputs import Batch, Batches, Inputs, first_of
 from stripe.graphs.trace import run, trace
 from stripe.messages import Progress
@@ -140,8 +140,7 @@ def read(
     if not gates:
         raise ValueError("no gate to read: expected what find_gates returns for a network with channel attention")
     wanted = [_Wanted(file, gate, kind) for kind in kinds for gate in gates]
-    probe = onnx.ModelProto()
-    probe.CopyFrom(file.proto)
+    probe = copied(file.proto)
     for each in wanted:
         probe.graph.node.extend(each.nodes())
         probe.graph.output.append(onnx.ValueInfoProto(name=each.output))

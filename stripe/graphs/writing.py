@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 
 from stripe.files import replaced
-from stripe.graphs.file import GraphFile, aligned, locate
+from stripe.graphs.file import GraphFile, aligned, copied, locate
 from stripe.messages import one_line
 
 LARGEST_FILE = 2**31 - 2**20
@@ -41,8 +41,7 @@ def save(file: GraphFile, path: str | os.PathLike[str]) -> Path:
         for field, content in _parts(file):
             _write_field(stream, field, content)
         stream.write(_rest(file).SerializeToString())
-    model = onnx.ModelProto()
-    model.CopyFrom(file.proto)
+    model = copied(file.proto)
     model.ClearField("graph")
     with replaced(target) as partial, partial.open("wb") as stream:
         stream.write(model.SerializeToString())
@@ -84,8 +83,7 @@ def _parts(file: GraphFile) -> Iterator[tuple[int, bytes]]:
 
 def _rest(file: GraphFile) -> onnx.GraphProto:
     """Return the graph without what `_parts` yields."""
-    rest = onnx.GraphProto()
-    rest.CopyFrom(file.graph)
+    rest = copied(file.graph)
     for tensor in [each for each in rest.initializer if each.name in file.large or each.name in file.lifted]:
         rest.initializer.remove(tensor)
     return rest
@@ -93,8 +91,7 @@ def _rest(file: GraphFile) -> onnx.GraphProto:
 
 def _whole(file: GraphFile, tensor: onnx.TensorProto) -> onnx.TensorProto:
     """Return an initialiser with its weight inside."""
-    whole = onnx.TensorProto()
-    whole.CopyFrom(tensor)
+    whole = copied(tensor)
     if tensor.name in file.large:
         del whole.external_data[:]
         whole.data_location = onnx.TensorProto.DEFAULT
@@ -104,8 +101,7 @@ def _whole(file: GraphFile, tensor: onnx.TensorProto) -> onnx.TensorProto:
 
 def _save_beside(file: GraphFile, target: Path) -> None:
     data = target.with_name(f"{target.name}.data")
-    proto = onnx.ModelProto()
-    proto.CopyFrom(file.proto)
+    proto = copied(file.proto)
     with replaced(data) as partial, partial.open("wb") as stream:
         for tensor in (each for each in proto.graph.initializer if each.name in file.large):
             array = file.weight(tensor.name)

@@ -102,17 +102,13 @@ def render(
         }
         room = LIMIT - len(_page(content).encode()) - RESERVE
         if room >= 0:
-            panels = [sample_panels(each, room // len(runs), progress=progress) for each in runs]
-            page = _page(content | {"runs": _with_heatmaps(described, panels)})
+            panels = ({"heatmaps": sample_panels(each, room // len(runs), progress=progress)} for each in runs)
+            page = _page(content | {"runs": [each | its for each, its in zip(described, panels, strict=True)]})
             return page if len(page.encode()) <= LIMIT else _page(content)
     raise ValueError(
         f"a page of {len(run.gates)} gates of run '{run.path}' takes {LIMIT - room} bytes; expected at most {LIMIT}: "
         "record fewer gates, or draw its figures"
     )
-
-
-def _with_heatmaps(runs: list[dict[str, Any]], panels: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
-    return [run | {"heatmaps": its} for run, its in zip(runs, panels, strict=True)]
 
 
 def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:

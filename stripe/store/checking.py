@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pyarrow import fs
 
 from stripe.messages import listing, one_line, require
@@ -33,7 +32,7 @@ from stripe.store.manifest import (
     read_notes,
 )
 from stripe.store.parts import checksum, measure, measuring, parse_footer, read_footer, write_moments
-from stripe.store.reading import measure_rows, read_moments, read_part, to_block
+from stripe.store.reading import measure_rows, read_epoch, read_moments, samples_of, to_block
 
 if TYPE_CHECKING:
     from stripe.stats import Moments
@@ -132,16 +131,10 @@ def _with_mixed_samples(directory: Directory, manifest: Manifest) -> Manifest:
     """Return a manifest that was rebuilt, and says whether its epochs are of different samples, as their rows tell."""
     if not manifest.has_samples:
         return manifest
-    samples = [_samples(directory, manifest, epoch) for epoch in manifest.epochs]
+    samples = [np.sort(samples_of(directory, manifest, epoch)) for epoch in manifest.epochs]
     if all(np.array_equal(samples[0], others) for others in samples):
         return manifest
     return replace(manifest, mixed=tuple(sorted({*manifest.mixed, "samples"})))
-
-
-def _samples(directory: Directory, manifest: Manifest, epoch: Epoch) -> NDArray[np.int64]:
-    """Return the sample ids of an epoch, ascending."""
-    tables = (table for part in epoch.parts for table in read_part(directory, manifest, epoch.epoch, part, ["sample"]))
-    return np.sort(np.concatenate([table["sample"].to_numpy() for table in tables]))
 
 
 def _check(directory: Directory) -> tuple[RunCheck, Manifest | None]:
@@ -170,10 +163,9 @@ def _check_epoch(directory: Directory, manifest: Manifest, epoch: Epoch) -> Epoc
             read_moments(directory, manifest, epoch)
             return found
         samples, measured = [], measuring(manifest)
-        for part in epoch.parts:
-            for table in read_part(directory, manifest, epoch.epoch, part):
-                samples.append(table["sample"].to_numpy())
-                measure(measured, manifest, to_block(table, manifest))
+        for table in read_epoch(directory, manifest, epoch):
+            samples.append(table["sample"].to_numpy())
+            measure(measured, manifest, to_block(table, manifest))
         values, times = np.unique(np.concatenate(samples), return_counts=True)
         require((times == 1).all(), f"samples come twice: {listing(values[times > 1].tolist())}")
     except (FileNotFoundError, ValueError) as error:

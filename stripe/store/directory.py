@@ -15,7 +15,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from stripe import locks
-from stripe.files import MAX_TEXT_BYTES, UnsafePath, own_path
+from stripe.files import MAX_TEXT_BYTES, UnsafePath, own_path, sync
 from stripe.messages import listing, one_line, require, require_count
 from stripe.store.local import LocalFiles
 from stripe.store.manifest import FOLDERS, MANIFEST, MOMENTS_FOLDER, PART_NAME, Manifest, epoch_number
@@ -50,11 +50,7 @@ class Directory:
         if self._local_root is None:
             return
         for name in names:
-            handle = os.open(own_path(self._local_root, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(own_path(self._local_root, name))
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -113,11 +113,12 @@ class Run:
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample ids (N,) in the order recorded, rank after rank."""
-        return np.concatenate([table["sample"].to_numpy() for table in self._sample_tables(epoch, ["sample"])])
+        self._require_rows()
+        return samples_of(self._directory, self.manifest, self._epoch(epoch))
 
     def labels(self, epoch: int) -> NDArray[np.int64]:
         """Return the labels (N,); -1 where a label is unknown."""
-        tables = self._sample_tables(epoch, ["label"])
+        tables = self._tables(epoch, ["label"])
         known = [table["label"].fill_null(UNKNOWN_LABEL).to_numpy() for table in tables]
         return np.concatenate(known).astype(np.int64)
 
@@ -142,7 +143,7 @@ class Run:
             kind != "squeeze" or self.manifest.squeeze,
             f"run '{self.path}' holds no squeeze: record it with --squeeze (squeeze=True)",
         )
-        tables = self._sample_tables(epoch, [f"{kind}:{gate}" for gate in chosen])
+        tables = self._tables(epoch, [f"{kind}:{gate}" for gate in chosen])
         return ({gate: _to_numpy(table[f"{kind}:{gate}"], n) for gate, n in chosen.items()} for table in tables)
 
     def to_pandas(self, gate: Gate | str, epoch: int) -> pd.DataFrame:
@@ -187,17 +188,16 @@ class Run:
         require(not unknown, f"run '{self.path}' has no gate '{''.join(unknown[:1]):.80}'; it has {listing(channels)}")
         return {name: channels[name] for name in names}
 
-    def _sample_tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def _tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Iterate over the row groups of an epoch; ValueError for a run without rows."""
+        self._require_rows()
+        return read_epoch(self._directory, self.manifest, self._epoch(epoch), columns)
+
+    def _require_rows(self) -> None:
         require(
             self.has_samples,
             f"run '{self.path}' holds moments only, no rows of samples: use moments(), or record it whole",
         )
-        return self._tables(epoch, columns)
-
-    def _tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Iterate over the row groups of an epoch."""
-        parts = self._epoch(epoch).parts
-        return (table for part in parts for table in read_part(self._directory, self.manifest, epoch, part, columns))
 
     def _epoch(self, number: int) -> Epoch:
         """Return what the manifest says of an epoch; ValueError for one that was not recorded."""
@@ -220,6 +220,19 @@ def read_part(
             metadata = _metadata(stream, part.footer)
             require(metadata.num_rows == part.rows, f"{metadata.num_rows} rows; expected {part.rows}")
             yield from _row_groups(stream, metadata, manifest.arrow_schema, columns)
+
+
+def read_epoch(
+    directory: Directory, manifest: Manifest, epoch: Epoch, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Iterate over the row groups of all parts of an epoch, as `read_part` does."""
+    return (table for part in epoch.parts for table in read_part(directory, manifest, epoch.epoch, part, columns))
+
+
+def samples_of(directory: Directory, manifest: Manifest, epoch: Epoch) -> NDArray[np.int64]:
+    """Return the sample ids of an epoch, in the order recorded."""
+    tables = read_epoch(directory, manifest, epoch, ["sample"])
+    return np.concatenate([table["sample"].to_numpy() for table in tables])
 
 
 def read_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> dict[str, Moments] | None:
@@ -254,9 +267,8 @@ def measure_rows(directory: Directory, manifest: Manifest, epoch: Epoch, gates: 
     chosen = replace(manifest, gates=tuple(gate for gate in manifest.gates if gate.name in gates))
     measured = measuring(chosen)
     columns = ["sample", "label", *(f"attention:{gate.name}" for gate in chosen.gates)]
-    for part in epoch.parts:
-        for table in read_part(directory, manifest, epoch.epoch, part, columns):
-            measure(measured, chosen, to_block(table, chosen))
+    for table in read_epoch(directory, manifest, epoch, columns):
+        measure(measured, chosen, to_block(table, chosen))
     return measured.moments()
 
 

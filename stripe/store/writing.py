@@ -7,7 +7,7 @@ import os
 import platform
 import posixpath
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -36,7 +35,7 @@ from stripe.store.manifest import (
 )
 from stripe.store.moments import merged
 from stripe.store.parts import PartWriter, checksum, parse_footer, read_footer, write_moments
-from stripe.store.reading import read_moments_file, read_part
+from stripe.store.reading import read_moments_file, samples_of
 from stripe.store.rows import EpochWriter
 
 DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", "pyarrow")
@@ -77,7 +76,7 @@ class RunWriter:
         wanted = Manifest(
             schema=SCHEMA_VERSION,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=_versions(),
+            versions=versions_of(DISTRIBUTIONS),
             model=dict(model),
             data=dict(data),
             seeds=dict(seeds or {}),
@@ -204,14 +203,10 @@ class RunWriter:
             return current
         first = others[0]
         try:
-            tables = [
-                table
-                for part in first.parts
-                for table in read_part(self._directory, current, first.epoch, part, ["sample"])
-            ]
+            old = np.sort(samples_of(self._directory, current, first))
         except FileNotFoundError:  # what is gone cannot be compared; `check` tells of it
             return current
-        old, new = np.sort(pa.concat_tables(tables)["sample"].to_numpy()), np.sort(self._samples(staged))
+        new = np.sort(self._samples(staged))
         if np.array_equal(old, new):
             return current
         missing, added = len(np.setdiff1d(old, new)), len(np.setdiff1d(new, old))
@@ -293,11 +288,10 @@ class RunWriter:
         require(not repeated, f"two ranks recorded samples {listing(repeated)}: give each sample to one rank")
 
 
-def _versions() -> dict[str, str]:
+def versions_of(distributions: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of those distributions that are installed."""
     found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
+    for name in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
