@@ -12,12 +12,12 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from benchmarks.timing import start_server
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300.0  # seconds after which a process that does not end is killed
@@ -36,11 +36,10 @@ class Forks:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.loaded"])
         self._started: list[ForkServerProcess] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(ROOT)  # where `tests` is found
-            forkserver.ensure_running()
+            start_server(["tests.forked", "tests.loaded"])  # of which a process has one: benchmarks use it too
 
     def start(
         self,

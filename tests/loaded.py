@@ -9,6 +9,6 @@ import stripe
 for module in pkgutil.walk_packages(stripe.__path__, "stripe."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-for name in ("onnx", "pytorch_lightning", "sklearn.datasets", "torchvision"):  # onnxruntime has a thread, with which nothing may fork
+for name in ("onnx", "pytorch_lightning", "sklearn.datasets", "torchvision"):  # without onnxruntime, which has threads
     importlib.import_module(name)
 gc.freeze()  # or every fork would copy all that was loaded, to look for garbage in it
