@@ -161,7 +161,7 @@ MINIATURES = [
     pytest.param("deploy", ["deploy", *SMALL, "--batch", "4"], FORMS, marks=SLOW),
     ("memory", ["memory", *SMALL, "--batch", "4"], ["plain", "plain, kept", "SE", "SE, kept"]),
     ("scaling", ["scaling", "--samples", "30", "60", "--gates", "3", "--rounds", "1"], ["stats, 30", "stats, 60"]),
-    pytest.param("fold-mobilenet", ["fold", "--size", "32", "--batch", "64", "--rounds", "2"], FOLDED, marks=SLOW),
+    pytest.param("fold-mobilenet", ["fold", "--size", "64", "--batch", "64", "--rounds", "2"], FOLDED, marks=SLOW),
     pytest.param("startup", ["startup", "--rounds", "1"], ["python -c pass", "import stripe"], marks=SLOW),
 ]
 COLUMNS = {"case", "seconds", "min", "max", "baseline", "ratio", "ratio_min", "ratio_max", "peak_mb"}
