@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.forked import Forks
+
 torch.set_num_threads(1)
 
 
@@ -67,6 +69,14 @@ def _jitter(output, units):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Start processes that have every library loaded."""
+    made = Forks()
+    yield made
+    made.close()
 
 
 def randomize(model: nn.Module) -> nn.Module:

@@ -25,12 +25,9 @@ sys.path.append(str(SCRIPT.parent))
 from benchmarks import collect, deploy, fold, reference, runs, stats, tables, timing, train  # noqa: E402
 from studies.table import read_text  # noqa: E402
 
-MODULES = [f"benchmarks.{name}" for name in ("collect", "deploy", "fold", "stats", "memory", "scaling", "train")]
-
 
 @pytest.fixture(scope="module")
-def benchmark():
-    timing.start_server(MODULES)
+def benchmark(forks):  # whose cases are forked as well
     spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -164,7 +161,7 @@ MINIATURES = [
     pytest.param("deploy", ["deploy", *SMALL, "--batch", "4"], FORMS, marks=SLOW),
     ("memory", ["memory", *SMALL, "--batch", "4"], ["plain", "plain, kept", "SE", "SE, kept"]),
     ("scaling", ["scaling", "--samples", "30", "60", "--gates", "3", "--rounds", "1"], ["stats, 30", "stats, 60"]),
-    pytest.param("fold-mobilenet", ["fold", "--size", "64", "--batch", "2", "--rounds", "2"], FOLDED, marks=SLOW),
+    pytest.param("fold-mobilenet", ["fold", "--size", "64", "--batch", "64", "--rounds", "2"], FOLDED, marks=SLOW),
     pytest.param("startup", ["startup", "--rounds", "1"], ["python -c pass", "import stripe"], marks=SLOW),
 ]
 COLUMNS = {"case", "seconds", "min", "max", "baseline", "ratio", "ratio_min", "ratio_max", "peak_mb"}

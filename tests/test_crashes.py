@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from stripe.store import Run, check_run, open_run
+from tests.forked import Forks, ended, run_stripe
 from tests.runs import (
     listing,
     parts,
@@ -221,28 +222,25 @@ def test_kills_at_every_operation_and_at_random_moments_lose_no_sample(victim, t
 # ---- whole commands ----
 
 
-def run_script(folder: Path, *words: object, changes: int | None = None, after: Path | None = None) -> bool:
+def run_command(
+    forks: Forks, folder: Path, *words: object, changes: int | None = None, after: Path | None = None
+) -> bool:
     """Run a command in ``folder``; SIGKILL it after so many changes to the files there, counted once ``after`` exists.
 
     Return whether it was killed.
     """
-    script, *rest = map(str, words)
-    command = [sys.executable, str(ROOT / "scripts" / script), *rest, "--workers", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (folder / "said").open("wb") as said:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True
-        )
+    process = forks.start(run_stripe, *words, "--workers", 0, said=folder / "said", folder=folder)
     seen, counted = inodes(folder), 0
-    while process.poll() is None and changes is not None:
+    while process.exitcode is None and changes is not None:
         now = inodes(folder)
         counted, seen = counted + (now != seen and (after is None or after.exists())), now
         time.sleep(0.002)
         if counted >= changes:
             os.killpg(process.pid, signal.SIGKILL)
             break
-    assert process.wait() in (0, -signal.SIGKILL), (folder / "said").read_text()
-    return process.returncode != 0
+    [code] = ended(process)
+    assert code in (0, -signal.SIGKILL), (folder / "said").read_text()
+    return code != 0
 
 
 def inodes(folder: Path) -> set[int]:
@@ -257,7 +255,7 @@ def entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 @pytest.mark.slow
-def test_killed_commands_continue_to_the_same_bytes(tmp_path, record_property):
+def test_killed_commands_continue_to_the_same_bytes(forks, tmp_path, record_property):
     """Train with recording and kill, resume to the end; then collect from the checkpoints likewise."""
     rng, kills = np.random.default_rng(0), 0
     small = (
@@ -277,28 +275,28 @@ def test_killed_commands_continue_to_the_same_bytes(tmp_path, record_property):
         "--val-samples",
         16,
     )
-    train = ("train.py", *small, "--record", 20, "-c", "run")
+    train = ("train", *small, "--record", 20, "-c", "run")
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
-    run_script(tmp_path / "undisturbed", *train)
+    run_command(forks, tmp_path / "undisturbed", *train)
     last = tmp_path / "killed/run/checkpoints/last.pt"
-    killed = run_script(tmp_path / "killed", *train, changes=1, after=last)
+    killed = run_command(forks, tmp_path / "killed", *train, changes=1, after=last)
     while killed:
         kills += 1
         assert check_run(last.parents[1]).whole
         changes = 4 * kills + int(rng.integers(3))
-        killed = run_script(tmp_path / "killed", *train, "--resume", "run/checkpoints/last.pt", changes=changes)
+        killed = run_command(forks, tmp_path / "killed", *train, "--resume", "run/checkpoints/last.pt", changes=changes)
     assert kills >= 2
     whole, resumed = (tmp_path / name / "run" for name in ("undisturbed", "killed"))
     assert (resumed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     assert epochs_of(resumed, open_run(resumed)) == epochs_of(whole, open_run(whole))
 
     checkpoints = [whole / f"checkpoints/epoch={number:04d}.pt" for number in (1, 2, 3)]
-    collect = ("collect_attention.py", "--ckpt", *checkpoints, "--samples", 60, "--out", "probe", "--resume")
-    run_script(tmp_path / "undisturbed", *collect)
+    collect = ("collect", "--ckpt", *checkpoints, "--samples", 60, "--out", "probe", "--resume")
+    run_command(forks, tmp_path / "undisturbed", *collect)
     record_property("`train.py --resume` killed: the same bytes in the end", kills)
     kills = 0
-    while run_script(tmp_path / "killed", *collect, changes=int(rng.integers(2 + 3 * kills, 8 + 3 * kills))):
+    while run_command(forks, tmp_path / "killed", *collect, changes=int(rng.integers(2 + 3 * kills, 8 + 3 * kills))):
         kills += 1
         if (tmp_path / "killed/probe/run.json").exists():
             assert check_run(tmp_path / "killed/probe").whole

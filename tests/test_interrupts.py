@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -22,6 +23,7 @@ from PIL import Image
 
 from stripe.cli import COMMANDS
 from stripe.store import check_run
+from tests.forked import Forks, ended, run_stripe
 from tests.runs import listing
 
 ROOT = Path(__file__).parents[1]
@@ -45,16 +47,31 @@ TIMES = {"fold": 4, "demo": 2}  # that a command is interrupted, the others more
 SWIFT = ["collect", "stats", "check", "report"]  # what the fast tests interrupt
 
 
-class Commands:
-    """Lets tests/interrupted.py run commands, each in a folder of its own."""
+class Ended(NamedTuple):
+    code: int
+    seconds: float
+    left: bool  # a process that it started, or itself
 
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
-        self._process, self.folder = process, folder
+
+def alive(group: int) -> bool:
+    """Tell whether a process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class Commands:
+    """Runs commands, each in a folder of its own: works in its `work`, has `temporary`, and prints into `said`."""
+
+    def __init__(self, forks: Forks, folder: Path) -> None:
+        self._forks, self.folder = forks, folder
         self._count = 0
         self._undisturbed: dict[str, Path] = {}
         self._seconds: dict[str, float] = {}  # in which a command is interrupted
 
-    def run(self, name: str, words: str, seconds: float | None = None) -> tuple[dict[str, Any], Path]:
+    def run(self, name: str, words: str, seconds: float | None = None) -> tuple[Ended, Path]:
         """Run a command, interrupted after so many seconds; return how it ended and the folder it was given."""
         folder = self.folder / name
         (folder / "work").mkdir(parents=True)
@@ -63,56 +80,52 @@ class Commands:
             damaged = shutil.copytree(self.folder / "trained/run", folder / "work/damaged")
             part = damaged / "attention/epoch=0002/part-0000-000.parquet"
             part.write_bytes(part.read_bytes()[:-50])
-        request = {"words": words.split(), "folder": str(folder), "seconds": seconds}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline()), folder
+        where = {"said": folder / "said", "folder": folder / "work", "environment": {"TMPDIR": f"{folder}/temporary"}}
+        process, began = self._forks.start(run_stripe, *words.split(), **where), time.monotonic()
+        if seconds is not None:
+            time.sleep(seconds)
+            with suppress(ProcessLookupError):  # it has ended before
+                os.killpg(process.pid, signal.SIGINT)
+        [code] = ended(process)
+        return Ended(code, time.monotonic() - began, alive(process.pid)), folder
 
     def undisturbed(self, name: str) -> Path:
         """Return the folder of a command that nobody interrupts."""
         if name not in self._undisturbed:
-            ended, self._undisturbed[name] = self.run(f"{name}-undisturbed", WORDS[name])
-            self._seconds[name] = ended["seconds"]
-            assert ended["code"] == 0, (self._undisturbed[name] / "said").read_text()
+            found, self._undisturbed[name] = self.run(f"{name}-undisturbed", WORDS[name])
+            self._seconds[name] = found.seconds
+            assert found.code == 0, (self._undisturbed[name] / "said").read_text()
         return self._undisturbed[name]
 
     def interrupt(self, name: str, chance: random.Random) -> bool:
         """Interrupt a command at a random moment and look at what it left; tell whether it was before its end."""
         whole = self.undisturbed(name)
         self._count += 1
-        ended, folder = self.run(f"{name}-{self._count}", WORDS[name], chance.uniform(0, self._seconds[name]))
+        found, folder = self.run(f"{name}-{self._count}", WORDS[name], chance.uniform(0, self._seconds[name]))
         said = (folder / "said").read_text()
         assert_clean(folder, whole)
-        assert not ended["left"]
-        if ended["code"] == -signal.SIGINT:  # before a line of ours had run
+        assert not found.left
+        if found.code == -signal.SIGINT:  # before a line of ours had run
             assert "cli/process.py" not in said
-        elif ended["code"] == 130:
+        elif found.code == 130:
             assert said.endswith("interrupted: what was finished is valid and kept\n"), said
             assert "Traceback" not in said
         else:  # its work was done before
-            assert ended["code"] == 0, said
+            assert found.code == 0, said
             assert said.count("\n") == (whole / "said").read_text().count("\n")
             assert listing(folder).keys() == listing(whole).keys()
             self._seconds[name] *= 0.8
         shutil.rmtree(folder)
-        return ended["code"] == 130
+        return found.code == 130
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.interrupted"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        made = Commands(process, tmp_path_factory.mktemp("interrupted"))
-        ended, folder = made.run("training", TRAIN)
-        assert ended["code"] == 0, (folder / "said").read_text()
-        (folder / "work").rename(made.folder / "trained")
-        yield made
-        process.stdin.close()
+def commands(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    made = Commands(forks, tmp_path_factory.mktemp("interrupted"))
+    found, folder = made.run("training", TRAIN)
+    assert found.code == 0, (folder / "said").read_text()
+    (folder / "work").rename(made.folder / "trained")
+    return made
 
 
 def read_image(path: Path) -> None:

@@ -3,8 +3,6 @@
 import copy
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -22,6 +20,7 @@ from stripe.folding import fold
 from stripe.gates import find_gates
 from stripe.recorder import Recorder, RecorderCallback
 from stripe.store import open_run
+from tests.forked import ended
 from tests.runs import refused
 
 GATE = "gated"
@@ -538,40 +537,26 @@ def test_what_cannot_be_recorded_fails_in_the_sanity_check(tmp_path):
 
 # ---- several processes ------------------------------------------------------------------------------------
 
-JOB = """
-import sys, torch, pytorch_lightning as lightning, warnings
-warnings.simplefilter("ignore")
-from tests.test_loops import IMAGES, Task, data, recording_of, trainer_of
-folder, run, epochs, die_at, checkpoint, devices = sys.argv[1:]
-task = Task(die_at=int(die_at) if die_at != "-" else None)
-options = {"devices": int(devices), "strategy": "ddp" if devices != "1" else "auto"}
-images = IMAGES[:11]
-trainer = trainer_of(folder, task, run, epochs=int(epochs), **options)
-checkpoint = None if checkpoint == "-" else checkpoint
-trainer.fit(task, data(size=16 // int(devices)), data(images, size=3), ckpt_path=checkpoint)  # Lightning shuffles
-"""
 
-
-def job(tmp_path, folder, run, epochs, die_at="-", checkpoint="-", devices=2):
-    script = tmp_path / "job.py"
-    script.write_text(JOB)
-    words = [folder, tmp_path / run, epochs, die_at, checkpoint, devices]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=400)
-    return done.returncode, done.stderr
+def train_on(devices, folder, run, die_at=None, checkpoint=None):
+    """Train as one device of several, each a process of its own, or as the only one."""
+    task = Task(die_at=die_at)
+    options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+    trainer = trainer_of(folder, task, run, epochs=3, **options)
+    trainer.fit(task, data(size=16 // devices), data(IMAGES[:11], size=3), ckpt_path=checkpoint)  # Lightning shuffles
 
 
 @pytest.mark.slow
-def test_two_devices_killed_and_resumed_record_what_one_process_does(tmp_path):
-    code, error = job(tmp_path, tmp_path / "one", "whole", 3, devices=1)
-    assert code == 0, error
-    code, error = job(tmp_path, tmp_path / "two", "parts", 3, die_at=2)  # in the third epoch
-    assert code != 0
+def test_two_devices_killed_and_resumed_record_what_one_process_does(forks, tmp_path):
+    said = tmp_path / "said"
+    train_on(1, tmp_path / "one", tmp_path / "whole")
+    killed = forks.team(train_on, 2, tmp_path / "two", tmp_path / "parts", 2, said=said)  # in the third epoch
+    assert 9 in ended(*killed), said.read_text()
     assert open_run(tmp_path / "parts").epochs == [0, 1]
-    for checkpoint in ("epoch=1.ckpt", "epoch=0.ckpt"):
-        code, error = job(tmp_path, tmp_path / checkpoint, "parts", 3, checkpoint=tmp_path / "two" / checkpoint)
-        assert code == 0, error
+    for checkpoint in (tmp_path / "two" / "epoch=1.ckpt", tmp_path / "two" / "epoch=0.ckpt"):
+        folder = tmp_path / checkpoint.name
+        resumed = forks.team(train_on, 2, folder, tmp_path / "parts", None, checkpoint, said=said)
+        assert ended(*resumed) == [0, 0], said.read_text()
         assert_same_runs(tmp_path / "whole", tmp_path / "parts")
     assert sorted(open_run(tmp_path / "parts").samples(2)) == list(range(11))
 

@@ -1,10 +1,7 @@
 """The study of the paper's four networks: recorded every epoch, stopped, killed and resumed to the same end."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,13 +14,13 @@ from study import main
 
 import stripe
 from stripe.models import create_model
+from tests.forked import ended
 
 SMALL = (
     "paper --dataset digits --depth 8 --block basicblock --epochs 3 --milestones 2 --amp no"
     " --train-samples 200 --record 20 --no-compile"
 ).split()
 NAME = "paper-digits-resnet8"
-ROOT = Path(__file__).parents[1]
 
 
 def words(where: Path, *more: str) -> list[str]:
@@ -82,15 +79,14 @@ def test_slices_of_time_end_where_one_piece_does(whole, tmp_path, capsys):
     assert state_of(tmp_path, "attention-senet-1") != state_of(whole, "asr-senet-1")
 
 
-def test_a_killed_training_is_taken_up_where_it_was(whole, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "study.py"), *words(tmp_path, "--forms", "attention")]
+def test_a_killed_training_is_taken_up_where_it_was(forks, whole, tmp_path):
     last = tmp_path / "runs" / f"{NAME}-attention-senet-1" / "checkpoints" / "last.pt"
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = forks.start(main, words(tmp_path, "--forms", "attention"), said=tmp_path / "said")
     while not last.exists():
-        assert process.poll() is None
+        assert process.exitcode is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert ended(process) == [-signal.SIGKILL]
     assert not (tmp_path / "study" / "results.csv").exists()
     assert main(words(tmp_path, "--forms", "attention")) == 0
     ours, theirs = state_of(tmp_path, "attention-senet-1"), state_of(whole, "attention-senet-1")

@@ -1,4 +1,4 @@
-"""Several processes under torchrun, on gloo: each sample once, one process's values, and what a dead one leaves."""
+"""Several processes, on gloo: each sample once, one process's values, and what one leaves that dies under torchrun."""
 
 import os
 import signal
@@ -16,6 +16,7 @@ from stripe.cli import main
 from stripe.models import create_model
 from stripe.store import open_run
 from tests.conftest import randomize
+from tests.forked import ended, run_stripe
 
 ROOT = Path(__file__).parents[1]
 KILLED = "a rank of `torchrun` killed while training or recording"
@@ -40,6 +41,20 @@ def finish(process):
 
 
 @pytest.fixture
+def run_two(forks, tmp_path):
+    """Run a command in two processes to its end; return what they printed to stdout."""
+
+    def run(*words):
+        said, errors = tmp_path / "said", tmp_path / "errors"
+        said.write_text("")
+        codes = ended(*forks.team(run_stripe, *words, said=said, errors=errors))
+        assert codes == [0, 0], errors.read_text()
+        return said.read_text()
+
+    return run
+
+
+@pytest.fixture
 def checkpoint(tmp_path):
     model = {"arch": "resnet", "depth": 11, "module": "senet"}
     state = randomize(create_model(**model)).state_dict()
@@ -49,11 +64,9 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("contents", [[], pytest.param(["--moments-only", "--by-label"], marks=pytest.mark.slow)])
-def test_two_processes_record_what_one_records(tmp_path, checkpoint, contents):
+def test_two_processes_record_what_one_records(run_two, tmp_path, checkpoint, contents):
     words = ["--ckpt", str(checkpoint), "--samples", "110", "--batch", "20", *contents]
-    code, out, error = finish(launch("collect_attention", *words, "--out", tmp_path / "two"))
-    assert code == 0, error
-    assert out.splitlines() == [
+    assert run_two("collect", *words, "--out", tmp_path / "two").splitlines() == [
         f"{tmp_path}/two: epoch 4, 3 gates; network {checkpoint}; data digits, split test, 110 images"
     ]
     assert main(["collect", *words, "--out", str(tmp_path / "one")]) == 0
@@ -78,11 +91,9 @@ def test_two_processes_record_what_one_records(tmp_path, checkpoint, contents):
         np.testing.assert_allclose(means[0].means, means[1].means, rtol=1e-12)
 
 
-def test_two_processes_train_and_record_their_shares(tmp_path):
+def test_two_processes_train_and_record_their_shares(run_two, tmp_path):
     words = [*TRAIN, "--train-samples", "200", "--val-samples", "40", "--epochs", "2", "--record", "50"]
-    code, out, error = finish(launch("train", *words, "-c", tmp_path / "run"))
-    assert code == 0, error
-    assert out.count("test: accuracy") == 1
+    assert run_two("train", *words, "-c", tmp_path / "run").count("test: accuracy") == 1
     run = open_run(tmp_path / "run")
     assert run.epochs == [1, 2]
     for epoch in run.manifest.epochs:
@@ -114,10 +125,8 @@ def test_several_processes_end_before_python_shuts_down(tmp_path, checkpoint, pr
 
 
 @pytest.mark.slow
-def test_fewer_batches_than_processes_are_cut_evenly(tmp_path, checkpoint):
-    words = ["--ckpt", checkpoint, "--samples", 11, "--out", tmp_path / "run"]
-    code, _, error = finish(launch("collect_attention", *words))
-    assert code == 0, error
+def test_fewer_batches_than_processes_are_cut_evenly(run_two, tmp_path, checkpoint):
+    run_two("collect", "--ckpt", checkpoint, "--samples", 11, "--out", tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert [part.rows for part in run.manifest.epochs[0].parts] == [5, 6]
     assert len(run.samples(4)) == 11
@@ -152,7 +161,7 @@ def workers_of(launcher):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path, record_property):
+def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(run_two, tmp_path, record_property):
     words = [*TRAIN, "--train-samples", "200", "--val-samples", "40", "--record", "50", "--manualSeed", "3"]
     directory, resume = tmp_path / "run", []
     for rank in (0, 1):
@@ -170,8 +179,7 @@ def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path, reco
         record_property(KILLED, 1)
     until = len(kept.epochs) + 1
     for words_of in ([*words, *resume, "-c", directory], [*words, "-c", tmp_path / "undisturbed"]):
-        code, _, error = finish(launch("train", *words_of, "--epochs", until))
-        assert code == 0, error
+        run_two("train", *words_of, "--epochs", until)
     resumed, undisturbed = (open_run(tmp_path / name) for name in ("run", "undisturbed"))
     assert resumed.epochs == undisturbed.epochs == list(range(1, until + 1))
     for epoch in resumed.epochs:
@@ -181,7 +189,7 @@ def test_a_killed_process_ends_the_job_and_leaves_finished_epochs(tmp_path, reco
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_tells_why_and_drops_the_epoch(tmp_path, checkpoint, record_property):
+def test_a_process_that_fails_tells_why_and_drops_the_epoch(run_two, tmp_path, checkpoint, record_property):
     epochs, saved = list(range(1, 31)), torch.load(checkpoint)
     for epoch in epochs:
         torch.save(saved | {"epoch": epoch}, tmp_path / f"{epoch}.pt")
@@ -196,8 +204,7 @@ def test_a_process_that_fails_tells_why_and_drops_the_epoch(tmp_path, checkpoint
     assert kept.epochs == epochs[: len(kept.epochs)]
     assert 1 <= len(kept.epochs) < len(epochs)
     assert all(len(kept.samples(epoch)) == 40 for epoch in kept.epochs)
-    code, _, error = finish(launch("collect_attention", *words, "--resume"))
-    assert code == 0, error
+    run_two("collect", *words, "--resume")
     whole = open_run(tmp_path / "run")
     assert whole.epochs == epochs
     np.testing.assert_allclose(whole.attention("layer1.0", 30), whole.attention("layer1.0", 1), rtol=1e-5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +10,9 @@ import pytest
 from stripe.cli import main
 from stripe.resuming import sole_training
 from stripe.store import open_run
+from tests.forked import ended, run_stripe
 from tests.runs import listing, refused
 
-ROOT = Path(__file__).parents[1]
 TRIED = "trainings resumed with other options, or into another's directory: refused, nothing written"
 SMALL = ["train", "--dataset", "digits", "--depth", "8", "--block-name", "basicblock", "--module", "senet"]
 SMALL += ["--train-samples", "60", "--train-batch", "20", "--workers", "0"]
@@ -92,13 +90,12 @@ def test_a_training_keeps_others_out_before_they_write(tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_trainings_started_together_one_is_refused(tmp_path):
-    command = [sys.executable, "-m", "stripe.cli", *SMALL, "--epochs", "3", "-c", str(tmp_path / "a"), "--manualSeed"]
-    code = "import sys; from stripe.cli import main; sys.exit(main(sys.argv[1:]))"
-    command[1:3] = ["-c", code]
-    pair = [subprocess.Popen([*command, seed], cwd=ROOT, stderr=subprocess.PIPE, text=True) for seed in ("1", "2")]
-    errors = [process.communicate()[1] for process in pair]
-    assert sorted(process.returncode for process in pair) == [0, 2], errors
+def test_of_two_trainings_started_together_one_is_refused(forks, tmp_path):
+    words = [*SMALL, "--epochs", 3, "-c", tmp_path / "a", "--manualSeed"]
+    said = [tmp_path / seed for seed in "12"]
+    codes = ended(*(forks.start(run_stripe, *words, path.name, said=path) for path in said))
+    errors = [path.read_text() for path in said]
+    assert sorted(codes) == [0, 2], errors
     assert any("is being written already" in error or "holds a training already" in error for error in errors)
     assert len(pd.read_csv(tmp_path / "a" / "metrics.csv")) == 3
 

@@ -161,7 +161,7 @@ def test_damage_in_a_bucket_is_repaired(run_path):
 
 def record_wide(path: str, epoch: int) -> None:
     with writer(path, gates=WIDE) as run, run.epoch(epoch) as rows:
-        for start in range(0, 2000, 250):
+        for start in range(0, 1000, 250):
             rows.append(np.arange(start, start + 250), None, vectors(250, WIDE, seed=epoch + start))
 
 
@@ -169,14 +169,14 @@ def assert_whole(path: str, *epochs: int) -> None:
     run = open_run(path)
     assert run.epochs == list(epochs)
     for epoch in epochs:
-        expected = np.concatenate([vectors(250, WIDE, seed=epoch + start)["wide"] for start in range(0, 2000, 250)])
+        expected = np.concatenate([vectors(250, WIDE, seed=epoch + start)["wide"] for start in range(0, 1000, 250)])
         np.testing.assert_array_equal(run.attention("wide", epoch), expected)
 
 
 @pytest.mark.slow
 def test_a_connection_that_drops_while_recording_loses_only_the_unfinished_epoch(run_path, proxy, record_property):
     record_wide(run_path, 1)
-    for budget in (2_000_000, 15_000_000):
+    for budget in (2_000_000, 12_000_000):
         proxy.budget = budget
         with refused(OSError, run_path, "could not be written"):
             record_wide(run_path, 2)
@@ -198,11 +198,10 @@ def test_a_connection_that_drops_while_reading_is_no_damage(run_path, proxy, rec
         proxy.budget = budget
         with refused(OSError, run_path, "could not be read"):
             run.attention("wide", 1)
-        with refused(OSError, run_path, "could not be read"):
-            repair_run(run_path)
-        with refused(OSError, run_path, "could not be read"):
-            open_run(run_path)
         record_property(CUTS, 1)
+    for read in (repair_run, open_run):  # each tries again for six seconds, as above
+        with refused(OSError, run_path, "could not be read"):
+            read(run_path)
     proxy.budget = float("inf")
     assert_whole(run_path, 1)
     assert check_run(run_path).whole

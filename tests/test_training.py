@@ -1,11 +1,8 @@
 import dataclasses
 import math
-import os
 import pickle
 import resource
-import runpy
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +16,8 @@ from torch import nn
 from stripe.cli import main
 from stripe.data import ImageSet, Loader, load_images
 from stripe.recipe import Recipe
-from stripe.training import Evaluation, TensorBoard, evaluate, fit
+from stripe.training import Evaluation, TensorBoard, evaluate, fit, processes
+from tests.forked import ended
 
 SHORT = Recipe(epochs=4, lr=0.05, milestones=(1, 3), seed=7)
 CONSTANTS = {"mean": (0.3,) * 3, "std": (0.3,) * 3}
@@ -474,37 +472,23 @@ def test_description_must_be_plain(parts, tmp_path):
 
 # ---- several processes -------------------------------------------------------------------------------------
 
-PROGRAM = """
-import sys
-import torch
-from torch import nn
-from stripe.data import Loader, load_images
-from stripe.recipe import Recipe
-from stripe.training import fit, processes
 
-team = processes()
-share = {"rank": team.process_index, "world_size": team.num_processes}
-images = load_images("digits", "train", size=8, samples=161, mean=(0.3,) * 3, std=(0.3,) * 3)
-train, held_out = images.hold_out(61, 0)
-torch.manual_seed(team.process_index)  # the first process's weights count
-model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
-loaders = Loader(train, 32 // team.num_processes, train=True, **share), Loader(held_out, 16, **share)
-fit(model, *loaders, Recipe(epochs=2), directory=sys.argv[1], description={}, progress=False)
-"""
+def train_a_share(directory):
+    """Train as one process of a job, or as the only one."""
+    team = processes()
+    share = {"rank": team.process_index, "world_size": team.num_processes}
+    images = load_images("digits", "train", size=8, samples=161, **CONSTANTS)
+    train, held_out = images.hold_out(61, 0)
+    torch.manual_seed(team.process_index)  # the first process's weights count
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+    loaders = Loader(train, 32 // team.num_processes, train=True, **share), Loader(held_out, 16, **share)
+    fit(model, *loaders, Recipe(epochs=2), directory=directory, description={}, progress=False)
 
 
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    monkeypatch.setattr(sys, "argv", ["program.py", str(tmp_path / "one")])
-    runpy.run_path(str(tmp_path / "program.py"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*launch, str(tmp_path / "program.py"), str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+def test_two_processes_train_as_one(forks, tmp_path):
+    train_a_share(tmp_path / "one")
+    codes = ended(*forks.team(train_a_share, tmp_path / "two", said=tmp_path / "said"))
+    assert codes == [0, 0], (tmp_path / "said").read_text()
     one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     pd.testing.assert_frame_equal(one, two, rtol=1e-5)
     first, second = (load(tmp_path / name / "checkpoints" / "last.pt")["state_dict"] for name in ("one", "two"))
