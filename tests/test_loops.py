@@ -289,6 +289,7 @@ def test_a_forward_pass_that_runs_again_in_the_backward_pass_is_recorded_once(tm
     assert net.runs == 4
 
 
+@pytest.mark.equal_bits
 def test_a_run_that_began_eager_goes_on_with_a_part_compiled(tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 3, 1), Net()).eval()
@@ -623,6 +624,7 @@ def huggingface(folder, model, recording, evaluation, **options):
 PROBE = torch.rand(11, 3, 32, 32, generator=torch.Generator().manual_seed(8))
 
 
+@pytest.mark.equal_bits
 def test_transformers_trainer_records_what_a_hand_written_hook_sees(tmp_path):
     model = classifier()
     gates = find_gates(model, {"pixel_values": PROBE[:3]})
