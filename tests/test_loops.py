@@ -162,7 +162,7 @@ def test_epochs_and_steps_may_be_numpys(tmp_path, net, gates):
 
 def test_two_threads_never_get_each_others_rows(tmp_path, net, gates, record_property):
     errors, lock, stored = [], threading.Lock(), {}
-    start = threading.Barrier(2)
+    start, alone = threading.Barrier(2), copy.deepcopy(net)  # while threads run a network it cannot be copied
 
     def work(recorder, mine):
         start.wait()
@@ -174,7 +174,7 @@ def test_two_threads_never_get_each_others_rows(tmp_path, net, gates, record_pro
                     net(images)
                 with lock:
                     recorder.commit(ids)
-                    stored.update(zip(ids, attention_of(copy.deepcopy(net), images), strict=True))
+                    stored.update(zip(ids, attention_of(alone, images), strict=True))
             except RuntimeError as error:
                 errors.append(str(error))
 
