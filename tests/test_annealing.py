@@ -46,6 +46,7 @@ def trained(network, images, steps):
     return network.eval()
 
 
+@pytest.mark.equal_bits
 def test_up_to_the_first_step_the_network_computes_what_it_did(network, images):
     same = anneal(network, images, begin=BEGIN, end=END)
     network, same = trained(network, images, BEGIN), trained(same, images, BEGIN)
@@ -118,6 +119,7 @@ def test_networks_of_others_are_annealed_by_a_bare_loop():
     torch.testing.assert_close(folded(others), network(others), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.equal_bits
 def test_a_state_dict_takes_the_annealing_along(network, images):
     done = trained(anneal(network, images, begin=BEGIN, end=END), images, 5)
     again = anneal(network, images, begin=BEGIN, end=END)

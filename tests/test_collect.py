@@ -205,6 +205,7 @@ def parquet(path):
     return {str(part.relative_to(path)): part.read_bytes() for part in sorted(path.rglob("*.parquet"))}
 
 
+@pytest.mark.equal_bits
 def test_resuming_skips_what_is_finished_and_ends_in_the_same_bytes(tmp_path, checkpoints, capsys):
     words = ["--samples", 30, "--batch", 20]
     assert collect("--ckpt", *checkpoints, *words, "--out", tmp_path / "whole", "--resume") == 0

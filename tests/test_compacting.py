@@ -171,6 +171,7 @@ def test_a_gate_that_is_linear_in_its_squeeze_is_held_whole_by_as_many_scores():
     assert found[1][0] > 5 * found[2][0]
 
 
+@pytest.mark.equal_bits
 @pytest.mark.parametrize("source", [None, "layer1.0"])
 def test_compact_networks_are_copied_pickled_and_exported(network, batches, tmp_path, source):
     small, _ = compact(network, batches[0][0][:2], batches, k=2, source=source, steps=0)

@@ -418,6 +418,7 @@ def test_gates_are_found_on_the_meta_device_and_folded_once_the_weights_are_ther
     assert gates == find_gates(sequence(), images)
 
 
+@pytest.mark.equal_bits
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_sharded_networks_are_read_by_gates_found_before(images, tmp_path):
     fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -437,6 +438,7 @@ def test_sharded_networks_are_read_by_gates_found_before(images, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.equal_bits
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("part", ["", "1"])
 def test_networks_compiled_in_place_are_read_and_folded(part, called, images):
@@ -451,6 +453,7 @@ def test_networks_compiled_in_place_are_read_and_folded(part, called, images):
         assert torch.equal(fold(model, constants, images)[0](images), plain(images))
 
 
+@pytest.mark.equal_bits
 @pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
 def test_a_part_that_was_compiled_while_its_gate_is_read_tells_how_to_go_on(images):
     model = sequence()

@@ -316,6 +316,7 @@ def windowed(x):
     return x * x.mean((2, 3), True).sigmoid()
 
 
+@pytest.mark.equal_bits
 def test_gates_are_the_same_after_a_run_was_written_and_opened(tmp_path, images):
     """Every form of gate goes through run.json, and a network of the same weights takes it from there."""
     for kind, (function, *_) in GATED.items():
@@ -397,6 +398,7 @@ class Scaling(Net):
         return self.last(x * column(self.sigmoid(self.logits(x))))
 
 
+@pytest.mark.equal_bits
 def test_values_may_be_keyed_by_gate(images):
     model = randomize(Scaling(GATED["module"][0])).eval()
     (gate,) = find_gates(model, images)
@@ -595,6 +597,7 @@ def test_compiled_networks_are_read_as_what_they_wrap(images):
     assert hooks_left(model) == 0
 
 
+@pytest.mark.equal_bits
 @pytest.mark.parametrize("called_before", [False, True])
 def test_networks_with_compiled_parts_have_the_names_of_those_without(called_before, images):
     model = randomize(create_model("resnet", depth=11, module="senet")).eval()

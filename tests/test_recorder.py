@@ -437,6 +437,6 @@ def test_the_callback_has_the_hooks_of_both_trainers_and_no_misspelt_one():
         name for base in (lightning.Callback, transformers.TrainerCallback) for name in dir(base) if name[0] != "_"
     }
     ours = {name for name in dir(RecorderCallback) if not name.startswith("_")}
-    assert hooks <= ours <= hooks | {"on_push_begin"}  # the last one is of transformers above 4.46
+    assert hooks <= ours <= hooks | {"on_push_begin"}  # the last one is of transformers above 4.47
     assert RecorderCallback(None, [], "run").on_train_start(None, None) is None
     assert not hasattr(RecorderCallback(None, [], "run"), "on_validation_epoch_strat")

@@ -159,6 +159,7 @@ def test_robustness_writes_and_draws_every_network_and_disturbance(checkpoints, 
     assert "shift b" in capsys.readouterr().out
 
 
+@pytest.mark.equal_bits
 @pytest.mark.parametrize("options", [{}, {"module": "senet"}, {"module": "senet", "asr": True}])
 def test_no_disturbance_changes_nothing_and_any_other_does(options, loader):
     model = randomize(create_model("resnet", depth=11, **options)).eval()

@@ -230,6 +230,7 @@ def test_without_validation(parts, tmp_path):
     assert math.isnan(load(tmp_path / "checkpoints" / "last.pt")["acc"])
 
 
+@pytest.mark.equal_bits
 def test_same_seed_same_bytes(parts, tmp_path):
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
         train(parts, tmp_path / name, Recipe(epochs=2, seed=seed))
@@ -238,6 +239,7 @@ def test_same_seed_same_bytes(parts, tmp_path):
     assert first != other
 
 
+@pytest.mark.equal_bits
 def test_callbacks_see_the_model_and_disturb_nothing(parts, tmp_path):
     model, seen = network(), []
 
@@ -308,6 +310,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.equal_bits
 @pytest.mark.parametrize("scheduler", ["step", "cosine", "onecycle"])
 def test_resumed_training_equals_an_undisturbed_one(parts, tmp_path, scheduler):
     recipe = Recipe(**{**vars(SHORT), "scheduler": scheduler})

@@ -185,7 +185,7 @@ def _from_datasets(uri: str, target: str) -> Source:
         ) from error
 
     with _loading(uri):
-        splits = datasets.load_dataset(target)
+        splits = datasets.load_dataset(target, trust_remote_code=False)  # versions before 2.20 run a folder's script
     features = next(iter(splits.values())).features
     kinds = {name: type(feature).__name__ for name, feature in features.items()}
     image, label = (_column(kinds, kind, uri) for kind in ("Image", "ClassLabel"))

@@ -109,7 +109,14 @@ def _write_onnx(
 ) -> None:
     try:
         with _quiet():
-            program = torch.onnx.export(export(), dynamo=True, verbose=False, output_names=names, opset_version=opset)
+            program = torch.onnx.export(
+                export(),
+                dynamo=True,
+                optimize=True,  # the default from torch 2.7 on
+                verbose=False,
+                output_names=names,
+                opset_version=opset,
+            )
         assert program is not None
         program.save(str(path), external_data=False)
     except (OSError, MemoryError):
@@ -190,7 +197,8 @@ def _exported(model: nn.Module, images: Images, *, free: bool = True) -> torch.e
         )
         shapes = by_name or ((by_place,) if isinstance(model, _Flat) else by_place)
     with _quiet():
-        return torch.export.export(model.eval(), args, kwargs, dynamic_shapes=shapes)
+        # From torch 2.7 on this is the default; before, dynamo reads the code itself and cannot follow all of it.
+        return torch.export.export(model.eval(), args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def onnx_session(path: Path, *, threads: int | None = None) -> Any:
