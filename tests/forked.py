@@ -100,6 +100,7 @@ def _call(
     begin: Any,
 ) -> None:
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # Python's default, not this process's own
     os.chdir(folder)
     os.environ.update(environment)
     tempfile.tempdir = None  # to be found anew
