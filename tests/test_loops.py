@@ -538,6 +538,17 @@ def test_what_cannot_be_recorded_fails_in_the_sanity_check(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("base", [lightning.Callback, transformers.TrainerCallback])
+def test_every_hook_of_the_trainers_is_there_and_no_misspelt_one(tmp_path, base):
+    callback = RecorderCallback(None, [], tmp_path / "run")
+    hooks = [name for name in dir(base) if name.startswith("on_")]
+    assert len(hooks) > 10
+    for name in hooks:
+        assert callable(getattr(callback, name))
+    with pytest.raises(AttributeError, match="on_validaton_epoch_end"):
+        callback.on_validaton_epoch_end(None, None)
+
+
 # ---- several processes ------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,29 @@ from stripe.recorder.recorder import Batches, Recorder
 from stripe.store import open_run
 
 
+class _OtherHooks:
+    """Whatever else the trainers call a callback by; base classes of theirs would need them imported."""
+
+    state_key = "stripe.RecorderCallback"
+    _legacy_state_key = property(type)
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    # of Lightning
+    teardown = on_save_checkpoint = on_fit_end = on_sanity_check_start = on_sanity_check_end = _nothing
+    on_train_start = on_train_epoch_start = on_train_batch_start = on_train_batch_end = on_train_epoch_end = _nothing
+    on_validation_start = on_validation_end = _nothing
+    on_test_start = on_test_epoch_start = on_test_batch_start = _nothing
+    on_test_batch_end = on_test_epoch_end = on_test_end = _nothing
+    on_predict_start = on_predict_epoch_start = on_predict_batch_start = _nothing
+    on_predict_batch_end = on_predict_epoch_end = on_predict_end = _nothing
+    on_before_backward = on_after_backward = on_before_zero_grad = on_before_optimizer_step = _nothing
+    # of transformers
+    on_init_end = on_epoch_begin = on_step_begin = on_substep_end = on_step_end = on_pre_optimizer_step = _nothing
+    on_optimizer_step = on_prediction_step = on_predict = on_log = on_save = on_push_begin = _nothing
+
+
 @dataclass(frozen=True)
 class _Moment:
     """When a recording is made: its number in the run, the updates of the weights so far, and whether in a training."""
@@ -30,7 +53,7 @@ class _Moment:
     training: bool
 
 
-class RecorderCallback:
+class RecorderCallback(_OtherHooks):
     """Records attention while a network trains: a callback of `stripe.training.fit`, Lightning and transformers.
 
     `fit` hands over the network after every epoch, and the probe set in `loader` is recorded. Lightning validates
@@ -56,9 +79,6 @@ class RecorderCallback:
     are recorded under the number of the epoch that was trained last, unless the run holds that already. Lightning's
     sanity check is read as well, and thrown away: what cannot be recorded fails there, and not after an epoch.
     """
-
-    state_key = "stripe.RecorderCallback"  # this and the next: by which Lightning keeps its state
-    _legacy_state_key = property(type)
 
     def __init__(
         self,
@@ -104,14 +124,6 @@ class RecorderCallback:
         self._open = ExitStack()
         self._recorder: Recorder | None = None  # that reads a validation of Lightning's
         self._reading: int | None = None  # the place of its loader among the validation loaders
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Do nothing by whatever else the trainers call a callback: base classes of theirs would need an import."""
-            if name.startswith("on_") or name == "teardown":
-                return lambda *_, **__: None
-            raise AttributeError(f"'RecorderCallback' has no attribute '{name}'")
 
     # ---- stripe.training.fit ----
     def on_epoch_end(self, *event: Any, **of_transformers: Any) -> None:
