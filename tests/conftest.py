@@ -47,7 +47,7 @@ _NUMBERS = {torch.float32: (ctypes.c_int32, np.float32), torch.float64: (ctypes.
 def _jittered_call(units):
     def call(self, *args, **kwargs):
         output = nn.Module.__call__(self, *args, **kwargs)
-        if torch.compiler.is_compiling() or type(output) is not torch.Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(output) is not torch.Tensor:
             return output
         if output.device.type == "cpu" and output.dtype in _NUMBERS and output.numel():
             _jitter(output, units)
