@@ -179,6 +179,7 @@ def test_compact_networks_are_copied_pickled_and_exported(network, batches, tmp_
     expected = small(x)
     assert torch.equal(copy.deepcopy(small)(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(small))(x), expected)
+    assert all(parameter.is_contiguous() for parameter in small.parameters())  # or torch.export.save warns
     file = save_onnx(small, x[:2], tmp_path / "small.onnx")
     session = onnx_session(file.path if hasattr(file, "path") else tmp_path / "small.onnx")
     [found] = session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})

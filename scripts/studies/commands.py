@@ -68,7 +68,7 @@ def numbers(folder: Path) -> pd.DataFrame:
     if (folder / "onnx.csv").exists():
         files = read(folder / "onnx.csv")
         rows["nodes"] = files.set_index(files["file"].str.removesuffix(".onnx"))["nodes"]
-        headings["nodes"] = "nodes"
+        headings["nodes"] = "nodes:.0f"
     if (folder / "latency.csv").exists():
         for backend, its in read(folder / "latency.csv").groupby("backend", sort=False):
             rows[backend] = its.set_index("network")["speedup"]

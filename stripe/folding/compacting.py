@@ -314,7 +314,7 @@ def _fit_together(
     slopes = np.linalg.solve(gram, off.T @ wanted)
     _, lengths, vectors = np.linalg.svd(off @ slopes, full_matrices=False)
     k = min(k, int((lengths > 1e-12 * max(lengths[0], 1e-300)).sum()) or 1)
-    weight = (slopes @ vectors[:k].T).T
+    weight = vectors[:k] @ slopes.T  # (k, C) as torch lays it out: the transpose of the product would not be contiguous
     spread = (off @ weight.T).std(axis=0)
     weight /= np.where(spread > 0, spread, 1.0)[:, None]
     directions = vectors[:k] * np.where(spread > 0, spread, 1.0)[:, None]

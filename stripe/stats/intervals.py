@@ -93,11 +93,13 @@ def _shape_of_values(blocks: Groups) -> tuple[float, float]:
     skewness over the square root of C and their excess kurtosis over C; log(V / W) falls where W rises. They bound
     nothing where blocks hold several samples, whose single values are not kept, or where all squares are alike.
     """
+    if blocks.counts.max() > 1:
+        return NO_SHAPE
     squares = np.square(blocks.deviations.off)
     squares /= squares.mean()
     squares -= squares.mean(axis=0)
     size, channels = math.sqrt(np.mean(np.square(squares))), squares.shape[1]
-    if blocks.counts.max() > 1 or size < 1e-9:
+    if size < 1e-9:
         return NO_SHAPE
     squares /= size
     return -float(np.mean(squares**3)) / math.sqrt(channels), (float(np.mean(squares**4)) - 3) / channels
