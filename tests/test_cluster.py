@@ -186,13 +186,14 @@ def test_no_scheduler_is_one_line(tmp_path, capsys, monkeypatch):
             assert line.startswith(f"error: no Dask scheduler answers at '{address}'")
 
 
-def test_no_worker_is_told():
+def test_no_worker_is_told(cluster):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        options = {"n_workers": 0, "dashboard_address": None, "loop": cluster.loop}  # one that runs already
         with (
-            distributed.LocalCluster(n_workers=0, dashboard_address=None, silence_logs=50) as empty,
+            distributed.LocalCluster(**options, silence_logs=50) as empty,
             pytest.raises(ConnectionError, match="has no worker"),
-            connect(empty.scheduler_address, timeout=1),
+            connect(empty.scheduler_address, timeout=5),
         ):
             pass
 
