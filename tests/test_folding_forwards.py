@@ -87,7 +87,12 @@ class InPlace(SE):
         return x
 
 
-@pytest.mark.parametrize("attention", [Residual, ResidualInOneLine, WithBias, InPlace])
+class ByEinsum(SE):
+    def forward(self, x):
+        return torch.einsum("nc, nchw -> nchw", self.attend(x).flatten(1), x)
+
+
+@pytest.mark.parametrize("attention", [Residual, ResidualInOneLine, WithBias, InPlace, ByEinsum])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_goes_back_with_what_is_added_to_it(attention, bias):
     layer = nn.Conv2d(3, 8, 3, bias=bias)
@@ -678,8 +683,10 @@ class ByFunction(nn.Module):
             y = scaled_second(self.attention(y), y)
         elif self.how == "keyword":
             y = scaled_second(gate=self.attention(y), x=y)
-        else:
+        elif self.how == "lambda":
             y = (lambda gate: y * gate)(self.attention(y))
+        else:
+            y = torch.einsum(self.how, y, self.attention(y).flatten(1))
         return self.last(y)
 
 
@@ -688,8 +695,15 @@ def test_a_product_in_a_function_gives_back_the_argument_that_it_scales(how):
     assert list(fold_and_compare(ByFunction(how))[1]["direction"]) == ["forward"]
 
 
-def test_a_product_in_a_lambda_is_refused_where_its_map_cannot_be_told():
-    network, x = ByFunction("lambda").eval(), torch.randn(2, 3, 15, 17)
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("lambda", "which argument of .* is the map cannot be told; leave it out"),
+        ("nchw,nc->nchw", r"the map in torch.einsum\(self.how, .* cannot be told: write x \* g; leave it out"),
+    ],
+)
+def test_a_product_is_refused_where_its_map_cannot_be_told(how, said):
+    network, x = ByFunction(how).eval(), torch.randn(2, 3, 15, 17)
     [gate] = find_gates(network, x)
-    with pytest.raises(ValueError, match="which argument of .* is the map cannot be told; leave it out"):
+    with pytest.raises(ValueError, match=said):
         fold(network, {gate: torch.ones(6)}, x)

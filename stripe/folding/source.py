@@ -221,6 +221,8 @@ class _Replace(ast.NodeTransformer):
             raise Unremovable(f"{ast.unparse(node)} writes its result into a tensor that is given")
         given = list(node.args)
         name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        if "einsum" in (name, getattr(node.func, "id", "")) and node.args:
+            return _scaled_by_einsum(node)
         does = _SYNONYMS.get(name.strip("_"), name.strip("_"))
         if isinstance(node.func, ast.Attribute) and does == removal.op and not self._is_module(node.func.value):
             given.insert(0, node.func.value)
@@ -247,6 +249,17 @@ class _Replace(ast.NodeTransformer):
         named = isinstance(value, ast.Name) and inspect.ismodule(self._globals.get(value.id))
         owned = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == self._self
         return named or owned
+
+
+def _scaled_by_einsum(call: ast.Call) -> ast.expr:
+    """Return the one operand with the axes of the result, such as x in torch.einsum("nchw,nc->nchw", x, g)."""
+    equation, *operands = call.args
+    written = equation.value if isinstance(equation, ast.Constant) and isinstance(equation.value, str) else ""
+    axes, arrow, result = written.replace(" ", "").partition("->")
+    same = [operand for operand, its in zip(operands, axes.split(","), strict=False) if its == result and arrow]
+    if len(same) != 1:
+        raise Unremovable(f"the map in {ast.unparse(call)} cannot be told: write x * g")
+    return same[0]
 
 
 def _in_place(call: ast.expr) -> ast.expr | None:
