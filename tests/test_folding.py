@@ -12,6 +12,7 @@ from timm.layers import GlobalContext, SEModule, StdConv2d
 from timm.layers.cbam import CbamModule
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from stripe.folding import ChannelScale, FoldReport, building, fold, merging
 from stripe.gates import find_gates
@@ -227,6 +228,17 @@ def test_a_constant_goes_back_into_the_layer_before(kind):
     model = Net(copy.deepcopy(before), copy.deepcopy(maps), after=Shortcut())
     row = folded_exactly(model, small())[1].iloc[0]
     assert (row["direction"], row["into"], row["through"]) == ("back", into, through)
+
+
+def test_a_constant_goes_into_what_a_pruned_weight_is_made_of():
+    pruned = prune.random_unstructured(nn.Conv2d(3, 8, 3), "weight", 0.5)
+    model = Net(pruned, after=Shortcut())
+    model(small()).sum().backward()  # the weight that a forward pass made last is no leaf
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    folded, table = folded_exactly(model, small())
+    assert table["into"][0] == ("before.weight_orig", "before.bias")
+    assert set(folded.before.weight_mask.unique().tolist()) == {0.0, 1.0}
 
 
 FORWARD = {

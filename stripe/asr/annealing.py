@@ -1,6 +1,5 @@
 """anneal: attention that turns into its own running mean while its network is trained, and then folds exactly."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from stripe.gate import Gate
 from stripe.gates import find_gates
+from stripe.gates.hooks import copied
 from stripe.gates.layouts import flat, like_output
 from stripe.gates.trace import Images
 
@@ -112,7 +112,7 @@ def anneal(
     """
     if not 0 <= begin < end:
         raise ValueError(f"begin={begin}, end={end}: expected 0 <= begin < end, in training steps")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     gates = find_gates(model, images) if gates is None else gates
     if not gates:
         raise ValueError("the network has no gates to anneal; stripe.gates.explain_gates says why not")

@@ -1,6 +1,5 @@
 """Conversions between a plain network, its ASR training form and its deployed form. Each returns a new model."""
 
-import copy
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Literal
@@ -10,6 +9,7 @@ from torch import nn
 from stripe.asr.layers import asr_layers, channels_of, wrap
 from stripe.attention import create_attention
 from stripe.folding.exact import fuse_norms
+from stripe.gates.hooks import copied
 from stripe.gates.trace import Images
 from stripe.recipe import PSI_INIT
 from stripe.torch_internals import BatchNorm
@@ -47,7 +47,7 @@ def insert(
         >>> type(asr.layer1[0].bn2).__name__
         'ASRLayer'
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     names = [
         n for n, _ in model.named_modules() if n and (fnmatchcase(n, where) or fnmatchcase(n.rpartition(".")[2], where))
     ]
@@ -75,7 +75,7 @@ def deploy(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         >>> plain.state_dict().keys() == resnet18().state_dict().keys()
         True
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     switch_to_deploy(model, delete=True)
     return model
 

@@ -8,7 +8,6 @@ common with a gate. So the two are compared up to one factor, common to all chan
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -26,7 +25,7 @@ from stripe.asr.psi import NEAREST, Psi, best_fit, random_psis, values, vectors_
 from stripe.asr.task import Array, Fit, Task, Vectors
 from stripe.gate import Gate
 from stripe.gates import isolate, read_gates, replace_gates
-from stripe.gates.hooks import modules_by_path
+from stripe.gates.hooks import copied, modules_by_path
 from stripe.stats.verdicts import aligned, energy_distance, shuffled_misalignments
 from stripe.training import UNKNOWN_LABEL, logits_of
 
@@ -39,7 +38,7 @@ GRID = 4  # channels are matched on their maps, averaged over GRID fields along 
 
 def same(task: Task) -> Fit:
     """Freeze the network, give each gate attention(psi) for every image, and train psi on the task's loss."""
-    network = copy.deepcopy(task.model) if task.train_attention else task.model
+    network = copied(task.model) if task.train_attention else task.model
     attentions, left_out = isolate(network, task.gates, task.probe)
     psis = {name: Psi(attention, task.start(attention.gate)) for name, attention in attentions.items()}
     untrained, starts = values(psis), {name: psi.vector.detach().clone() for name, psi in psis.items()}

@@ -5,7 +5,6 @@ All give gates their values through `gates.replace_gates`.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from stripe.folding import GateUse, measure_gates
 from stripe.folding.exact import fuse_norms
 from stripe.gate import Gate, Kind
 from stripe.gates import find_gates, read_gates, replace_gates
-from stripe.gates.hooks import uncompiled
+from stripe.gates.hooks import copied, uncompiled
 from stripe.messages import Progress
 from stripe.recipe import PSI_INIT
 from stripe.training import Batches, evaluate, logits_of
@@ -175,11 +174,11 @@ class Task:
 
 
 def _frozen(model: nn.Module) -> nn.Module:
-    return uncompiled(copy.deepcopy(model)).eval().requires_grad_(False)
+    return uncompiled(copied(model)).eval().requires_grad_(False)
 
 
 def _deployed(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
+    model = copied(model)
     for _, layer in list(asr_layers(model)):
         layer.switch_to_deploy(delete=True)
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from stripe.folding.report import FoldReport, report_of, table_of
 from stripe.folding.tensors import doubled, in_double, named_tensors, weights_of
 from stripe.gate import Gate, name_of
 from stripe.gates.finding import find_gates
-from stripe.gates.hooks import uncompiled
+from stripe.gates.hooks import copied, uncompiled
 from stripe.gates.kinds import require_foldable
 from stripe.gates.reading import replace_gates
 from stripe.gates.trace import Images, tensors_in, trace
@@ -53,7 +52,7 @@ def fold(
     """
     model = uncompiled(model)
     require_foldable(model)
-    exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
+    exact, images = copied(model).double().eval(), tree_map(doubled, images)
     with torch.no_grad(), in_double():
         found = find_gates(exact, images, normalisers=normalisers)
         original, constant, weights = _at_constants(exact, found, constants, images)
@@ -75,7 +74,7 @@ def scaled_copy(
     not need is left out. Raises what `fold` raises.
     """
     model = uncompiled(model)
-    exact, images = copy.deepcopy(model).double().eval(), tree_map(doubled, images)
+    exact, images = copied(model).double().eval(), tree_map(doubled, images)
     with torch.no_grad(), in_double():
         original, constant, _ = _at_constants(
             exact, find_gates(exact, images, normalisers=normalisers), constants, images
@@ -122,7 +121,7 @@ def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Modul
     """
     model = uncompiled(model)
     require_foldable(model)
-    exact = copy.deepcopy(model).double().eval()
+    exact = copied(model).double().eval()
     with torch.no_grad(), in_double():
         images = example_for(exact) if images is None else tree_map(doubled, images)
         graph, weights = trace(exact, images), weights_of(exact)

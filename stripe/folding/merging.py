@@ -418,7 +418,7 @@ class Network:
         if used.producer is None:
             return Edit(path, min(used.parameters), factor) if used.parameters else None
         wanted = self._weights.compute(used) * factor
-        for name in sorted(used.parameters):
+        for name in sorted(used.parameters, key=lambda name: (name.endswith("_mask"), name)):  # a pruned weight's mask
             tensor = self._weights.tensors[name]
             for dim in [d for d, size in enumerate(tensor.shape) if size == factor.size]:
                 shaped = factor.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])

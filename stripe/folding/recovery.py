@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from stripe.devices import device_of
 from stripe.folding.constants import endless
 from stripe.folding.divergence import divergence, kind_of
 from stripe.folding.tensors import outputs_of
+from stripe.gates.hooks import copied
 from stripe.messages import Progress
 from stripe.recipe import DISTILL_LR, Recipe
 from stripe.torch_internals import BatchNorm
@@ -28,7 +28,7 @@ def reestimate_norms(model: nn.Module, loader: Iterable[Sequence[Tensor]], *, ba
 
     Nothing else is in train mode meanwhile, so dropout and the like do not disturb them.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     norms = [norm for norm in model.modules() if isinstance(norm, BatchNorm) and norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -68,7 +68,7 @@ def distill(
     """
     if amp not in ("no", "bf16"):
         raise ValueError(f"amp '{amp}': expected no or bf16")
-    student, teacher = copy.deepcopy(student).train(), teacher.eval()
+    student, teacher = copied(student).train(), teacher.eval()
     weights = [weight.requires_grad_() for weight in student.parameters()]
     optimizer = torch.optim.SGD(weights, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True, fused=True)
     autocast = torch.autocast(device_of(student).type, torch.bfloat16, enabled=amp == "bf16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from stripe.folding.ordering import ORDERS, Metric, greedy_order, predictors, ra
 from stripe.folding.recovery import reestimate_norms
 from stripe.folding.uses import AVERAGES, Constants, GateUse
 from stripe.gates import Gate, find_gates
+from stripe.gates.hooks import copied
 from stripe.gates.trace import Images
 from stripe.messages import Progress
 from stripe.recipe import CONSTANTS, LEARNING_STEPS
@@ -179,7 +179,7 @@ def study(
     gates = find_gates(model, images, normalisers=normalisers)
     counts = _counts(counts, len(gates), keep)
     kind = outputs or kind_of(model, images)
-    original = copy.deepcopy(model)  # what is measured may be `model` itself with its gates replaced
+    original = copied(model)  # what is measured may be `model` itself with its gates replaced
     loaders = {"validation": held_out} | ({} if test is None else {"test": test})
     judges = {name: _Judge(original, batches, kind) for name, batches in loaders.items()}
     measure = _measure(measure, kind, judges["validation"](original))

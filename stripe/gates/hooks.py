@@ -105,6 +105,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return eager(model)
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a network that keeps weights made of others, as pruning and older weight norm do."""
+    made = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in made if value.grad_fn is not None})
+
+
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a network, for one that is compiled what it wraps, by the paths that `uncompiled` has."""
     modules = {path: module for path, module in model.named_modules() if compiled_from(module) is None}
