@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as every_module
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, is_in_torch_dispatch_mode
 
 from stripe.folding import fold
 from stripe.gate import Gate, Product, Tap
@@ -881,6 +881,23 @@ def test_an_interrupt_inside_a_product_leaves_no_mode_behind(images):
         model(images)
     assert _get_current_dispatch_mode() is None
     assert hooks_left(model) == 0
+
+
+def test_two_contexts_that_read_one_product_leave_their_modes_in_order(images):
+    model = Net(GATED["functional"][0]).eval()
+    [gate] = find_gates(model, images)
+    outer, inner = [], []
+    with (
+        read_gates(model, [gate], lambda *found: outer.append(found[2]), squeeze=True),
+        read_gates(model, [gate], lambda *found: inner.append(found[2])),
+    ):
+        model(images)
+        assert not is_in_torch_dispatch_mode()  # as torch notes when a mode is left that was not entered last
+    expected = collect(model, images, [gate])["attention"][gate.name]
+    assert (len(outer), len(inner)) == (2, 1)
+    assert torch.equal(inner[0], expected)
+    assert any(torch.equal(values, expected) for values in outer)
+    assert not torch.equal(outer[0], outer[1])
 
 
 # ---- the graph ----

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
+from threading import get_ident, local
 from typing import Any
 
 from torch import Tensor, nn
@@ -169,7 +169,7 @@ class _Watch:
         self._jobs = jobs
         self._due: set[_Job] = set()
         self._calls: Counter[tuple[str, str]] = Counter()
-        self._modes: list[tuple[tuple[str, int], ExitStack]] = []  # by site and thread
+        self._modes: list[tuple[tuple[str, int], _Products]] = []  # by site and thread
 
     def attach(self, model: nn.Module, hooks: Hooks) -> None:
         """Hook the root, and the modules where jobs are met."""
@@ -193,7 +193,7 @@ class _Watch:
     def close(self) -> None:
         """Leave modes that an interrupted forward left open."""
         while self._modes:
-            self._modes.pop()[1].close()
+            self._modes.pop()[1].end()
 
     def _begin(self, args: tuple[Any, ...]) -> None:
         self._calls.clear()
@@ -237,16 +237,19 @@ class _Watch:
     def _at_site(self, path: str, jobs: list[_Job], args: tuple[Any, ...]) -> None:
         call = self._call(path, "product")
         if wanted := [job for job in jobs if product_of(job.gate).call == call]:
-            self._modes.append(((path, get_ident()), ExitStack()))
-            self._modes[-1][1].enter_context(_Products(wanted, self._due))
+            self._modes.append(((path, get_ident()), _Products(wanted, self._due)))
+            self._modes[-1][1].begin()
 
     def _after_site(self, path: str, output: Any) -> None:
         if self._modes and self._modes[-1][0] == (path, get_ident()):
-            self._modes.pop()[1].close()
+            self._modes.pop()[1].end()
 
 
 def _item(items: Sequence[Any], position: int) -> Any:
     return items[position] if position < len(items) else None
+
+
+_begun = local()  # by thread, in the order in which they were entered
 
 
 class _Products(DispatchMode):
@@ -257,9 +260,29 @@ class _Products(DispatchMode):
         self._jobs = jobs
         self._due = due
         self._seen: Counter[_Job] = Counter()
+        self._over = False
+        self._entered = ExitStack()
+
+    def begin(self) -> None:
+        """Enter the mode."""
+        _begun.__dict__.setdefault("modes", []).append(self)
+        self._entered.enter_context(self)
+
+    def end(self) -> None:
+        """Leave the mode, at once or when those that were entered after it are left.
+
+        Of two contexts that read one site, the hooks of the first run first after it as well; torch leaves the mode
+        that was entered last.
+        """
+        self._over = True
+        begun = _begun.__dict__.get("modes", [])
+        while begun and begun[-1]._over:
+            begun.pop()._entered.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, op_name(func)
+        if self._over:
+            return func(*args, **kwargs)
         result = in_parts(self, func, args, kwargs)
         if result is not NotImplemented:
             return result
