@@ -895,9 +895,9 @@ def test_two_contexts_that_read_one_product_leave_their_modes_in_order(images):
         assert not is_in_torch_dispatch_mode()  # as torch notes when a mode is left that was not entered last
     expected = collect(model, images, [gate])["attention"][gate.name]
     assert (len(outer), len(inner)) == (2, 1)
-    assert torch.equal(inner[0], expected)
-    assert any(torch.equal(values, expected) for values in outer)
-    assert not torch.equal(outer[0], outer[1])
+    assert relative_error(inner[0], expected) < 1e-5
+    errors = sorted(relative_error(values, expected) for values in outer)
+    assert errors[0] < 1e-5 < 1e-2 < errors[1]
 
 
 # ---- the graph ----

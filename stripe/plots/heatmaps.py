@@ -199,7 +199,7 @@ def _draw_heatmap(
 
     `room` is the share of `ax` that labels and colour bar will leave to the image.
     """
-    inches = room * np.array(_figure_size(ax)) * ax.get_position().size
+    inches = room * np.array(ax.bbox.size) / ax.figure.dpi
     columns, rows = (max(1, int(pixels)) for pixels in inches * RESOLUTION)
     means = -(-values.shape[0] // rows), -(-values.shape[1] // columns)
     shown = _block_means(values, means)
@@ -212,11 +212,6 @@ def _draw_heatmap(
     for axis in (ax.xaxis, ax.yaxis):
         tick_integers(axis)
     return image, means
-
-
-def _figure_size(ax: Axes) -> tuple[float, float]:
-    width, height = ax.get_figure(root=True).get_size_inches()  # type: ignore[union-attr]
-    return float(width), float(height)
 
 
 def _block_means(values: Array, sizes: tuple[int, int]) -> Array:
