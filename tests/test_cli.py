@@ -170,6 +170,7 @@ def test_validate_writes_its_findings_and_can_demand_a_match(trained, tmp_path, 
     assert main([*words, "--require-match"]) == 1
 
 
+@pytest.mark.equal_bits
 def test_resuming_with_recording_ends_where_an_undisturbed_training_does(trained, tmp_path, capsys):
     words = ["train", *SMALL, "--module", "senet", "--record", "30", "--squeeze", "-c", str(tmp_path)]
     short = words.copy()

@@ -148,6 +148,7 @@ def test_images_are_as_the_network_wants_them(tmp_path, factory):
     assert open_run(tmp_path / "made").data["size"] == 32
 
 
+@pytest.mark.equal_bits
 def test_moments_are_those_of_the_rows(factory, tmp_path, capsys):
     words = ["--ckpt", f"{factory}:Gated", *DIGITS, "--samples", 40, "--batch", 7]
     assert collect(*words, "--out", tmp_path / "rows") == 0

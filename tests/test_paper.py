@@ -70,6 +70,7 @@ def test_every_epoch_of_every_network_is_tested_and_recorded(whole):
     assert epochs["lr"].tolist() == pytest.approx([0.1, 0.1, 0.01])
 
 
+@pytest.mark.equal_bits
 def test_slices_of_time_end_where_one_piece_does(whole, tmp_path, capsys):
     for _ in range(3):  # an epoch each
         assert main(words(tmp_path, "--forms", "attention", "--minutes", "0")) == 0
@@ -79,6 +80,7 @@ def test_slices_of_time_end_where_one_piece_does(whole, tmp_path, capsys):
     assert state_of(tmp_path, "attention-senet-1") != state_of(whole, "asr-senet-1")
 
 
+@pytest.mark.equal_bits
 def test_a_killed_training_is_taken_up_where_it_was(forks, whole, tmp_path):
     last = tmp_path / "runs" / f"{NAME}-attention-senet-1" / "checkpoints" / "last.pt"
     process = forks.start(main, words(tmp_path, "--forms", "attention"), said=tmp_path / "said")

@@ -63,6 +63,7 @@ def checkpoint(tmp_path):
     return tmp_path / "a.pt"
 
 
+@pytest.mark.equal_bits
 @pytest.mark.parametrize("contents", [[], pytest.param(["--moments-only", "--by-label"], marks=pytest.mark.slow)])
 def test_two_processes_record_what_one_records(run_two, tmp_path, checkpoint, contents):
     words = ["--ckpt", str(checkpoint), "--samples", "110", "--batch", "20", *contents]
