@@ -159,6 +159,7 @@ def test_a_few_scores_take_the_place_of_attention(trained, tmp_path, capsys):
     assert (tmp_path / "b" / "folded.pt").exists() == (chosen == "k0")
 
 
+@pytest.mark.equal_bits
 def test_a_network_of_other_classes_is_measured_by_agreement(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for split, name in ((split, name) for split in ("train", "test") for name in ("cat", "dog")):

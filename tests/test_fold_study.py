@@ -198,6 +198,7 @@ class Several(Known):
         return {"scores": scores, "map": torch.tanh(self.common.conv(x))}
 
 
+@pytest.mark.equal_bits
 def test_any_output_is_measured_by_its_relative_error_and_its_cosine(batches):
     network = Several().eval()
     found = study(network, batches[0][0][:2], batches, batches, None, weightings=["energy"], recoveries={})

@@ -265,6 +265,7 @@ def test_only_a_network_that_was_trained_can_be_folded(tmp_path, capsys):
     assert "attention-senet-1" in capsys.readouterr().err
 
 
+@pytest.mark.equal_bits
 def test_slices_of_no_time_make_an_epoch_each_and_end_where_one_go_ends(tmp_path, capsys):
     words = ["--forms", "attention", "--minutes", "0"]
     assert run_forms(tmp_path / "slices", *words).empty
@@ -437,6 +438,7 @@ def test_ranks_are_told_at_the_first_the_greatest_and_the_last_epoch():
     assert rows.loc["up"].tolist() == ["16", "", "2.50", "3", "2.500"]
 
 
+@pytest.mark.equal_bits
 def test_growth_measures_a_run_and_its_network_on_other_images(tmp_path, capsys):
     run_forms(tmp_path, "--forms", "attention")
     words = ["growth", str(tmp_path / "runs/resnet20-attention-senet-1"), "--dataset", "digits", "--samples", "20"]
