@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 
 import ctypes
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,11 @@ from torch import nn
 from tests.forked import Forks
 
 torch.set_num_threads(1)
+
+shown_by_todays_matplotlib = pytest.mark.skipif(
+    matplotlib.__version_info__ < (3, 10),
+    reason="matplotlib before 3.10 lays figures out otherwise, and shows none in the notebooks of today's Jupyter",
+)
 
 
 def pytest_addoption(parser):

@@ -14,6 +14,7 @@ from stripe.examples import EXAMPLE_RUN
 from stripe.figures import METADATA, each_figure, file_name
 from stripe.gate import Gate
 from stripe.store import RunWriter
+from tests.conftest import shown_by_todays_matplotlib
 
 LEARNED = 0.5
 VARIANTS = [
@@ -61,6 +62,7 @@ def gallery(tmp_path_factory):
     return out / "figures" / EXAMPLE_RUN
 
 
+@shown_by_todays_matplotlib
 def test_without_arguments_the_example_is_drawn_as_it_is_committed(gallery):
     committed = Path(__file__).parents[1] / "figures" / EXAMPLE_RUN
     gates = [gate.name for gate in stripe.load_example(EXAMPLE_RUN).gates]

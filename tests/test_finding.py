@@ -418,6 +418,7 @@ def test_gates_are_found_on_the_meta_device_and_folded_once_the_weights_are_ther
     assert gates == find_gates(sequence(), images)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 shards networks on a GPU only")
 @pytest.mark.equal_bits
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_sharded_networks_are_read_by_gates_found_before(images, tmp_path):
@@ -471,6 +472,9 @@ def test_a_part_that_was_compiled_while_its_gate_is_read_tells_how_to_go_on(imag
             model[1] = block
         return values["1"]
 
+    if torch.__version__ < "2.7":  # where a compiled part runs the hooks within it
+        assert torch.equal(compiled_meanwhile("default"), expected)
+        return
     with pytest.raises(RuntimeError, match=r'did not pass 1: .* call the network under .*set_stance\("force_eager"\)'):
         compiled_meanwhile("default")
     assert torch.equal(compiled_meanwhile("force_eager"), expected)

@@ -215,7 +215,8 @@ def test_a_network_of_several_outputs_is_measured_by_what_it_gives(tmp_path, mon
         "--onnx-batch",
         "2",
     ]
-    assert main(["fold", *map(str, words), "--opset", "19", "--out", str(tmp_path / "out")]) == 0
+    opset = "18" if torch.__version__ < "2.7" else "19"  # torch 2.6 writes no other
+    assert main(["fold", *map(str, words), "--opset", opset, "--out", str(tmp_path / "out")]) == 0
     assert "cosine" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "fold.json").read_text())["measure"] == "cosine"
     assert "expected free, or a number" in fails(capsys, "fold", *words[:-1], "two", "--out", tmp_path / "out")

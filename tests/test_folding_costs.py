@@ -484,10 +484,11 @@ def test_every_tensor_of_an_output_is_written_to_onnx(given, names, tmp_path):
 
     model = Outputs(given).eval()
     folded, _ = folding.fold(model, {"se": torch.rand(8)}, SMALL)
-    folding.save_onnx(folded, SMALL, tmp_path / "a.onnx", opset=19)
+    opset = 18 if torch.__version__ < "2.7" else 19  # torch 2.6 writes no other
+    folding.save_onnx(folded, SMALL, tmp_path / "a.onnx", opset=opset)
     file = onnx.load(tmp_path / "a.onnx")
     assert [output.name for output in file.graph.output] == names
-    assert file.opset_import[0].version == 19
+    assert file.opset_import[0].version == opset
     session = folding.onnx_session(tmp_path / "a.onnx")
     feed = torch.rand(5, 3, 64, 96)
     assert [len(array) for array in session.run(None, {file.graph.input[0].name: feed.numpy()})] == [5, 5]

@@ -21,6 +21,7 @@ import stripe
 from stripe.asr.validation import RULE, Validation
 from stripe.gate import Gate, Gates
 from stripe.store import RunWriter
+from tests.conftest import shown_by_todays_matplotlib
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL = {
@@ -61,6 +62,7 @@ def validation(run):
     return Validation("same", RULE, 3, 20, table, accuracies, vectors, observed)
 
 
+@shown_by_todays_matplotlib
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
 def test_notebooks_that_train_run_on_less(path):  # the first one, of the example, is run as it is below
     notebook = nbformat.read(path, as_version=4)
@@ -157,6 +159,7 @@ def test_notebooks_are_kept_with_outputs_and_a_conclusion_and_no_path_of_a_machi
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
 
 
+@shown_by_todays_matplotlib
 def test_the_notebook_of_the_example_shows_what_a_fresh_run_shows():
     path = next(path for path in NOTEBOOKS if path.stem.startswith("01"))
     kept = nbformat.read(path, as_version=4)

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=options.positive, default=Recipe.epochs, metavar="N", help="epochs in all")
-    recipe.add_argument("--scheduler", choices=SCHEDULES, default=Recipe.scheduler, help="of the learning rate")
+    recipe.add_argument("--scheduler", choices=tuple(SCHEDULES), default=Recipe.scheduler, help="of the learning rate")
     recipe.add_argument(
         "--schedule", type=int, nargs="*", default=list(Recipe.milestones), metavar="E", help="epochs of the steps"
     )
@@ -92,7 +92,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--psi-init", type=_psi, default=PSI_INIT, metavar="X", help="psi starts at this number, or normal"
     )
-    recipe.add_argument("--amp", choices=PRECISIONS, default=Recipe.amp, help="mixed precision")
+    recipe.add_argument("--amp", choices=tuple(PRECISIONS), default=Recipe.amp, help="mixed precision")
     recipe.add_argument("--compile", action="store_true", help="torch.compile the training: slow start, faster epochs")
     recipe.add_argument(
         "--manualSeed", type=int, default=Recipe.seed, metavar="SEED", help="of weights, order, crops, split"
