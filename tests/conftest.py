@@ -18,8 +18,8 @@ from tests.forked import Forks
 torch.set_num_threads(1)
 
 shown_by_todays_matplotlib = pytest.mark.skipif(
-    matplotlib.__version_info__ < (3, 10),
-    reason="matplotlib before 3.10 lays figures out otherwise, and shows none in the notebooks of today's Jupyter",
+    matplotlib.__version_info__ < (3, 9),
+    reason="matplotlib 3.8 lays figures out otherwise, and shows none in the notebooks of today's Jupyter",
 )
 
 

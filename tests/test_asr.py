@@ -6,6 +6,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from stripe import asr, folding
 from stripe.asr.layers import DRAWS, ASRLayer, asr_layers, wrap
@@ -450,6 +451,31 @@ def test_distributed_data_parallel_trains_psi(trained):
         assert relative_error(asr.deploy(network.module)(x), network(x)) < 1e-5
     finally:
         distributed.destroy_process_group()
+
+
+CONVERSIONS = {
+    "insert": lambda model, images: asr.insert(model),
+    "deploy": lambda model, images: asr.deploy(model),
+    "anneal": lambda model, images: asr.anneal(model, images, begin=0, end=9),
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS)
+def test_a_pruned_network_whose_weights_are_made_of_others_is_converted(convert):
+    model, images = randomize(ResNet(11, module="senet")), torch.randn(4, 3, 32, 32)
+    conv = prune.random_unstructured(model.layer1[0].conv2, "weight", 0.5)
+    model.train()(images).sum().backward()  # the weight that a forward pass made last is no leaf
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    converted = CONVERSIONS[convert](model.eval(), images).eval()
+    new = converted.layer1[0].conv2
+    assert torch.equal(new.weight_mask, conv.weight_mask)
+    assert new.weight_orig is not conv.weight_orig
+    with torch.no_grad():
+        before = converted(images)
+        new.weight_orig *= 2
+        assert relative_error(converted(images), before) > 1e-3  # its weight is made anew by each forward pass
+    assert torch.equal(conv.weight_orig * conv.weight_mask, conv.weight)
 
 
 @pytest.mark.cuda

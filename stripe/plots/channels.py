@@ -174,6 +174,6 @@ def _draw_steps(ax: Axes, what: str, values: npt.ArrayLike, *, color: Array, nam
     """Draw one value a channel, (C,), on an axis that holds 0: how small a std is shows only against it."""
     (steps,) = require_vectors(**{what: values})
     drawn = ax.stairs(steps, np.arange(steps.size + 1) - 0.5, baseline=None, color=color, linewidth=0.8, label=name)
-    drawn.sticky_edges.y.clear()  # before matplotlib 3.10 the axis would end at 0, on the line of a std of 0
+    drawn.sticky_edges.y.clear()  # or matplotlib 3.8 ends the axis at 0, on the line of a std of 0
     ax.update_datalim([(0, 0)])
     ax.margins(x=0)
