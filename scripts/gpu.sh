@@ -2,32 +2,46 @@
 # What a machine with a GPU is asked for, in a few minutes: the tests that need one, the benchmarks beside the reference
 # form, then as much of the paper's trainings as MINUTES allow. Small files that are worth keeping go to OUT.
 #   OUT=results MINUTES=6 DATA=hf:../shared/data/cifar100 bash scripts/gpu.sh [tests] [benchmarks] [forms] [paper]
+# "benchmarks" are training, recording and deploying; "forms" are the trainings of a SETTING, WORKERS of them at once.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu} MINUTES=${MINUTES:-6} DATA=${DATA:-cifar100} DEVICE=${DEVICE:-cuda} DEPTH=${DEPTH:-164}
-PYTHON=${PYTHON:-python3} SEEDS=${SEEDS:-1 2 3 4 5} WORKERS=${WORKERS:-5}
+PYTHON=${PYTHON:-python3} SAMPLES=${SAMPLES:-9984}
+SETTING=${SETTING:-cifar100-resnet20-bf16} SEEDS=${SEEDS:-1 2 3 4 5} WORKERS=${WORKERS:-5}
+FORMS=${FORMS:-plain attention asr both plain-0.5 plain-0.25 asr-1}
 export PYTHONPATH=$PWD
 mkdir -p "$OUT"
 
 tests() {
-    timeout -s INT "${TESTS_SECONDS:-300}" "$PYTHON" -m pytest -q --tb=short -W default -p no:cacheprovider -m cuda tests/test_cuda.py tests/test_asr.py 2>&1 | tee "$OUT/tests.txt"
+    timeout -s INT "${TESTS_SECONDS:-300}" "$PYTHON" -m pytest -q --tb=short -W default -p no:cacheprovider \
+        -n "${TESTS_AT_ONCE:-4}" -m cuda tests/test_cuda.py tests/test_asr.py 2>&1 | tee "$OUT/tests.txt"
 }
 
-benchmarks() {
-    local run=("$PYTHON" -W ignore scripts/benchmark.py) size=(--depth "$DEPTH" --device "$DEVICE")
-    "${run[@]}" train "${size[@]}" --dataset "$DATA" --samples "${SAMPLES:-9984}" --epochs 2 --rounds "${ROUNDS:-1}" \
-        --forms SE ${COMPILE---compile} --workers "${LOADERS:-12}" --json "$OUT/train.json" 2>&1 | tee "$OUT/train.txt"
-    "${run[@]}" collect "${size[@]}" --samples "${SAMPLES:-9984}" --batch 1000 --rounds "${ROUNDS:-2}" \
-        --json "$OUT/collect.json" 2>&1 | tee "$OUT/collect.txt"
-    "${run[@]}" deploy "${size[@]}" --batch 1000 --rounds 5 --json "$OUT/deploy.json" 2>&1 | tee "$OUT/deploy.txt"
+benchmarks() { training; recording; deploying; }
+
+benchmark() {  # NAME FILE [OPTION ...]
+    "$PYTHON" -W ignore scripts/benchmark.py "$1" --depth "$DEPTH" --device "$DEVICE" --json "$OUT/$2.json" "${@:3}" 2>&1 \
+        | tee "$OUT/$2.txt"
 }
 
-forms() {  # the trainings of ResNet-20 and their controls, several processes sharing the work
-    local all=(plain attention asr both plain-0.5 plain-0.25 asr-1) pids=()
+training() {
+    for mode in ${MODES:-captured compiled}; do
+        local options=(--dataset "$DATA" --samples "$SAMPLES" --epochs 2 --rounds "${ROUNDS:-1}" --workers "${LOADERS:-12}")
+        if [ "$mode" = compiled ]; then options+=(--compile); fi
+        benchmark train "train-$mode" --forms SE "${options[@]}"
+    done
+}
+
+recording() { benchmark collect collect --samples "$SAMPLES" --batch 1000 --rounds "${ROUNDS:-2}"; }
+
+deploying() { benchmark deploy deploy --batch 1000 --rounds 5; }
+
+forms() {  # the trainings of a setting, several processes sharing the work
+    local pids=()
     for _ in $(seq "$WORKERS"); do
         # shellcheck disable=SC2086
-        OMP_NUM_THREADS=2 "$PYTHON" -W ignore scripts/study.py forms --setting cifar100-resnet20-bf16 --dataset "$DATA" \
-            --amp bf16 --seeds $SEEDS --forms "${all[@]}" ${FORMS_OPTIONS:-} --out "$OUT/study" >> "$OUT/forms.txt" 2>&1 &
+        OMP_NUM_THREADS=1 "$PYTHON" -W ignore scripts/study.py forms --setting "$SETTING" --dataset "$DATA" --amp bf16 \
+            --seeds $SEEDS --forms $FORMS --minutes "$MINUTES" ${FORMS_OPTIONS:-} --out "$OUT/study" >> "$OUT/forms.txt" 2>&1 &
         pids+=($!)
     done
     wait "${pids[@]}"

@@ -11,6 +11,7 @@ import stripe
 from stripe import asr
 from stripe.capture import CapturedStep
 from stripe.data import Loader, load_images
+from stripe.folding import learn_constants, measure_gates
 from stripe.models import create_model
 from stripe.recipe import Recipe
 from stripe.training import fit
@@ -25,6 +26,7 @@ FORMS = {
     "ASR": {"module": "senet", "asr": True},
     "both": {"module": "senet", "asr": True, "both": True},
     "plain": {},
+    "annealed": {"module": "senet"},
 }
 
 
@@ -49,6 +51,8 @@ def network(form="SE", seed=0):
             nn.init.normal_(module.bias, std=0.2)
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+    if form == "annealed":  # within the fifteen steps of a training below
+        return asr.anneal(model, torch.randn(2, 3, 32, 32), begin=3, end=9)
     return model
 
 
@@ -231,3 +235,17 @@ def test_deployed_fused_and_folded_networks_are_those_of_the_processor(images):
             with torch.inference_mode():
                 assert error(moved(x.cuda()), folded(x)) < 1e-4
                 assert error(moved(x.cuda()), wanted) > 1e-2
+
+
+def test_constants_are_learned_as_on_the_processor(images):
+    def learned(device, steps):
+        model, loader = network().eval().to(device), Loader(images, 64, device=device)
+        x = next(iter(loader))[0][:2]
+        gates = stripe.find_gates(model, x)
+        uses = measure_gates(model, gates, loader)
+        return learn_constants(model, gates, uses, x, loader, steps=steps)
+
+    ours, theirs, begun = learned("cuda", 10), learned("cpu", 10), learned("cpu", 1)
+    for gate, its in theirs.items():
+        assert np.abs(ours[gate] - its).max() < 1e-3 * np.abs(its).max()
+        assert np.abs(ours[gate] - begun[gate]).max() > 1e-2 * np.abs(its).max()
