@@ -20,16 +20,13 @@ tests() {
 benchmarks() { training; recording; deploying; }
 
 benchmark() {  # NAME FILE [OPTION ...]
-    "$PYTHON" -W ignore scripts/benchmark.py "$1" --depth "$DEPTH" --device "$DEVICE" --json "$OUT/$2.json" "${@:3}" 2>&1 \
-        | tee "$OUT/$2.txt"
+    "$PYTHON" -W ignore -W default::UserWarning scripts/benchmark.py "$1" --depth "$DEPTH" --device "$DEVICE" \
+        --json "$OUT/$2.json" "${@:3}" 2>&1 | tee "$OUT/$2.txt"
 }
 
 training() {
-    for mode in ${MODES:-captured compiled}; do
-        local options=(--dataset "$DATA" --samples "$SAMPLES" --epochs 2 --rounds "${ROUNDS:-1}" --workers "${LOADERS:-12}")
-        if [ "$mode" = compiled ]; then options+=(--compile); fi
-        benchmark train "train-$mode" --forms SE "${options[@]}"
-    done
+    benchmark train train --forms SE --compile --dataset "$DATA" --samples "$SAMPLES" --epochs 2 --rounds "${ROUNDS:-1}" \
+        --workers "${LOADERS:-12}"
 }
 
 recording() { benchmark collect collect --samples "$SAMPLES" --batch 1000 --rounds "${ROUNDS:-2}"; }
@@ -40,8 +37,9 @@ forms() {  # the trainings of a setting, several processes sharing the work
     local pids=()
     for _ in $(seq "$WORKERS"); do
         # shellcheck disable=SC2086
-        OMP_NUM_THREADS=1 "$PYTHON" -W ignore scripts/study.py forms --setting "$SETTING" --dataset "$DATA" --amp bf16 \
-            --seeds $SEEDS --forms $FORMS --minutes "$MINUTES" ${FORMS_OPTIONS:-} --out "$OUT/study" >> "$OUT/forms.txt" 2>&1 &
+        OMP_NUM_THREADS=1 "$PYTHON" -W ignore -W default::UserWarning scripts/study.py forms --setting "$SETTING" \
+            --dataset "$DATA" --amp bf16 --seeds $SEEDS --forms $FORMS --minutes "$MINUTES" ${FORMS_OPTIONS:-} \
+            --out "$OUT/study" >> "$OUT/forms.txt" 2>&1 &
         pids+=($!)
     done
     wait "${pids[@]}"
@@ -50,8 +48,8 @@ forms() {  # the trainings of a setting, several processes sharing the work
 
 paper() {
     # shellcheck disable=SC2086
-    "$PYTHON" -W ignore scripts/study.py paper --dataset "$DATA" --depth "$DEPTH" --minutes "$MINUTES" ${PAPER_OPTIONS:-} \
-        --out "$OUT/study" 2>&1 | tee "$OUT/paper.txt"
+    "$PYTHON" -W ignore -W default::UserWarning scripts/study.py paper --dataset "$DATA" --depth "$DEPTH" \
+        --minutes "$MINUTES" ${PAPER_OPTIONS:-} --out "$OUT/study" 2>&1 | tee "$OUT/paper.txt"
 }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | tee "$OUT/card.txt"

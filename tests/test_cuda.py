@@ -78,7 +78,8 @@ def test_a_captured_training_is_the_eager_one(images, tmp_path, form, compile, m
     def train(name, model=None, **options):
         model = model or network(form)
         loader = Loader(images, 64, train=True, seed=1, device="cuda")  # four batches of 64, one of 44
-        recipe = Recipe(epochs=3, lr=0.01, milestones=(2,), seed=1, **options)
+        # at this rate weights that differ by 1e-6 end 1e-4 apart; at 0.01 those that differ by 1e-7 end 0.1 apart
+        recipe = Recipe(epochs=3, lr=1e-4, milestones=(2,), seed=1, **options)
         metrics = fit(model, loader, None, recipe, directory=tmp_path / name, description={}, progress=False)
         return model, metrics
 
@@ -86,13 +87,13 @@ def test_a_captured_training_is_the_eager_one(images, tmp_path, form, compile, m
     monkeypatch.setattr(CapturedStep, "_capture", lambda *_: None)
     eager, plain = train("eager")
     assert all(module._compiled_call_impl is None for module in captured.modules())
-    assert error(torch.tensor(metrics["train_loss"]), torch.tensor(plain["train_loss"])) < 1e-3
+    assert error(torch.tensor(metrics["train_loss"]), torch.tensor(plain["train_loss"])) < 1e-5
     for (name, mine), its in zip(captured.state_dict().items(), eager.state_dict().values(), strict=True):
         assert mine.shape == its.shape
-        assert name.endswith("num_batches_tracked") == (mine.dtype == torch.int64)
-        assert torch.equal(mine, its) if mine.dtype == torch.int64 else error(mine, its) < 0.02, name
+        assert name.endswith(("num_batches_tracked", ".steps")) == (mine.dtype == torch.int64)
+        assert torch.equal(mine, its) if mine.dtype == torch.int64 else error(mine, its) < 1e-3, name
     start = network(form).state_dict()["fc.weight"]
-    assert error(captured.fc.weight, start) > 0.05  # it has moved by more than the two differ
+    assert error(captured.fc.weight, start) > 5e-3  # it has moved by more than the two differ
 
 
 def test_a_network_that_cannot_be_captured_is_trained_without(images, tmp_path):

@@ -155,6 +155,7 @@ def _process(name: str, prepare: Prepare) -> Iterator[Connection]:
 
 def _serve(pipe: Connection, prepare: Prepare) -> None:
     """Prepare, then run whenever the pipe says so, until it closes."""
+    multiprocessing.set_start_method(None, force=True)  # what a case starts itself is started by Python's default
     try:
         run = prepare()
         pipe.send((None, None))

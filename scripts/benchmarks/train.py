@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of each training; the last is timed")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="DataLoader processes of the reference")
     parser.add_argument("--amp", default="bf16", help="precision of stripe's training")
-    parser.add_argument("--compile", action="store_true", help="torch.compile stripe's training: minutes to prepare")
+    parser.add_argument("--compile", action="store_true", help="time stripe's training with torch.compile as well")
     parser.add_argument("--plain", action="store_true", help="time the network without attention as well")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
 
@@ -41,16 +41,16 @@ def run(arguments: argparse.Namespace) -> Result:
     cases = {}
     forms = [*arguments.forms, *(["plain"] if arguments.plain else [])]
     for form in forms:
-        cases[f"{form}, reference"] = partial(_prepare, "reference", form, arguments)
-        cases[f"{form}, stripe"] = partial(_prepare, "stripe", form, arguments)
+        for recipe in ("reference", "stripe", *(["compiled"] if arguments.compile else [])):
+            cases[f"{form}, {recipe}"] = partial(_prepare, recipe, form, arguments)
     timings = {
         name: Timing(timing.returned[1:], timing.peak_mb, None)  # the first run only warms up
         for name, timing in measure(cases, arguments.rounds).items()
     }
     rows = []
     for form in forms:
-        pair = {name: timings[name] for name in (f"{form}, reference", f"{form}, stripe")}
-        rows += report(pair, f"{form}, reference", images=_samples(arguments))
+        its = {name: timing for name, timing in timings.items() if name.startswith(f"{form}, ")}
+        rows += report(its, f"{form}, reference", images=_samples(arguments))
     return Result(rows)
 
 
@@ -87,11 +87,11 @@ class Timed:
 def _prepare(recipe: str, form: str, arguments: argparse.Namespace) -> Run:
     images = load_images(arguments.dataset, "train", samples=_samples(arguments))
     network = build(form, arguments.depth, arguments.module, len(images.classes))
-    if recipe == "stripe":
+    if recipe != "reference":
         if DEVICE == "cpu":
             keep_memory()
         batches = Timed(Loader(images, arguments.batch, train=True, device=processes().device))
-        train = partial(_train_with_stripe, network, batches, arguments)
+        train = partial(_train_with_stripe, network, batches, arguments, compile=recipe == "compiled")
     else:
         batches = Timed(loader_as_written(images, arguments.batch, arguments.workers))
         train = partial(train_as_written, as_written(network), batches, arguments.epochs, arguments.lr, DEVICE)
@@ -105,7 +105,7 @@ def _prepare(recipe: str, form: str, arguments: argparse.Namespace) -> Run:
     return run
 
 
-def _train_with_stripe(network: nn.Module, batches: Timed, arguments: argparse.Namespace) -> None:
-    recipe = Recipe(epochs=arguments.epochs, lr=arguments.lr, amp=arguments.amp, compile=arguments.compile)
+def _train_with_stripe(network: nn.Module, batches: Timed, arguments: argparse.Namespace, *, compile: bool) -> None:
+    recipe = Recipe(epochs=arguments.epochs, lr=arguments.lr, amp=arguments.amp, compile=compile)
     with tempfile.TemporaryDirectory() as folder:
         fit(network, batches, None, recipe, directory=Path(folder), description={}, save_every=0, progress=False)

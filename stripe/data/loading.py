@@ -101,8 +101,9 @@ class Loader:
         shift, scale = (
             self._place(255 * torch.tensor(values).view(1, -1, 1, 1)) for values in (self.images.mean, self.images.std)
         )
-        rows = order.to(self._held.device) if isinstance(self._held, Tensor) else order
-        decoded = decode_ahead(self._held, [rows[part] for part in self._parts], self._workers)
+        held = self._held
+        rows = self._place(order) if isinstance(held, Tensor) and held.device.type == self.device.type else order
+        decoded = decode_ahead(held, [rows[part] for part in self._parts], self._workers)
         for part, pixels in zip(self._parts, decoded, strict=True):
             pixels = self._place(pixels)
             if self.train:
