@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -262,7 +263,36 @@ def test_annealed_gates_are_constants_at_the_end_and_folded_networks_are_those_w
 def test_only_a_network_that_was_trained_can_be_folded(tmp_path, capsys):
     words = [*FORMS, "--out", str(tmp_path / "study"), "--runs", str(tmp_path / "runs"), "--forms", "folded"]
     assert main(words) == 2
-    assert "attention-senet-1" in capsys.readouterr().err
+    assert "train the form 'attention' first" in capsys.readouterr().err
+
+
+def test_a_network_that_another_process_still_trains_is_not_folded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(forms, "learn_constants", partial(forms.learn_constants, steps=2))
+    words = ["--forms", "attention", "folded"]
+    run_forms(tmp_path, "--forms", "attention", "--minutes", "0")
+    assert (tmp_path / "runs/resnet20-attention-senet-1/checkpoints/last.pt").exists()  # of the first of two epochs
+    with claimed(tmp_path / "runs/resnet20-attention-senet-1"):
+        assert run_forms(tmp_path, *words).empty
+    assert "2 of 2 trainings to go" in capsys.readouterr().out
+    assert set(run_forms(tmp_path, *words)["form"]) == {"attention", "folded"}
+
+
+def test_processes_that_end_together_write_tables_and_figures_one_after_the_other(tmp_path, monkeypatch):
+    def another_may_write(*_):
+        with (tmp_path / "study/.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return written.append(False)
+        return written.append(True)
+
+    written = []
+    for module, name in ((forms, "publish"), (comparison, "figures"), (recipes, "publish")):
+        monkeypatch.setattr(module, name, another_may_write)
+    run_forms(tmp_path, "--forms", "plain")
+    assert main([*RECIPES, "--out", str(tmp_path / "study"), "--minutes", "0"]) == 0
+    another_may_write()
+    assert written == [False, False, False, True]
 
 
 @pytest.mark.equal_bits

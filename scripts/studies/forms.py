@@ -31,7 +31,7 @@ from stripe.recorder import RecorderCallback
 from stripe.stats import summarize
 from stripe.training import evaluate, processes
 from studies import comparison
-from studies.table import Row, Table, add_data, publish
+from studies.table import Row, Table, add_data, alone, publish
 from studies.training import Images, OutOfTime, load, pending, train
 
 FORMS: dict[str, dict[str, bool]] = {
@@ -103,6 +103,13 @@ def run(arguments: argparse.Namespace) -> None:
     images = functools.cache(partial(load, arguments, samples, arguments.test_samples))  # not before a case needs them
     cases = list(cases_of(arguments.forms, arguments.module, arguments.seeds))
     for case, directory, deadline in pending(results, cases, arguments.runs / arguments.setting, arguments.minutes):
+        if case["form"] == "folded" and results.missing([case | {"form": "attention"}]):
+            if "attention" not in arguments.forms:
+                raise ValueError(
+                    f"'{directory}' folds the network with attention of seed {case['seed']}, which is not trained yet: "
+                    "train the form 'attention' first"
+                )
+            continue  # another process is training it
         with suppress(OutOfTime):
             training, test = images()
             parts = Images(*training.hold_out(arguments.val_samples, case["seed"]), test)
@@ -111,8 +118,9 @@ def run(arguments: argparse.Namespace) -> None:
                 stripes.put(case, *observed)
             results.put(case, row)
             print(f"{directory}: {row['accuracy_last']:.2f} %, {row['seconds']:.0f} s", flush=True)
-    publish(comparison.tables(arguments.out), arguments.out)
-    comparison.figures(arguments.out)
+    with alone(arguments.out):
+        publish(comparison.tables(arguments.out), arguments.out)
+        comparison.figures(arguments.out)
 
 
 def cases_of(forms: Sequence[str], module: str, seeds: Sequence[int]) -> Iterator[Row]:
@@ -169,11 +177,7 @@ def recipe_of(arguments: argparse.Namespace, seed: int) -> Recipe:
 
 
 def fold_case(case: Row, images: Images, directory: Path, arguments: argparse.Namespace) -> Row:
-    """Fold every gate of the seed's network with attention into constants learned without labels; test the result.
-
-    Raises:
-        FileNotFoundError: the form "attention" of this seed has not been trained.
-    """
+    """Fold every gate of the seed's network with attention into constants learned without labels; test the result."""
     trained = directory.with_name(directory.name.replace("-folded-", "-attention-")) / "checkpoints"
     row: Row = {}
     began = time.perf_counter()

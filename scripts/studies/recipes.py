@@ -24,7 +24,7 @@ from stripe.models import create_model
 from stripe.recipe import Recipe
 from stripe.training import evaluate, fit
 from studies import comparison
-from studies.table import Row, Table, add_data, headed, publish, read
+from studies.table import Row, Table, add_data, alone, headed, publish, read
 from studies.training import load, pending
 
 FORMS = {"SE": {}, "ASR": {"asr": True}}
@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     rows = table.frame()
     if len(rows):
         print(rows.pivot_table("accuracy", "seed", ["form", "recipe"], sort=False).round(2).to_string())
-    publish(tables(arguments.out), arguments.out)
+    with alone(arguments.out):
+        publish(tables(arguments.out), arguments.out)
 
 
 def cases_of(seeds: list[int]) -> Iterator[Row]:

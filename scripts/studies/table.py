@@ -51,8 +51,7 @@ class Table:
 
     def put(self, case: Row, *results: Row) -> None:
         """Add a row for each result, in place of what there is of the case; they are on disk afterwards."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _held(self.path.parent / ".lock", fcntl.LOCK_EX):
+        with alone(self.path.parent):
             rows = [row for row in self._read() if not _same(row, self._identity | case)]
             rows += [case | result | self._always for result in results]
             write_csv(self.path, pd.DataFrame(rows))
@@ -100,6 +99,14 @@ def headed(table: pd.DataFrame, headings: Mapping[str, str]) -> pd.DataFrame:
         return ["" if pd.isna(value) else format(value, form) for value in table[name].tolist()]
 
     return pd.DataFrame({heading: cells(column) for heading, column in headings.items()}, dtype=str)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes tables or figures into a folder; those that come in the `with` wait too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder / ".lock", fcntl.LOCK_EX):
+        yield
 
 
 @contextmanager
