@@ -127,7 +127,10 @@ def paired(results: pd.DataFrame) -> pd.DataFrame:
                 tables.append(
                     pd.DataFrame({"setting": setting, "module": module, "measure": measure}, table.index).join(table)
                 )
-    return pd.concat(tables, ignore_index=True).round(DECIMALS) if tables else pd.DataFrame()
+    if not tables:
+        return pd.DataFrame()
+    found = pd.concat(tables, ignore_index=True)
+    return found.round({name: DECIMALS for name in found.columns.difference(["p", "p_adjusted"])})
 
 
 def difference(accuracies: pd.DataFrame, form: str, base: str) -> dict[str, object]:
@@ -219,7 +222,7 @@ def _differences(pairs: pd.DataFrame) -> pd.DataFrame:
     rows = pairs.dropna(subset="low")
     rows = rows.assign(name=_pairs(rows), at=rows["measure"].map(MEASURES))
     columns = {"setting": "setting", "difference": "name", "at": "at", "seeds": "seeds", "points": "difference:+.2f"}
-    columns |= {"95 % interval from": "low:+.2f", "to": "high:+.2f", "p": "p:.3f", "adjusted p": "p_adjusted:.3f"}
+    columns |= {"95 % interval from": "low:+.2f", "to": "high:+.2f", "p": "p:.2g", "adjusted p": "p_adjusted:.2g"}
     return headed(
         rows, columns | {"least difference told": "told:.2f", f"seeds to tell {DIFFERENCE}": "seeds_needed:.0f"}
     )
