@@ -1,6 +1,7 @@
 """The study of the paper's four networks: recorded every epoch, stopped, killed and resumed to the same end."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -68,6 +69,16 @@ def test_every_epoch_of_every_network_is_tested_and_recorded(whole):
     epochs = pd.read_csv(whole / "study" / "paper" / f"{NAME}-asr-senet-1-epochs.csv")
     assert epochs["test_accuracy"].iloc[-1] == pytest.approx(results["accuracy_last"].iloc[1], abs=0.3)
     assert epochs["lr"].tolist() == pytest.approx([0.1, 0.1, 0.01])
+
+
+def test_tables_follow_from_trainings_without_validation_too(whole, tmp_path):
+    study, page = shutil.copytree(whole / "study", tmp_path / "study"), tmp_path / "README.md"
+    page.write_text("<!-- csv: study/forms.csv -->\n<!-- /csv -->\n")
+    assert main(["check", "--records", str(study), "--pages", str(page), "--write"]) == 0
+    shown, results = pd.read_csv(study / "forms.csv"), pd.read_csv(study / "results.csv")
+    assert shown["last epoch"].tolist() == pytest.approx(results["accuracy_last"].tolist(), abs=0.0051)
+    assert shown["best validated epoch"].isna().all()
+    assert "| ASR(SE) | 1 |" in page.read_text()
 
 
 @pytest.mark.equal_bits

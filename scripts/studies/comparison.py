@@ -194,13 +194,19 @@ def tables(out: Path) -> dict[str, pd.DataFrame]:
     """Return the tables that follow from results.csv and stripes.csv in a directory, by file name."""
     found = {}
     if (out / "results.csv").exists():
-        results = read(out / "results.csv")
+        results = _results(out)
         found = {"forms.csv": _forms(by_form(results)), "seeds.csv": _seeds(plan())}
         if len(pairs := paired(results)):
             found["differences.csv"] = _differences(pairs)
     if (out / "stripes.csv").exists():
         found["strength.csv"] = strengths(read(out / "stripes.csv"))
     return found
+
+
+def _results(out: Path) -> pd.DataFrame:
+    """Read results.csv; where no image was held out, no epoch was chosen, and its columns are empty."""
+    results = read(out / "results.csv")
+    return results.reindex(columns=[*dict.fromkeys([*results, "best_epoch", "accuracy_best"])])
 
 
 def _forms(rows: pd.DataFrame) -> pd.DataFrame:
@@ -262,7 +268,7 @@ def figures(out: Path) -> None:
     """Draw every setting and module of results.csv in a directory, if it is there."""
     if not (out / "results.csv").exists():
         return
-    for setting, module, part in groups(read(out / "results.csv")):
+    for setting, module, part in groups(_results(out)):
         rows = paired(part)
         if len(rows):
             save(draw(part, rows, module), out / f"forms-{setting}-{module}")
