@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shlex
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -264,6 +266,10 @@ def hold(megabytes):
     bytes(bytearray(megabytes * 2**20)).count(b"1")
 
 
+def asking():
+    return multiprocessing.get_start_method
+
+
 def failing():
     raise ValueError("no such thing")
 
@@ -277,6 +283,13 @@ def test_cases_run_in_processes_of_their_own_once_a_round_and_once_before():
     assert [timed.returned[0] for timed in found.values()] == [4, 4]
     assert len({os.getpid(), *(timed.returned[1] for timed in found.values())}) == 3
     assert all(len(timed.seconds) == 3 for timed in found.values())
+
+
+def test_what_a_case_starts_is_started_as_python_does_by_default():
+    default = subprocess.check_output(
+        [sys.executable, "-c", "from multiprocessing import *; print(get_start_method())"]
+    )
+    assert timing.measure({"a": asking}, 0)["a"].returned == default.decode().strip()
 
 
 def test_peak_memory_is_that_of_the_case():
