@@ -1,7 +1,8 @@
 """A training step as one CUDA graph: forward, backward and update are replayed without a launch of their own each.
 
-Launching the three thousand kernels of a ResNet-164's step takes the processor longer than computing them takes the
-card. Knows torch alone: what is captured is an objective and its optimizer.
+Launching the thousands of kernels of a ResNet-164's step takes the processor longer than computing them takes the
+card, and most are so small that their number decides. So weights are cast to the precision of autocast all at once,
+and compiled parts put small kernels together. Knows torch alone: what is captured is an objective and its optimizer.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from stripe.messages import one_line
-from stripe.torch_internals import at_most_graphs, uncompile
+from stripe.torch_internals import at_most_graphs, copy_all, uncompile
 
 MOST_GRAPHS = 64  # that may be compiled of one block's forward: a few for each network trained in this process
 WARM_UP = 3  # steps before the capture: kernels are compiled and workspaces made in them
+FUSED = {"combo_kernels": True}  # of torch.compile: kernels that do not depend on each other become one
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # themselves: those that inherit may use weights otherwise
 
 
 class CapturedStep:
@@ -27,12 +30,23 @@ class CapturedStep:
     Batches of other sizes (the last of an epoch) take the same step uncaptured and uncompiled, and so do all where the
     network cannot be captured, for instance because it looks at its values on the processor. With `compile` the
     network's repeated blocks are compiled while the step is captured and plain again afterwards, so evaluation,
-    recording and saving meet the network as it is.
+    recording and saving meet the network as it is. cuDNN chooses the algorithm of each convolution by trying them.
     """
 
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, *, compile: bool = False) -> None:
-        """Prepare for `objective(images, labels)` -> scores (3,), whose first is the summed loss."""
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        compile: bool = False,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        """Prepare for `objective(images, labels)` -> scores (3,), whose first is the summed loss.
+
+        `precision` is that of the autocast within the objective, None without one.
+        """
         self._objective, self._optimizer, self._compile = objective, optimizer, compile
+        self._casts = Casts(objective, precision)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._shape: torch.Size | None = None  # of the batches that are to be captured
 
@@ -53,7 +67,8 @@ class CapturedStep:
 
     def _try_to_capture(self, images: Tensor, labels: Tensor) -> None:
         try:
-            self._capture(images, labels)
+            with _tried_algorithms():
+                self._capture(images, labels)
         except RuntimeError as error:
             self._graph = None
             torch.cuda.synchronize(images.device)
@@ -63,10 +78,14 @@ class CapturedStep:
                 stacklevel=4,
             )
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor, casts: Casts | None = None) -> Tensor:
         self._optimizer.zero_grad()
+        if casts:
+            casts.refresh()
         scores: Tensor = self._objective(images, labels)
         (scores[0] / len(labels)).backward()
+        if casts:
+            casts.return_gradients()
         self._optimizer.step()
         return scores.detach()
 
@@ -79,15 +98,15 @@ class CapturedStep:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         regions = _regions(self._objective) if self._compile else []
-        with self._kept(), _compiled(regions):
+        with self._kept(), self._casts.in_place(), _compiled(regions):
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
-                    self._step(self._images, self._labels)
+                    self._step(self._images, self._labels, self._casts)
             torch.cuda.current_stream().wait_stream(aside)
             self._optimizer.zero_grad()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._scores = self._step(self._images, self._labels)
+                self._scores = self._step(self._images, self._labels, self._casts)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
 
@@ -106,6 +125,65 @@ class CapturedStep:
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
+
+
+class Casts:
+    """Weights of convolutions and linear layers in autocast's precision, all cast together before a step.
+
+    Autocast itself casts each weight, and each gradient back, by a kernel of its own. The values are the same. Weights
+    that a layer computes, such as normalised ones, are left to autocast.
+    """
+
+    def __init__(self, module: nn.Module, precision: torch.dtype | None) -> None:
+        """Prepare for the layers of a module; without a precision there is nothing to cast."""
+        layers = [layer for layer in module.modules() if precision and type(layer) in LAYERS]
+        self._places = [
+            (layer, name, weight)
+            for layer in layers
+            for name, weight in layer.named_parameters(recurse=False)
+            if name in ("weight", "bias") and weight.dtype == torch.float32
+        ]
+        weights = {weight for *_, weight in self._places}
+        self._casts = {weight: nn.Parameter(weight.to(precision), weight.requires_grad) for weight in weights}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the layers hold the casts within the block."""
+        try:
+            for layer, name, weight in self._places:
+                setattr(layer, name, self._casts[weight])
+            yield
+        finally:
+            for layer, name, weight in self._places:
+                setattr(layer, name, weight)
+
+    def refresh(self) -> None:
+        """Give the casts the values of the weights, and no gradients."""
+        for cast in self._casts.values():
+            cast.grad = None
+        copy_all(self._casts.values(), self._casts.keys())
+
+    def return_gradients(self) -> None:
+        """Give the weights the gradients of their casts."""
+        wide: list[Tensor] = []
+        narrow: list[Tensor] = []
+        for weight, cast in self._casts.items():
+            if cast.grad is not None:  # some weights may have no part in the loss
+                weight.grad = torch.empty_like(weight)
+                wide.append(weight.grad)
+                narrow.append(cast.grad)
+        copy_all(wide, narrow)
+
+
+@contextmanager
+def _tried_algorithms() -> Iterator[None]:
+    """Let cuDNN try the algorithms for each convolution within the block, and keep the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _regions(module: nn.Module) -> list[nn.Module]:
@@ -130,7 +208,7 @@ def _compiled(regions: list[nn.Module]) -> Iterator[None]:
         yield
         return
     for region in regions:
-        region.compile(dynamic=False)
+        region.compile(dynamic=False, options=FUSED)
     try:
         with at_most_graphs(MOST_GRAPHS):
             yield

@@ -5,13 +5,13 @@ describes what the name is used for.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "COMPILED", "BatchNorm", "Convolution", "DispatchMode", "at_most_graphs", "compiled_from", "compiler_is_loaded",
-    "has_hooks", "is_composite", "is_in_place", "names_held", "run_as_parts", "tree_leaves", "tree_map", "uncompile",
-    "unset_parameters", "write_positions",
+    "copy_all", "has_hooks", "is_composite", "is_in_place", "names_held", "run_as_parts", "tree_leaves", "tree_map",
+    "uncompile", "unset_parameters", "write_positions",
 ]  # fmt: skip
 
 
@@ -101,3 +101,11 @@ def at_most_graphs(count: int) -> AbstractContextManager[Any]:
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
     patch: AbstractContextManager[Any] = config.patch({name: count})
     return patch
+
+
+@torch.no_grad()
+def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copy each source into its target, which may be of another dtype; on a CUDA device by few kernels."""
+    targets = list(targets)
+    if targets:  # torch refuses none
+        torch._foreach_copy_(targets, list(sources))

@@ -21,6 +21,7 @@ from stripe.torch_internals import (
     DispatchMode,
     at_most_graphs,
     compiled_from,
+    copy_all,
     has_hooks,
     is_composite,
     is_in_place,
@@ -151,6 +152,17 @@ def test_graphs_of_a_function_are_limited_within_the_context_alone():
     with at_most_graphs(12):
         assert forwards(range(2, 14)) == 12
     assert forwards(range(2, 14)) == usual < 12
+
+
+def test_tensors_are_copied_all_at_once_into_their_dtypes():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    targets = [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(1)]
+    copy_all(iter(targets), iter([weight, torch.ones(1)]))
+    assert [each.tolist() for each in targets] == [[1.0, 2.0], [1.0]]
+    assert [each.dtype for each in targets] == [torch.bfloat16, torch.float32]
+    copy_all([weight], [torch.zeros(2)])  # a leaf that asks for gradients
+    assert weight.tolist() == [0.0, 0.0]
+    copy_all([], [])
 
 
 LOADING = """

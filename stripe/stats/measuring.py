@@ -43,6 +43,7 @@ class Measuring:
         self._columns = {g: slice(e - c, e) for (g, c), e in zip(channels.items(), ends.tolist(), strict=True)}
         self._starts = [columns.start for columns in self._columns.values()]
         self._width = int(ends[-1])
+        self._place = np.repeat(np.arange(len(channels)), list(channels.values()))  # of each column's gate
         self._shift: Array | None = None
         self._m2 = np.zeros(self._width)  # about the shift
         self._low, self._high = np.full(self._width, np.inf), np.full(self._width, -np.inf)
@@ -58,8 +59,6 @@ class Measuring:
             return
         if self._shift is None:
             self._shift = np.concatenate([centre(batch[gate][:16]) for gate in self._columns])
-        for place, (gate, columns) in enumerate(self._columns.items()):
-            self._bound(place, batch[gate], columns)
         keys, known = block_keys(sample_ids), np.maximum(labels, -1).tolist()
         if self.count <= BLOCKS < self.count + count:
             self._blocks.rekey(coarse)
@@ -72,6 +71,7 @@ class Measuring:
             deviations, squares = (each[: rows.stop - start] for each in (buffer, squared))
             for gate, columns in self._columns.items():
                 deviations[:, columns] = batch[gate][rows]  # cast first: to subtract mixed precisions is slower
+            self._bound(deviations)
             deviations -= self._shift
             np.multiply(deviations, deviations, out=squares)
             self._m2 += squares.sum(axis=0)
@@ -103,14 +103,16 @@ class Measuring:
             for place, (gate, columns) in enumerate(self._columns.items())
         }
 
-    def _bound(self, place: int, values: Array, columns: slice) -> None:
+    def _bound(self, values: Array) -> None:
+        """Take the least and the greatest of values (n, width), and count those near the bounds of gates."""
         low, high = values.min(axis=0), values.max(axis=0)
-        np.minimum(self._low[columns], low, out=self._low[columns])
-        np.maximum(self._high[columns], high, out=self._high[columns])
+        np.minimum(self._low, low, out=self._low)
+        np.maximum(self._high, high, out=self._high)
         for number, bound in enumerate(BOUNDS):
-            if (near := (low <= bound + NEAR_BOUND) & (high >= bound - NEAR_BOUND)).any():
-                distance = np.abs(values[:, near].astype(np.float64) - bound)
-                self._near[place, number] += np.count_nonzero(distance <= NEAR_BOUND)
+            near = np.flatnonzero((low <= bound + NEAR_BOUND) & (high >= bound - NEAR_BOUND))
+            if near.size:
+                counts = np.count_nonzero(np.abs(values[:, near] - bound) <= NEAR_BOUND, axis=0)
+                np.add.at(self._near[:, number], self._place[near], counts)
 
 
 class _GroupSums:

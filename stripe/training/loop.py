@@ -271,7 +271,9 @@ class _Trainer:
         self.optimizer = _optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == "fp16")
         captured = device == "cuda" and not self.scaler.is_enabled() and self.accelerator.num_processes == 1
-        self.step = CapturedStep(objective, self.optimizer, compile=recipe.compile) if captured else self._step
+        self.step = (
+            CapturedStep(objective, self.optimizer, compile=recipe.compile, precision=dtype) if captured else self._step
+        )
 
     def train(self, loader: TrainingBatches, epoch: int, progress: bool) -> Evaluation:
         """Train one epoch, leaving the model in eval mode."""
