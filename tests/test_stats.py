@@ -628,6 +628,48 @@ def test_drift_is_the_mean_change_of_the_observed_stripe():
     assert math.isnan(stats.drift(Moments.of(before), Moments.of(after)))
 
 
+def test_the_interval_of_a_drift_holds_the_truth():
+    rng, held, larger = np.random.default_rng(7), 0, 0
+    for _ in range(150):
+        moved, before = rng.normal(0, 0.003, 64), rng.normal(0.5, 0.1, (500, 64))
+        after = before + moved + rng.normal(0, 0.01, before.shape)  # a channel's mean is known to 0.0004
+        found = stats.drift_interval(Moments.of(before), Moments.of(after))
+        held += found.low <= np.abs(moved).mean() <= found.high
+        larger += found.low <= 1.1 * np.abs(moved).mean() <= found.high
+    assert held / 150 >= 0.9
+    assert larger / 150 < 0.1
+
+
+def test_the_interval_of_a_drift_leaves_out_what_chance_adds_to_it():
+    rng = np.random.default_rng(8)
+    before, moved = rng.normal(0.5, 0.1, (1000, 64)), rng.normal(0, 0.001, 64)
+    after = before + moved + rng.normal(0, 0.03, before.shape)
+    both = Moments.of(before), Moments.of(after)
+    found = stats.drift_interval(*both)
+    assert found.low < np.abs(moved).mean() < found.high
+    assert (found.low + found.high) / 2 < 0.85 * stats.drift(*both)
+
+
+def test_the_interval_of_a_drift_needs_the_same_samples():
+    values = stripes(40, 6)
+    before, after = Moments.of(values), Moments.of(values + 0.01)
+    certain = stats.drift_interval(before, after)
+    assert certain.low == pytest.approx(0.01) == certain.high
+    for others in (Moments.of(values + 0.01, sample_ids=np.arange(40) + 7), Moments.of(values[:39] + 0.01)):
+        assert math.isnan(stats.drift_interval(before, others).low)
+    assert math.isnan(stats.drift_interval(Moments.of(values[:2]), Moments.of(values[:2])).low)
+    with pytest.raises(ValueError, match="confidence"):
+        stats.drift_interval(before, after, confidence=1.0)
+
+
+def test_a_channel_that_broke_is_left_out_of_the_interval_of_a_drift():
+    values = stripes(40, 6)
+    after = values + 0.01
+    after[:, 2] = np.nan
+    found = stats.drift_interval(Moments.of(values), Moments.of(after))
+    assert found.low == pytest.approx(0.01) == found.high
+
+
 @pytest.mark.parametrize(
     ("drifts", "expected"),
     [

@@ -70,6 +70,28 @@ def test_the_change_of_runs_is_a_row_for_each_gate_and_measure(tmp_path, capsys)
     assert main(["constancy", str(record(tmp_path / "one", 1)), "--out", str(tmp_path)]) == 2
 
 
+def test_the_course_of_a_run_is_a_row_for_each_epoch_gate_and_measure(tmp_path):
+    example = stripe.load_example("cifar10-se-resnet20")
+    record(tmp_path / "runs" / "moments", 1, 5, samples=80, contents="moments")
+    out = tmp_path / "out"
+    runs = [str(example.path), str(tmp_path / "runs" / "moments")]
+    assert main(["constancy", *runs, "--every-epoch", "--out", str(out)]) == 0
+    courses = pd.read_csv(out / "courses.csv")
+    steps = len(example.epochs) - 1
+    assert len(courses) == 4 * (3 * steps + 2)  # three measures and drift, of three gates and of two
+    found = courses.set_index(["run", "epoch", "gate", "measure"]).sort_index()
+    last = found.loc[("cifar10-se-resnet20", example.epochs[-1], "layer2.0")]
+    table = pd.read_csv(out / "constancy.csv").set_index(["run", "gate", "measure"])
+    whole = table.loc[("cifar10-se-resnet20", "layer2.0", "cv")]
+    assert last.loc["cv"].tolist() == [whole["change"], whole["low end"], whole["high end"]]
+    drifts = stripe.stats.summarize(example).query("gate == 'layer2.0'").set_index("epoch")["drift"]
+    assert last.loc["drift", "value"] == pytest.approx(drifts.iloc[-1], rel=1e-3)
+    assert 0 < last.loc["drift", "low"] < last.loc["drift", "high"]
+    assert (out / "courses.png").exists()
+    assert main(["constancy", *runs, "--out", str(tmp_path / "less")]) == 0
+    assert [path.name for path in (tmp_path / "less").iterdir()] == ["constancy.csv"]
+
+
 def test_psi_that_was_never_trained_hardly_ever_matches_and_psi_fitted_to_the_stripe_does():
     """Both share the attention's bias with the stripe, as in a network: what they are near to by itself counts not."""
     torch.manual_seed(0)

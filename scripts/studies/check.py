@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import tables as benchmarks
 
-from studies import ablation, commands, comparison, foretelling, growth, recipes, robustness, verdicts, wild
+from studies import ablation, commands, comparison, constancy, foretelling, growth, recipes, robustness, verdicts, wild
 from studies.table import PROVENANCE, read_text
 
 BLOCK = re.compile(r"(?P<open><!-- csv: (?P<path>[^\n]+) -->\n)(?:(?!<!-- /?csv).)*?(?P<close><!-- /csv -->)", re.S)
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write:
         for folder in folders:
             comparison.figures(folder)
+            constancy.figures(folder)
             growth.figures(folder)
             wild.figures(folder)
         return 0

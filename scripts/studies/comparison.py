@@ -167,6 +167,7 @@ def draw(results: pd.DataFrame, differences: pd.DataFrame, module: str, measure:
     names = [label(form, module) for form in forms]
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(forms) > 4 else {}
     left.set_xticks(range(len(forms)), names, **turned)
+    left.set_xlim(-0.5, len(forms) - 0.5)
     left.set_ylabel(f"test accuracy (%),\n{MEASURES[measure]}")
     _draw_differences(right, shown)
     for ax in (left, right):

@@ -5,20 +5,32 @@ across images, the stripe strength and, where rows were kept, the effective rank
 change has an interval over images, the same ones in both epochs, by the jackknife over blocks of images; a gate falls
 or rises where the interval leaves no change out. The intervals of the two ranks are taken as independent, which makes
 that of their change too wide rather than too narrow.
+
+With --every-epoch also where and when: the changes from the first epoch to every other one, and each epoch's drift.
 """
 
 import argparse
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 import stripe
+from stripe.figures import save
 from stripe.files import write_csv
-from stripe.stats import MEASURES, changes, spectrum
+from stripe.plots.drawing import draw_by_gate
+from stripe.stats import MEASURES, changes, drift, drift_interval, spectrum
+from studies.drawing import finish
+from studies.table import read
 
 DIGITS = 4
-RANK = "rank"
+RANK, DRIFT = "rank", "drift"
+COURSES = "courses.csv"
 HEADINGS = {
     "run": "run",
     "gate": "gate",
@@ -38,16 +50,75 @@ HEADINGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="recorded over a training, with rows or moments")
+    parser.add_argument("--every-epoch", action="store_true", help=f"write {COURSES} too, and draw it")
     parser.add_argument("--out", type=Path, default=Path("figures/study"), metavar="DIR", help="where tables go")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write constancy.csv, a row for each run, gate and measure, and print how many gates fall and rise."""
-    tables = [compared(stripe.open_run(path)).assign(run=Path(path).name) for path in arguments.runs]
-    table = pd.concat(tables, ignore_index=True)
-    shown = table[list(HEADINGS)].map(lambda value: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value)
-    write_csv(arguments.out / "constancy.csv", shown.rename(columns=HEADINGS))
+    runs = {Path(path).name: stripe.open_run(path) for path in arguments.runs}
+    table = pd.concat([compared(run).assign(run=name) for name, run in runs.items()], ignore_index=True)
+    write_csv(arguments.out / "constancy.csv", rounded(table[list(HEADINGS)]).rename(columns=HEADINGS))
     print(count(table).to_string())
+    if arguments.every_epoch:
+        every = pd.DataFrame({"run": name} | row for name, run in runs.items() for row in course(run))
+        write_csv(arguments.out / COURSES, rounded(every))
+        figures(arguments.out)
+
+
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep so many digits of each number."""
+    return table.map(lambda value: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value)
+
+
+def course(run: stripe.Run) -> Iterator[dict[Any, Any]]:
+    """Yield, for every epoch but the first, each gate's changes since the first epoch and its drift since the last one.
+
+    The value of a measure is its change, as in `stripe.stats.changes`.
+    """
+    first = run.epochs[0]
+    for before, epoch in pairwise(run.epochs):
+        since = changes(run, epochs=(first, epoch)).rename(columns={"change": "value"})
+        yield from since.assign(epoch=epoch)[["epoch", "gate", "measure", "value", "low", "high"]].to_dict("records")
+        moments = run.moments([before, epoch])
+        for gate in run.gates:
+            two = moments[before, gate.name], moments[epoch, gate.name]
+            ends = drift_interval(*two)
+            row = {"epoch": epoch, "gate": gate.name, "measure": DRIFT, "value": drift(*two)}
+            yield row | {"low": ends.low, "high": ends.high}
+
+
+def figures(out: Path) -> None:
+    """Draw the courses.csv of a directory, where there is one."""
+    if (out / COURSES).exists():
+        print(*save(draw(read(out / COURSES)), out / "courses"))
+
+
+def draw(courses: pd.DataFrame) -> Figure:
+    """Draw, run by run, the CV of every gate over that of the first epoch, and its drift."""
+    runs = courses["run"].unique()
+    shape = (2, len(runs))
+    figure, axes = plt.subplots(
+        *shape, figsize=(6.9, 4.4), layout="constrained", sharex=True, sharey="row", squeeze=False
+    )
+    labels = {"cv": "CV over that of the first epoch", DRIFT: "drift from the epoch before"}
+    for measure, row in zip(labels, axes, strict=True):
+        for ax, name in zip(row, runs, strict=True):
+            bars = set(figure.axes)
+            own = courses[(courses["run"] == name) & (courses["measure"] == measure)]
+            draw_by_gate(ax, own, "value", interval=("low", "high"))
+            ax.set(xlabel="", ylabel="")
+            for bar in set(figure.axes) - bars if ax is not row[-1] else ():
+                bar.remove()  # many gates: one colour bar a row is enough
+        row[0].set_ylabel(labels[measure])
+    for ax, name in zip(axes[0], runs, strict=True):
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.axhline(1, color="0.4", linewidth=0.6, zorder=0)
+        ax.set_title(name, fontsize=6)
+    for ax in axes[1]:
+        ax.set(yscale="log", xlabel="epoch")
+    return finish(figure)
 
 
 def compared(run: stripe.Run) -> pd.DataFrame:

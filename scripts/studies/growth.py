@@ -26,10 +26,11 @@ from stripe.data import ImageSet, Loader, load_images
 from stripe.figures import save
 from stripe.files import write_csv
 from stripe.models import read_checkpoint
-from stripe.plots.drawing import LEGEND_ROOM, draw_by_gate
+from stripe.plots.drawing import draw_by_gate
 from stripe.recipe import SETTLED_DRIFT
 from stripe.stats import drift, settled_epoch, summarize
 from stripe.training import evaluate
+from studies.drawing import finish
 from studies.table import add_data, headed, publish, read
 
 BLUR = 1.5  # sigma in pixels
@@ -159,7 +160,7 @@ def draw(epochs: pd.DataFrame) -> Figure:
         bar.remove()  # many gates: one colour bar is enough, the last panel's
     axes[1].set(xlabel="epoch", ylabel="std over images, mean of channels", ylim=(0, None))
     plots.drift_over_epochs(epochs, ax=axes[2])
-    return _finish(figure)
+    return finish(figure)
 
 
 def draw_ranks(epochs: pd.DataFrame) -> Figure:
@@ -167,7 +168,7 @@ def draw_ranks(epochs: pd.DataFrame) -> Figure:
     figure, ax = plt.subplots(figsize=(3.6, 2.6), layout="constrained")
     draw_by_gate(ax, epochs.assign(rank=epochs["rank"] - 1), "rank")
     ax.set(xlabel="epoch", ylabel="effective rank, less 1", yscale="log")
-    return _finish(figure)
+    return finish(figure)
 
 
 def draw_inputs(inputs: pd.DataFrame) -> Figure:
@@ -186,21 +187,7 @@ def draw_inputs(inputs: pd.DataFrame) -> Figure:
         ax.set_xticks(range(inputs["gate"].nunique()), inputs["gate"].unique(), rotation=45, ha="right")
     left.set(ylabel="stripe strength", ylim=(0, 1.03))
     right.set(ylabel="stripe's distance from that of\ntest images, in their std", ylim=(0, None))
-    return _finish(figure)
-
-
-def _finish(figure: Figure) -> Figure:
-    """Put the first panel's legend below all panels and give the text its size."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    for ax in figure.axes:
-        if legend := ax.get_legend():
-            legend.remove()
-        ax.tick_params(which="both", labelsize=7)
-        ax.xaxis.label.set_fontsize(8)
-        ax.yaxis.label.set_fontsize(8)
-    if len(handles) <= LEGEND_ROOM:
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
-    return figure
+    return finish(figure)
 
 
 def tables(out: Path) -> dict[str, pd.DataFrame]:

@@ -11,7 +11,7 @@ from stripe.stats.changes import MEASURES, Change, change_between, changes
 from stripe.stats.epochs import COLUMNS, SUMMARY, Measured, drift, measure, settled_epoch, summarize, tabulate
 from stripe.stats.flags import DEAD_RANGE, SATURATED_SHARE, flags
 from stripe.stats.groups import BLOCKS, Groups
-from stripe.stats.intervals import CONFIDENCE, Interval, strength_interval
+from stripe.stats.intervals import CONFIDENCE, Interval, drift_interval, strength_interval
 from stripe.stats.labels import LabelShare, class_means, label_share
 from stripe.stats.matching import (
     OBSERVED_RANGE,
@@ -43,8 +43,8 @@ __all__ = [
     "BLOCKS", "CLASSES", "COLUMNS", "CONFIDENCE", "DEAD_RANGE", "MEASURES", "NEAR_BOUND", "OBSERVED_RANGE",
     "PERMUTATIONS", "SATURATED_SHARE", "SEED", "SUMMARY", "Array", "Change", "Counts", "GateMoments", "Groups",
     "Interval", "IntraclassCorrelations", "LabelShare", "Labels", "Match", "Measured", "Moments", "NamedGate",
-    "RecordedRun", "Shares", "Spectrum", "Strength", "benjamini_hochberg", "canonical_correlations",
-    "change_between", "changes", "class_means", "coefficient_of_variation", "drift", "effective_rank", "flags",
+    "RecordedRun", "Shares", "Spectrum", "Strength", "benjamini_hochberg", "canonical_correlations", "change_between",
+    "changes", "class_means", "coefficient_of_variation", "drift", "drift_interval", "effective_rank", "flags",
     "intraclass_correlations", "label_share", "match", "measure", "pearson", "permutation_test", "rank_table",
     "settled_epoch", "spectrum", "strength_interval", "stripe_strength", "summarize", "swap_test", "tabulate",
     "two_way_shares", "wasserstein",

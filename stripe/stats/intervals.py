@@ -1,4 +1,4 @@
-"""Intervals by the jackknife over blocks of samples: of the strength, and of the change between two epochs."""
+"""Intervals by the jackknife over blocks of samples: of strength, of drift, of the change between two epochs."""
 
 from __future__ import annotations
 
@@ -79,6 +79,45 @@ def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDE
     odds = np.maximum(np.exp(ends) - float(whole.rest / (whole.samples * whole.within)), 0.0)
     low, high = (odds / (1 + odds)).tolist()
     return Interval(min(low, strength), max(high, strength))
+
+
+def drift_interval(before: Moments, after: Moments, *, confidence: float = CONFIDENCE) -> Interval:
+    """Confidence interval of the drift between two epochs of the same samples, by the jackknife over blocks of them.
+
+    A mean of absolute values lies above the truth where channels move less than their means are known; the jackknife's
+    estimate of this bias (Quenouille 1956) is taken off both ends, so the drift itself can lie above the interval.
+    Simulated at 0.95 (500 gates of 64 channels; 1,000 samples whose values change by a standard deviation of 0.03, so
+    that the mean of a channel is known to 0.001), it holds a true drift of 0.008 in 0.95 of cases, 0.0024 in 0.92 and
+    0.0008 in 0.84. Where no mean moves, most intervals lie above 0, by less than a mean's standard error.
+
+    Args:
+        before: the gate's moments in the earlier epoch, of three samples or more.
+        after: the gate's moments in the later one.
+        confidence: how often the interval is to hold the true drift, between 0 and 1.
+
+    Returns:
+        The interval, at least 0; NaN where the epochs are not of the same samples.
+
+    Raises:
+        ValueError: the confidence is not between 0 and 1.
+
+    Example:
+        >>> moments = run.moments([1, 2])
+        >>> interval = drift_interval(moments[1, "layer1.0.se"], moments[2, "layer1.0.se"])
+    """
+    check_confidence(confidence)
+    old, new = before.blocks, after.blocks
+    same = np.array_equal(old.keys, new.keys) and np.array_equal(old.counts, new.counts)
+    if not same or before.count < 3:
+        return Interval(math.nan, math.nan)
+    moved = after.mean - before.mean
+    sound = np.isfinite(moved)
+    left_out = moved + (moved - (new.means - old.means)) * (new.counts / (after.count - new.counts))[:, None]
+    every, without = float(np.abs(moved[sound]).mean()), np.abs(left_out[:, sound]).mean(axis=1)
+    low, high = jackknife(new.counts, every, without, confidence)
+    shares = after.count / new.counts
+    bias = every - float(((shares * every - (shares - 1) * without) / shares).sum())
+    return Interval(max(0.0, low - bias), max(0.0, high - bias))
 
 
 @np.errstate(divide="ignore", invalid="ignore")
