@@ -72,7 +72,7 @@ def rounded(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def course(run: stripe.Run) -> Iterator[dict[Any, Any]]:
-    """Yield, for every epoch but the first, each gate's changes since the first epoch and its drift since the last one.
+    """Yield, for every epoch but the first, each gate's changes since the first and its drift since the one before.
 
     The value of a measure is its change, as in `stripe.stats.changes`.
     """

@@ -108,10 +108,10 @@ def drift_interval(before: Moments, after: Moments, *, confidence: float = CONFI
     check_confidence(confidence)
     old, new = before.blocks, after.blocks
     same = np.array_equal(old.keys, new.keys) and np.array_equal(old.counts, new.counts)
-    if not same or before.count < 3:
-        return Interval(math.nan, math.nan)
     moved = after.mean - before.mean
     sound = np.isfinite(moved)
+    if not same or len(new.counts) < 3 or not sound.any():
+        return Interval(math.nan, math.nan)
     left_out = moved + (moved - (new.means - old.means)) * (new.counts / (after.count - new.counts))[:, None]
     every, without = float(np.abs(moved[sound]).mean()), np.abs(left_out[:, sound]).mean(axis=1)
     low, high = jackknife(new.counts, every, without, confidence)
