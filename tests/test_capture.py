@@ -66,6 +66,7 @@ def step(model, optimizer, casts, seed):
     return loss.item()
 
 
+@pytest.mark.equal_bits
 @pytest.mark.parametrize("build", [resnet, Several])
 def test_steps_are_those_of_autocast_bit_for_bit(build):
     torch.manual_seed(0)
