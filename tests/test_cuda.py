@@ -238,7 +238,8 @@ def test_deployed_fused_and_folded_networks_are_those_of_the_processor(images):
                 assert error(moved(x.cuda()), wanted) > 1e-2
 
 
-def test_constants_are_learned_as_on_the_processor(images):
+@pytest.mark.parametrize("cudnn", [False, True])
+def test_constants_are_learned_as_on_the_processor(images, cudnn):
     def learned(device, steps):
         model, loader = network().eval().to(device), Loader(images, 64, device=device)
         x = next(iter(loader))[0][:2]
@@ -249,7 +250,12 @@ def test_constants_are_learned_as_on_the_processor(images):
     def distance(a, b):  # the largest one jumps with the last bit of a weight: Adam follows a gradient's sign near 0
         return np.sqrt(np.mean((a - b) ** 2)) / np.abs(a).max()
 
-    ours, theirs, begun = learned("cuda", 10), learned("cpu", 10), learned("cpu", 1)
+    with torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False):
+        ours = learned("cuda", 10)
+    theirs, begun = learned("cpu", 10), learned("cpu", 1)
     for gate, its in theirs.items():
         assert distance(its, ours[gate]) < 5e-4
         assert distance(its, begun[gate]) > 5e-3
+        if not cudnn:
+            assert np.abs(ours[gate] - its).max() < 1e-3 * np.abs(its).max()
+            assert np.abs(ours[gate] - begun[gate]).max() > 1e-2 * np.abs(its).max()

@@ -12,9 +12,7 @@ With --every-epoch also where and when: the changes from the first epoch to ever
 import argparse
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -24,7 +22,7 @@ import stripe
 from stripe.figures import save
 from stripe.files import write_csv
 from stripe.plots.drawing import draw_by_gate
-from stripe.stats import MEASURES, changes, drift, drift_interval, spectrum
+from stripe.stats import MEASURES, Change, Interval, change_between, changes, drift, drift_interval, spectrum
 from studies.drawing import finish
 from studies.table import read
 
@@ -71,21 +69,27 @@ def rounded(table: pd.DataFrame) -> pd.DataFrame:
     return table.map(lambda value: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value)
 
 
-def course(run: stripe.Run) -> Iterator[dict[Any, Any]]:
+def course(run: stripe.Run) -> Iterator[dict[str, object]]:
     """Yield, for every epoch but the first, each gate's changes since the first and its drift since the one before.
 
     The value of a measure is its change, as in `stripe.stats.changes`.
     """
-    first = run.epochs[0]
-    for before, epoch in pairwise(run.epochs):
-        since = changes(run, epochs=(first, epoch)).rename(columns={"change": "value"})
-        yield from since.assign(epoch=epoch)[["epoch", "gate", "measure", "value", "low", "high"]].to_dict("records")
-        moments = run.moments([before, epoch])
-        for gate in run.gates:
-            two = moments[before, gate.name], moments[epoch, gate.name]
-            ends = drift_interval(*two)
-            row = {"epoch": epoch, "gate": gate.name, "measure": DRIFT, "value": drift(*two)}
-            yield row | {"low": ends.low, "high": ends.high}
+    first, *others = run.epochs
+    begun = before = run.moments([first])
+    previous = first
+    for epoch in others:
+        now = run.moments([epoch])
+        for gate in (each.name for each in run.gates):
+            for measure in MEASURES:
+                found = change_between(begun[first, gate], now[epoch, gate], measure)
+                yield _row(epoch, gate, measure, found.change, found)
+            two = before[previous, gate], now[epoch, gate]
+            yield _row(epoch, gate, DRIFT, drift(*two), drift_interval(*two))
+        before, previous = now, epoch
+
+
+def _row(epoch: int, gate: str, measure: str, value: float, ends: Change | Interval) -> dict[str, object]:
+    return {"epoch": epoch, "gate": gate, "measure": measure, "value": value, "low": ends.low, "high": ends.high}
 
 
 def figures(out: Path) -> None:
@@ -97,9 +101,8 @@ def figures(out: Path) -> None:
 def draw(courses: pd.DataFrame) -> Figure:
     """Draw, run by run, the CV of every gate over that of the first epoch, and its drift."""
     runs = courses["run"].unique()
-    shape = (2, len(runs))
     figure, axes = plt.subplots(
-        *shape, figsize=(6.9, 4.4), layout="constrained", sharex=True, sharey="row", squeeze=False
+        2, len(runs), figsize=(6.9, 4.4), layout="constrained", sharex=True, sharey="row", squeeze=False
     )
     labels = {"cv": "CV over that of the first epoch", DRIFT: "drift from the epoch before"}
     for measure, row in zip(labels, axes, strict=True):

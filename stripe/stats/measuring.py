@@ -43,7 +43,7 @@ class Measuring:
         self._columns = {g: slice(e - c, e) for (g, c), e in zip(channels.items(), ends.tolist(), strict=True)}
         self._starts = [columns.start for columns in self._columns.values()]
         self._width = int(ends[-1])
-        self._place = np.repeat(np.arange(len(channels)), list(channels.values()))  # of each column's gate
+        self._gate_of = np.repeat(np.arange(len(channels)), list(channels.values()))  # each column, (width,)
         self._shift: Array | None = None
         self._m2 = np.zeros(self._width)  # about the shift
         self._low, self._high = np.full(self._width, np.inf), np.full(self._width, -np.inf)
@@ -112,7 +112,7 @@ class Measuring:
             near = np.flatnonzero((low <= bound + NEAR_BOUND) & (high >= bound - NEAR_BOUND))
             if near.size:
                 counts = np.count_nonzero(np.abs(values[:, near] - bound) <= NEAR_BOUND, axis=0)
-                np.add.at(self._near[:, number], self._place[near], counts)
+                np.add.at(self._near[:, number], self._gate_of[near], counts)
 
 
 class _GroupSums:
