@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import duckdb
@@ -24,6 +25,7 @@ from stripe.examples import load_example
 from stripe.gate import Gate, Product, Tap
 from stripe.stats import summarize
 from stripe.store import VALUE_TYPES, Manifest, check_run, open_run, repair_run
+from stripe.store.parts import PartWriter
 from tests.runs import (
     GATES,
     IDS,
@@ -124,6 +126,18 @@ def test_large_epochs_are_split_into_parts_and_row_groups_of_bounded_size(tmp_pa
     assert all(20_000 <= (tmp_path / name).stat().st_size < 60_000 for name in parts(tmp_path)[:-1])
     assert [len(batch["layer1.0.se"]) for batch in run.batches(1)] == [100] * 30
     np.testing.assert_array_equal(run.samples(1), np.arange(3000))
+
+
+def test_a_row_group_is_measured_while_it_is_written(tmp_path, monkeypatch):
+    both = Barrier(2, timeout=20)  # one thread for both would wait for itself, and break it
+
+    def beginning_together(task):
+        return lambda *arguments: (both.wait(), task(*arguments))
+
+    for name in ("write", "measure"):
+        monkeypatch.setattr(PartWriter, name, beginning_together(getattr(PartWriter, name)))
+    monkeypatch.setattr("stripe.store.rows.ROW_GROUP_BYTES", 7 * 4 * 100)
+    assert len(open_run(record(tmp_path, 1, samples=300)).samples(1)) == 300
 
 
 def test_reading_batches_holds_one_row_group(tmp_path, monkeypatch):

@@ -128,14 +128,14 @@ class Observer:
     def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
         """Test, record, and note the test accuracy in percent and the mean loss."""
         start = time.perf_counter()
-        totals = torch.zeros(3, dtype=torch.float64)
+        totals = torch.zeros(3, dtype=torch.float64, device=processes().device)
         with self._recorder(model, self.directory / "all", self._all_of) as recorder, torch.inference_mode():
             for images, labels, sample_ids in self._test:
                 logits = model(images)
                 if recorder:
                     recorder.commit(sample_ids, labels, epoch=epoch)
                 loss, correct = F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
-                totals += torch.stack([loss, correct, torch.ones_like(loss) * len(labels)]).cpu()
+                totals += torch.stack([loss, correct, torch.ones_like(loss) * len(labels)])
         with self._recorder(model, self.directory, self._few_of) as recorder:
             if recorder:
                 recorder.record(self._few, epoch=epoch)

@@ -28,7 +28,9 @@ Block = Mapping[str, NDArray[Any]]  # column -> (rows,) or (rows, channels)
 
 
 class PartWriter:
-    """Encodes a rank's rows of an epoch into staged parts, and measures them; used by one thread at a time.
+    """Encodes a rank's rows of an epoch into staged parts, and measures them.
+
+    One thread may write while another measures, and neither while it is closed.
 
     Parts are of about ``PART_BYTES``. The moments of all rows are a file beside them, with MOMENTS_SUFFIX and no
     sequence number; in a run of moments they are the only part.
@@ -59,17 +61,18 @@ class PartWriter:
 
     def write(self, block: Block) -> None:
         """Write rows as a row group, by column."""
-        if self._manifest.has_samples:
-            columns = [_to_arrow(field, block[field.name]) for field in self._schema]
-            rows = pa.Table.from_arrays(columns, schema=self._schema)
-            with self._directory.writing():
-                self._writer = self._writer or self._open(self._name, self._schema)
-                self._writer.write_table(rows, row_group_size=len(rows))
-        measure(self._measured, self._manifest, block)
-        if self._writer and self._sink.tell() >= PART_BYTES:
-            with self._directory.writing():
+        columns = [_to_arrow(field, block[field.name]) for field in self._schema]
+        rows = pa.Table.from_arrays(columns, schema=self._schema)
+        with self._directory.writing():
+            self._writer = self._writer or self._open(self._name, self._schema)
+            self._writer.write_table(rows, row_group_size=len(rows))
+            if self._sink.tell() >= PART_BYTES:
                 self._complete(self._writer, self._name)
-            self._sequence += 1
+                self._sequence += 1
+
+    def measure(self, block: Block) -> None:
+        """Take rows into the moments, by column."""
+        measure(self._measured, self._manifest, block)
 
     def close(self) -> None:
         """Complete the open part, if there is one, write the moments of all rows, and push both to the disk."""

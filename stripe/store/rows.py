@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,14 +21,16 @@ Block = dict[str, NDArray[Any]]  # column -> (rows,) or (rows, channels)
 
 
 class EpochWriter:
-    """Takes the rows of an epoch; fills one row group while a background thread writes and measures the one before.
+    """Takes the rows of an epoch; fills one row group while the one before is written and measured, each by a thread.
 
     In a run of moments a row group is measured and not written: memory and disk do not grow with the samples.
     """
 
-    def __init__(self, manifest: Manifest, parts: PartWriter, thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, manifest: Manifest, parts: PartWriter, writing: ThreadPoolExecutor, measuring: ThreadPoolExecutor
+    ) -> None:
         """Start without rows; ``RunWriter.epoch`` makes and finishes it."""
-        self._parts, self._thread, self._manifest = parts, thread, manifest
+        self._parts, self._writing, self._measuring, self._manifest = parts, writing, measuring, manifest
         schema = manifest.row_schema
         values = [field.type for field in schema if pa.types.is_fixed_size_list(field.type)]
         row_bytes = sum(kind.list_size * kind.value_type.bit_width // 8 for kind in values)
@@ -36,7 +38,7 @@ class EpochWriter:
         self._block, self._spare = ({field.name: _empty(field, self._capacity) for field in schema} for _ in range(2))
         self._seen = _Ids()
         self._rounding_told = False
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
 
     def append(
         self,
@@ -64,8 +66,8 @@ class EpochWriter:
     def finish(self) -> None:
         """Wait until every row is on the disk."""
         self._hand_over()
-        self._submit(self._parts.close)
         self._wait()
+        self._writing.submit(self._parts.close).result()
 
     def _remember(self, ids: NDArray[np.int64]) -> None:
         rule = "sample ids must differ within an epoch (drop what a padding sampler repeats)"
@@ -94,19 +96,20 @@ class EpochWriter:
                 self._hand_over()
 
     def _hand_over(self) -> None:
-        """Give the filled block to the background thread, and go on in the other one."""
+        """Give the filled block to the background threads, and go on in the other one."""
         if self._filled:
-            self._submit(self._parts.write, {name: column[: self._filled] for name, column in self._block.items()})
+            self._wait()
+            block = {name: column[: self._filled] for name, column in self._block.items()}
+            self._pending.append(self._measuring.submit(self._parts.measure, block))
+            if self._manifest.has_samples:
+                self._pending.append(self._writing.submit(self._parts.write, block))
             self._block, self._spare, self._filled = self._spare, self._block, 0
 
-    def _submit(self, task: Callable[..., None], *arguments: Any) -> None:
-        self._wait()
-        self._pending = self._thread.submit(task, *arguments)
-
     def _wait(self) -> None:
-        """Wait for the background thread; what failed there is raised here."""
-        if self._pending:
-            self._pending.result()
+        """Wait for the background threads; what failed there is raised here."""
+        for each in self._pending:
+            each.result()
+        self._pending.clear()
 
 
 class _Ids:

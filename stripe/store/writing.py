@@ -134,9 +134,12 @@ class RunWriter:
                 self._directory.clear(number)
             self._barrier()
             staged = f"{STAGING}/{epoch_name(number)}/part-{self._rank:04d}"
-            with PartWriter(self._directory, self._manifest, staged, step) as parts, ThreadPoolExecutor(1) as thread:
-                thread.submit(int).result()  # one that is interrupted while it starts would not be waited for
-                rows = EpochWriter(self._manifest, parts, thread)
+            with (
+                PartWriter(self._directory, self._manifest, staged, step) as parts,
+                _thread() as writing,
+                _thread() as measuring,
+            ):
+                rows = EpochWriter(self._manifest, parts, writing, measuring)
                 yield rows
                 rows.finish()
             self._barrier()
@@ -286,6 +289,14 @@ class RunWriter:
         values, times = np.unique(self._samples(staged), return_counts=True)
         repeated = values[times > 1].tolist()
         require(not repeated, f"two ranks recorded samples {listing(repeated)}: give each sample to one rank")
+
+
+@contextmanager
+def _thread() -> Iterator[ThreadPoolExecutor]:
+    """Run a thread, and wait for it at the end."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(int).result()  # one that is interrupted while it starts would not be waited for
+        yield thread
 
 
 def versions_of(distributions: Iterable[str]) -> dict[str, str]:
