@@ -1,4 +1,4 @@
-"""Measure stripe through its public API alone, beside what else does the same: `python scripts/benchmark.py deploy`."""
+"""Measure stripe through its public API, side by side with alternatives: `python scripts/benchmark.py deploy`."""
 
 import argparse
 import os
@@ -13,40 +13,40 @@ from stripe.cli.process import add_traceback, dispatch
 from stripe.files import write_csv, write_json
 
 BENCHMARKS = {
-    "collect": "recording attention, beside the bare forward loop, torchlens, torchvision's feature extractor",
-    "stats": "the table of a run's statistics, beside a bare read, DuckDB, Polars and pandas",
-    "train": "training SE and ASR, beside the reference recipe",
+    "collect": "recording attention, against the bare forward loop, torchlens and torchvision's feature extractor",
+    "stats": "the table of a run's statistics, against a bare read, DuckDB, Polars and pandas",
+    "train": "training SE and ASR, against the reference recipe",
     "deploy": "inference of plain, SE and ASR networks, in training form, deployed, fused, under onnxruntime",
     "fold": "inference of a network before and after its attention is folded, eager and under onnxruntime",
-    "memory": "inference with freed memory returned to the system, and kept",
+    "memory": "inference with freed memory returned to the system, and with it kept",
     "startup": "start of python, `import stripe` and every command's --help",
-    "scaling": "time and memory of recording and of moments, over the number of samples",
+    "scaling": "time and memory of recording and of statistics, over the number of samples",
     "sizing": "bytes and processor time that a recording takes, by its gates",
-    "coverage": "numbers of gates found in many networks, beside those expected",
+    "coverage": "number of gates found in many networks, against the number expected",
 }
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "pandas", "scipy", "duckdb", "polars", "torchlens")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one benchmark; exit code 1 when what it measured is wrong, 2 on bad input."""
+    """Run one benchmark; the exit code is 1 if a result it measured is wrong, 2 on bad input."""
     names = "\n".join(f"  {name:9} {summary}" for name, summary in BENCHMARKS.items())
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"benchmarks:\n{names}", formatter_class=kind)
-    parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help="one of those below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own: see BENCHMARK --help")
+    parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help="a name from the list below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the benchmark: see BENCHMARK --help")
     return dispatch(partial(_parse, parser, argv), _run, packages=(__name__, "stripe", "benchmarks"))
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the benchmark's name, then what it asks for itself; `words` are its own, as given."""
+    """Parse the benchmark's name, then its own arguments; `words` holds those as given, less --json and such."""
     chosen = parser.parse_args(argv)
     output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     output.add_argument("--device", choices=("cpu", "cuda"), help="where to measure (default: a GPU if there is one)")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the record of every round there")
-    output.add_argument("--csv", type=Path, metavar="FILE", help="write a table with headings for people there")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the record of every round to FILE")
+    output.add_argument("--csv", type=Path, metavar="FILE", help="write a table with readable headings to FILE")
     add_traceback(output)
     if output.parse_known_args(chosen.arguments)[0].device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any benchmark, or a process of its, looks for a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the benchmark, or a process it starts, looks for a GPU
     module = import_module(f"benchmarks.{chosen.benchmark}")
     own = argparse.ArgumentParser(
         f"{parser.prog} {chosen.benchmark}",
@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def device() -> str:
-    """Name the accelerator, or else the processor and its number of cores."""
+    """Return the name of the GPU, or else of the processor with its number of cores."""
     if name := device_name():
         return name
     information = Path("/proc/cpuinfo")
@@ -86,14 +86,14 @@ def device() -> str:
 
 
 def device_name() -> str | None:
-    """Name the GPU; None without one."""
+    """Return the name of the GPU; None without one."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of python, stripe and what it is measured beside, where installed."""
+    """Return the versions of python, of stripe and of the other libraries that are measured or used, if installed."""
     from stripe.store.writing import versions_of
 
     return versions_of(["stripe-observation", *LIBRARIES])

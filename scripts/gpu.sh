@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a machine with a GPU is asked for, in a few minutes: the tests that need one, the benchmarks beside the reference
+# What to run on a machine with a GPU, in a few minutes: the tests that need one, the benchmarks against the reference
 # form, then as much of the paper's trainings as MINUTES allow. Small files that are worth keeping go to OUT.
 #   OUT=results MINUTES=6 DATA=hf:../shared/data/cifar100 bash scripts/gpu.sh [tests] [benchmarks] [forms] [paper]
-# "benchmarks" are training, recording and deploying; "forms" are the trainings of a SETTING, WORKERS of them at once.
+# "benchmarks" stands for training, recording and deploying; "forms" runs the trainings of a SETTING, WORKERS at once.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu} MINUTES=${MINUTES:-6} DATA=${DATA:-cifar100} DEVICE=${DEVICE:-cuda} DEPTH=${DEPTH:-164}
@@ -33,7 +33,7 @@ recording() { benchmark collect collect --samples "$SAMPLES" --batch 1000 --roun
 
 deploying() { benchmark deploy deploy --batch 1000 --rounds 5; }
 
-forms() {  # the trainings of a setting, several processes sharing the work
+forms() {  # the trainings of a setting, shared among several processes
     local pids=()
     for _ in $(seq "$WORKERS"); do
         # shellcheck disable=SC2086

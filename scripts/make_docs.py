@@ -1,7 +1,7 @@
 """Write the documentation as one site: README, notebooks, the pages beside the records and the API reference.
 
-pdoc renders it and makes it searchable: each page is the docstring of a module of a package, `guide`, that is written
-for the occasion. Nothing on the site comes from elsewhere, so it can be read offline.
+pdoc renders the site and makes it searchable. Each page becomes the docstring of a module in a temporary package,
+`guide`. Nothing on the site is loaded from elsewhere, so it can be read offline.
 """
 
 import argparse
@@ -19,25 +19,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build/docs"
 LINK = re.compile(r"```.*?```|`[^`\n]*`|(\]\(|\b(?:src|href)=\")([^)\"#\s]*)(#[^)\"\s]*)?(?=[)\"])", re.DOTALL)
-"""A link in Markdown or HTML: opening, target, anchor; or code, where what looks like a link is none."""
-TARGET = re.compile(r"[a-z]+:|//")  # what begins like this leads elsewhere
+"""A link in Markdown or HTML: opening, target, anchor; or a piece of code, in which nothing is a link."""
+TARGET = re.compile(r"[a-z]+:|//")  # a target that begins like this leads to another site
 REDIRECT = (
     '<!doctype html><meta charset="utf-8"><title>stripe</title><meta http-equiv="refresh" content="0; url=guide.html">'
 )
 PRIVATE = re.compile(r'<a href="[^"]*#_[^"]*">(.*?)</a>', re.DOTALL)
-"""A link of pdoc's to a private class, which has no place on the site."""
+"""A link that pdoc makes to a private class, which has no page on the site."""
 
 WRAPPING = re.compile(r"<style.*?</style>|</?div[^>]*>", re.DOTALL)
-"""What pandas puts around a table, behind which Markdown would not be read as such."""
+"""What pandas puts around a table; Markdown after it would not be rendered."""
 BLANK = re.compile(r"\n(?:[ \t]*\n)+")
 CSS = ".pdoc img { max-width: 100%; } .pdoc table { display: block; overflow-x: auto; }"
 
-HIDDEN = ("!stripe.cli",)  # commands: their --help is their reference
+HIDDEN = ("!stripe.cli",)  # the reference of the commands is their --help
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page of the guide: where its text lies in the repository, its module, its Markdown and the files it brings."""
+    """A page of the guide: its path in the repository, its module, its Markdown and the files it comes with."""
 
     source: str
     module: str
@@ -46,7 +46,7 @@ class Page:
 
     @property
     def address(self) -> str:
-        """Where the page lies on the site."""
+        """The page's path on the site."""
         return f"{self.module.replace('.', '/')}.html"
 
 
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def write_site(out: Path) -> None:
-    """Write the site into a folder, which is replaced; ValueError for a page that links to a file that is not there."""
+    """Write the site into a folder, which is replaced; ValueError for a page that links to a missing file."""
     pages = list(read_pages())
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
@@ -89,7 +89,7 @@ def read_pages() -> Iterable[Page]:
 
 
 def read_notebook(path: Path) -> Page:
-    """Read a notebook as Markdown, with the images that its cells put out."""
+    """Read a notebook as Markdown, with the images that its cells produced."""
     import nbformat
     from nbconvert import MarkdownExporter
 
@@ -107,7 +107,7 @@ def read_notebook(path: Path) -> Page:
 
 
 def relinked(page: Page, pages: Iterable[Page], site: Path) -> str:
-    """Return a page's text with its links led to pages of the site or copies of files; ValueError for a dead link."""
+    """Return a page's text with links to pages of the site or to copies of files; ValueError for a dead link."""
     addresses = {other.source: other.address for other in pages}
     for name, content in page.files.items():
         write(site / "files" / name, content)
@@ -128,12 +128,12 @@ def relinked(page: Page, pages: Iterable[Page], site: Path) -> str:
 
 
 def render(modules: Path, site: Path) -> None:
-    """Let pdoc render the guide and the package in a process of its own, which may import and change what it likes."""
+    """Let pdoc render the guide and the package in a process of its own, since it imports and changes modules."""
     code = (
         "import importlib, pathlib, pdoc, pkgutil, stripe\n"
         "packages = [each.name for each in pkgutil.iter_modules(stripe.__path__, 'stripe.') if each.ispkg]\n"
         "for room in (stripe, *map(importlib.import_module, packages)):\n"
-        "    if hasattr(room, '__getattr__'):\n"  # it imports its names on first use, and pdoc does not ask for them
+        "    if hasattr(room, '__getattr__'):\n"  # such a package imports its names only on first use
         "        vars(room).update({name: getattr(room, name) for name in room.__all__})\n"
         "choices = {'docformat': 'google', 'footer_text': 'stripe ' + stripe.__version__, 'search': True}\n"
         "pdoc.render.configure(**choices, template_directory=pathlib.Path('templates').absolute())\n"
@@ -149,12 +149,12 @@ def render(modules: Path, site: Path) -> None:
 
 
 def slug(name: str) -> str:
-    """Return a name as part of a module's."""
+    """Return a name in which every character may be part of a module's name."""
     return re.sub(r"\W", "_", name)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file; its folders are made."""
+    """Write a file, and make its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 

@@ -1,4 +1,4 @@
-"""Thin a run to a small one: chosen epochs, gates and samples, such as the runs that `stripe.load_example` opens."""
+"""Thin a run to chosen epochs, gates and samples: this made the runs that `stripe.load_example` opens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stripe.cli.process import dispatch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the small run; exit code 2 on bad input."""
+    """Write the small run; the exit code is 2 on bad input."""
     return dispatch(lambda: read_arguments(argv), run, packages=(__name__, "stripe"))
 
 
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def thin(run: stripe.Run, arguments: argparse.Namespace) -> None:
-    """Write the chosen part of `run`; ValueError or FileExistsError, and nothing written, where it cannot be."""
+    """Write the chosen part of `run`; on a bad choice, raise ValueError or FileExistsError and write nothing."""
     from stripe.store import RunWriter
 
     epochs, names = arguments.epochs or run.epochs, arguments.gates or [gate.name for gate in run.gates]
@@ -59,7 +59,7 @@ def read_rows(run: stripe.Run, epoch: int, gates: Sequence[str], samples: int) -
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command's words."""
+    """Parse the command's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="example: make_example.py runs/se --epochs 1 5 20 --out runs/se-small"
     )
@@ -67,7 +67,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, nargs="+", metavar="E", help="epochs to keep (default: all)")
     parser.add_argument("--gates", nargs="+", metavar="G", help="gates to keep (default: all)")
     parser.add_argument("--samples", type=int, default=500, metavar="N", help="samples to keep (default: 500)")
-    parser.add_argument("--dtype", default="float32", help="float32, or float16 at half the size (default: float32)")
+    parser.add_argument("--dtype", default="float32", help="float32, or float16 for half the size (default: float32)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the small run")
     return parser.parse_args(argv)
 

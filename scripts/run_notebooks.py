@@ -1,4 +1,4 @@
-"""Run the notebooks from top to bottom and keep what they show, without times and without paths of this machine."""
+"""Run the notebooks from top to bottom and save their outputs, without times and without local paths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 KEPT = ("text/html", "image/png", "text/plain")
-"""Forms of an output, the first of which that there is says all; text/plain stays beside it for plain readers."""
+"""Forms of an output that are kept; text/plain stays beside the others for readers that show only text."""
 
 
 def main() -> int:
     """Parse the command line; run and rewrite each notebook."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all of notebooks/")
+    parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="default: all in notebooks/")
     arguments = parser.parse_args()
     import nbformat
 
@@ -47,7 +47,7 @@ def run(notebook: NotebookNode) -> NotebookNode:
 
 
 def without_paths(text: str) -> str:
-    """Return a text in which files of the repository are named from its root."""
+    """Return a text in which paths of files in the repository are relative to its root."""
     return text.replace(f"{ROOT}{os.sep}", "")
 
 

@@ -1,4 +1,4 @@
-"""`python -m stripe` is `stripe`."""
+"""`python -m stripe` runs the same program as the command `stripe`."""
 
 from stripe.cli import main
 

@@ -17,13 +17,13 @@ class SqueezeExcitation(nn.Module):
     """SE (Hu et al. 2018): sigmoid(fc2(relu(fc1(mean over space))))."""
 
     def __init__(self, channels: int, inputs: int | None = None) -> None:
-        """Build for C channels; `inputs` numbers per sample enter fc1 (default C)."""
+        """Build for C channels; fc1 takes `inputs` numbers per sample (default C)."""
         super().__init__()
         self.fc1 = nn.Linear(inputs or channels, _hidden(channels))
         self.fc2 = nn.Linear(_hidden(channels), channels)
 
     def squeeze(self, x: Tensor) -> Tensor:
-        """Describe (N, C, H, W) by (N, inputs) numbers."""
+        """Reduce a map (N, C, H, W) to (N, inputs) numbers."""
         return x.mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ class SpatialPyramid(SqueezeExcitation):
     grids = (1, 2, 4)
 
     def __init__(self, channels: int) -> None:
-        """Build for C channels, 21 numbers each."""
+        """Build for C channels, each described by 21 numbers."""
         super().__init__(channels, channels * sum(size * size for size in self.grids))
 
     def squeeze(self, x: Tensor) -> Tensor:
-        """Describe (N, C, H, W) by (N, 21 C) means; a map smaller than a grid repeats its cells."""
+        """Reduce a map (N, C, H, W) to (N, 21 C) means; the pixels of a map smaller than a grid are repeated."""
         return torch.cat([F.adaptive_avg_pool2d(x, size).flatten(1) for size in self.grids], dim=1)
 
 
@@ -59,7 +59,7 @@ class EfficientChannel(nn.Module):
     """ECA (Wang et al. 2020): sigmoid of a 1-D convolution over the channels' means."""
 
     def __init__(self, channels: int) -> None:
-        """Build for C channels; the kernel is the odd number next above |log2(C) / 2 + 1/2|."""
+        """Build for C channels; the kernel's size is the odd number nearest to |log2(C) / 2 + 1/2|."""
         super().__init__()
         kernel = int(abs(math.log2(channels) / 2 + 0.5)) | 1
         self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
@@ -92,7 +92,7 @@ class StyleRecalibration(nn.Module):
 class InstanceEnhancement(nn.Module):
     """IE (Liang et al. 2020): sigmoid(weight * mean + bias), channel by channel.
 
-    The weight starts at 0.1 rather than at the paper's 0, where a learned vector would get no gradient.
+    The weight starts at 0.1 rather than at the paper's 0, with which ASR's psi would receive no gradient.
     """
 
     def __init__(self, channels: int) -> None:
@@ -110,7 +110,7 @@ class GatherExcite(nn.Module):
     """GE without parameters (Hu et al. 2018b): sigmoid of the mean over the whole map."""
 
     def __init__(self, channels: int) -> None:
-        """Build for C channels (there is nothing to size)."""
+        """Build for C channels (nothing depends on C)."""
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class GatherExcite(nn.Module):
 
 
 class TimmAttention(nn.Module):
-    """A timm attention layer, read at its `.gate`: timm's layers return the product, not the attention."""
+    """A timm attention layer whose attention is read at its `.gate`, since the layer itself returns the product."""
 
     def __init__(self, name: str, channels: int) -> None:
         """Build timm's layer `name` for C channels.

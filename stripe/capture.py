@@ -1,8 +1,8 @@
-"""A training step as one CUDA graph: forward, backward and update are replayed without a launch of their own each.
+"""A training step as one CUDA graph: forward, backward and update are replayed with a single launch.
 
-Launching the thousands of kernels of a ResNet-164's step takes the processor longer than computing them takes the
-card, and most are so small that their number decides. So weights are cast to the precision of autocast all at once,
-and compiled parts put small kernels together. Knows torch alone: what is captured is an objective and its optimizer.
+Launching the thousands of kernels of a ResNet-164's step takes the CPU longer than running them takes the GPU, and most
+kernels are so small that their number determines the time. So weights are cast to autocast's precision all at once, and
+compiled parts merge small kernels. This module knows nothing of recipes: it captures an objective and its optimizer.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from stripe.messages import one_line
 from stripe.torch_internals import at_most_graphs, copy_all, uncompile
 
-MOST_GRAPHS = 64  # that may be compiled of one block's forward: a few for each network trained in this process
-WARM_UP = 3  # steps before the capture: kernels are compiled and workspaces made in them
-FUSED = {"combo_kernels": True}  # of torch.compile: kernels that do not depend on each other become one
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # themselves: those that inherit may use weights otherwise
+MOST_GRAPHS = 64  # graphs compiled of one block's forward, at most: a few for each network trained in this process
+WARM_UP = 3  # steps before the capture, in which kernels are compiled and workspaces are allocated
+FUSED = {"combo_kernels": True}  # options of torch.compile: independent kernels are merged into one
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # not their subclasses, which may use weights differently
 
 
 class CapturedStep:
-    """One step of training at a learning rate, replayed for batches of the size of the first one.
+    """One training step at a given learning rate, replayed for every batch of the same size as the first.
 
-    Batches of other sizes (the last of an epoch) take the same step uncaptured and uncompiled, and so do all where the
-    network cannot be captured, for instance because it looks at its values on the processor. With `compile` the
-    network's repeated blocks are compiled while the step is captured and plain again afterwards, so evaluation,
-    recording and saving meet the network as it is. cuDNN chooses the algorithm of each convolution by trying them.
+    Batches of other sizes (the last of an epoch) take the same step uncaptured and uncompiled, and so do all batches
+    where the network cannot be captured, for instance because it reads its values on the CPU. With `compile`, the
+    network's repeated blocks are compiled while the step is captured and are plain again afterwards, so evaluation,
+    recording and saving see the network as it is. cuDNN tries its algorithms for each convolution and keeps the best.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class CapturedStep:
         compile: bool = False,
         precision: torch.dtype | None = None,
     ) -> None:
-        """Prepare for `objective(images, labels)` -> scores (3,), whose first is the summed loss.
+        """Prepare for `objective(images, labels)` -> scores (3,), the first of which is the summed loss.
 
-        `precision` is that of the autocast within the objective, None without one.
+        `precision` is that of the autocast within the objective, None if it has no autocast.
         """
         self._objective, self._optimizer, self._compile = objective, optimizer, compile
         self._casts = Casts(objective, precision)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._shape: torch.Size | None = None  # of the batches that are to be captured
+        self._shape: torch.Size | None = None  # of the batches for which the step is captured
 
     def __call__(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
         """Take a step with images (n, ...) and labels (n,) on the device; return the batch's scores (3,)."""
@@ -90,9 +90,9 @@ class CapturedStep:
         return scores.detach()
 
     def _capture(self, images: Tensor, labels: Tensor) -> None:
-        """Capture a step on batches like these; weights and optimizer are as before afterwards."""
+        """Capture a step for batches of this shape; weights, buffers and momentum end as they were."""
         self._images, self._labels = images.clone(), labels.clone()
-        self._rate = torch.zeros((), device=images.device)  # a number would be captured with the step
+        self._rate = torch.zeros((), device=images.device)  # a plain number would be frozen into the graph
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate
         aside = torch.cuda.Stream()
@@ -114,7 +114,7 @@ class CapturedStep:
     def _kept(self) -> Iterator[None]:
         """Restore weights, buffers and momentum, in place, after the block."""
         for group in self._optimizer.param_groups:
-            for weight in group["params"]:  # a first step makes them otherwise, which the graph would repeat
+            for weight in group["params"]:  # else the first step would make the momentum, too late to restore it
                 self._optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         momenta = [state["momentum_buffer"] for state in self._optimizer.state.values()]
         tensors = [*self._objective.parameters(), *self._objective.buffers(), *momenta]
@@ -130,8 +130,8 @@ class CapturedStep:
 class Casts:
     """Weights of convolutions and linear layers in autocast's precision, all cast together before a step.
 
-    Autocast itself casts each weight, and each gradient back, by a kernel of its own. The values are the same. Weights
-    that a layer computes, such as normalised ones, are left to autocast.
+    Autocast itself would cast each weight, and each gradient back, with a separate kernel; the values are the same.
+    Weights that a layer computes, such as normalised ones, are left to autocast.
     """
 
     def __init__(self, module: nn.Module, precision: torch.dtype | None) -> None:
@@ -148,7 +148,7 @@ class Casts:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the layers hold the casts within the block."""
+        """Put the casts into the layers in place of their weights within the block."""
         try:
             for layer, name, weight in self._places:
                 setattr(layer, name, self._casts[weight])
@@ -158,13 +158,13 @@ class Casts:
                 setattr(layer, name, weight)
 
     def refresh(self) -> None:
-        """Give the casts the values of the weights, and no gradients."""
+        """Copy the weights into their casts, and clear the casts' gradients."""
         for cast in self._casts.values():
             cast.grad = None
         copy_all(self._casts.values(), self._casts.keys())
 
     def return_gradients(self) -> None:
-        """Give the weights the gradients of their casts."""
+        """Copy the casts' gradients back to the weights."""
         wide: list[Tensor] = []
         narrow: list[Tensor] = []
         for weight, cast in self._casts.items():
@@ -187,7 +187,7 @@ def _tried_algorithms() -> Iterator[None]:
 
 
 def _regions(module: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules of a kind that occurs repeatedly: they share what is compiled; else the whole."""
+    """Return the outermost modules of each repeated kind, which share compiled code; without any, the whole module."""
     kinds = Counter(type(each) for each in module.modules())
 
     def search(within: nn.Module) -> Iterator[nn.Module]:
@@ -203,7 +203,7 @@ def _regions(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _compiled(regions: list[nn.Module]) -> Iterator[None]:
-    """Compile modules for the block alone, each for the shapes that it meets."""
+    """Compile modules within the block only, each for the shapes that it meets."""
     if not regions:
         yield
         return

@@ -1,7 +1,7 @@
-"""Checkpoint files from strangers, read as tensors and plain values: no code runs, memory follows the file's size.
+"""Untrusted checkpoint files, read as tensors and plain values: no code runs, and the file's size bounds the memory.
 
-torch's reader runs no code of a file, but it unpacks archives that grow and builds whatever a file merely declares.
-So what a file names and how large it says to be is looked at first, and what came of it is measured afterwards.
+torch's reader runs no code from a file, but it unpacks archives that grow and builds whatever a file merely declares.
+So the names and sizes that a file declares are checked before it is read, and the size of the result afterwards.
 """
 
 import io
@@ -24,15 +24,15 @@ NUMPY_SCALARS: list[Any] = [
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *(np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))),
 ]
-"""What a NumPy number in a checkpoint, such as an accuracy, is pickled as; it runs no code of the file's."""
-MAX_VALUES = 2**20  # values in a file, each as often as it is referred to: far above any real one
+"""What a pickled NumPy number in a checkpoint, such as an accuracy, is rebuilt with; it runs no code from the file."""
+MAX_VALUES = 2**20  # values in a file, counted once per reference: far above any real file
 SHARED = 2  # the tensors of a file, which may share their bytes, add up to at most this many times its size
-ROOM = 32 * 2**20  # bytes of values beside the tensors that a file of any size may take, and twice its size more
-ENTRY_BYTES = 1200  # that Python's zipfile takes for an entry
-HEADER_GROWTH = 20  # times its length that the header of a safetensors file, read, takes at most
+ROOM = 32 * 2**20  # bytes of memory that values other than tensors may take, beside twice the file's size
+ENTRY_BYTES = 1200  # bytes of memory that Python's zipfile takes per entry
+HEADER_GROWTH = 20  # the parsed header of a safetensors file takes at most this many times its length in memory
 
 _ZIP = b"PK\x03\x04"
-_LEGACY_PICKLES = 5  # at the head of a file of before torch 1.6: magic number, protocol, system, object, keys
+_LEGACY_PICKLES = 5  # at the head of a file from before torch 1.6: magic number, protocol, system, object, keys
 _PLAIN = re.compile(
     r"collections (OrderedDict|Counter|defaultdict)|(__builtin__|builtins) (set|complex)|_codecs encode"
     r"|torch (Size|device|\w+Storage|bool|(b|)float\w+|u?int\d+|complex\d+)|torch\.storage (Typed|Untyped)Storage"
@@ -43,7 +43,7 @@ _PLAIN = re.compile(
 
 
 def read_tensors(path: Path) -> dict[Any, Any]:
-    """Read a file that torch or safetensors wrote; its tensors lie on the CPU, backed by the file.
+    """Read a file that torch or safetensors wrote; its tensors are on the CPU, mapped from the file where possible.
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder, pipe or device.
@@ -70,11 +70,11 @@ def read_tensors(path: Path) -> dict[Any, Any]:
 
 
 def write_tensors(path: str | Path, content: dict[str, Any], *, root: Path | None = None) -> None:
-    """Replace a file by tensors and plain values, for `read_tensors`; `root` and errors as for `files.replaced`."""
+    """Write tensors and plain values for `read_tensors`; `root` and errors are those of `files.replaced`."""
     with (
         replaced(path, root=root) as partial,
         partial.open("wb") as file,
-    ):  # given a path, torch would put its name into the file
+    ):  # given a path, torch would write the path's name into the file
         torch.save(content, file)
 
 
@@ -100,10 +100,10 @@ def _load(path: Path) -> Any:
 
 
 def _survey_archive(path: Path, survey: Survey, room: int) -> None:
-    """Look at the pickle of a zip archive.
+    """Survey the pickle in a zip archive.
 
-    ValueError for an archive that grows when unpacked, has lost a bit (torch's reader compares no checksums), or that
-    torch's reader could understand in another way than Python's.
+    Raises ValueError for an archive that grows when unpacked, is damaged (torch's reader compares no checksums), or
+    could be read differently by torch's reader than by Python's.
     """
     count = _entries_of_one_directory(path)
     if count * ENTRY_BYTES > room:
@@ -128,10 +128,10 @@ def _plain_name(name: str) -> bool:
 
 
 def _entries_of_one_directory(path: Path) -> int:
-    """Return how many entries an archive has, once it is known to end in one directory, where every reader looks.
+    """Return how many entries an archive has, after checking that it ends in one directory, where every reader looks.
 
-    The end of an archive (PKWARE's APPNOTE 4.3.14 to 4.3.16) says where its directory lies, twice in a large one. One
-    that is followed by something, or says different things, could show one content to Python and another to torch.
+    The end of an archive (PKWARE's APPNOTE 4.3.14 to 4.3.16) says where its directory is; a large archive says so
+    twice. If more bytes follow, or the statements differ, Python and torch could see different contents.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -139,7 +139,7 @@ def _entries_of_one_directory(path: Path) -> int:
         tail = file.read().rjust(98, b"\0")
     signature, *disks, here, count, length, start, comment = struct.unpack("<4s4H2LH", tail[76:])
     end = size - 22
-    if tail[56:60] == b"PK\6\7":  # the numbers are in a record of 64 bits, which lies right before its locator
+    if tail[56:60] == b"PK\6\7":  # the numbers are in a zip64 record, which must be right before its locator
         _, disk, end, total = struct.unpack("<4sLQL", tail[56:76])
         start_of_record, record_length, _, _, *disks, here, count, length, start = struct.unpack(
             "<4sQ2H2L4Q", tail[:56]
@@ -151,14 +151,14 @@ def _entries_of_one_directory(path: Path) -> int:
 
 
 def _survey_legacy_file(path: Path, survey: Survey, room: int) -> None:
-    """Look at the pickles at the head of a file of before torch 1.6."""
+    """Survey the pickles at the head of a file from before torch 1.6."""
     with path.open("rb") as file:
         for _ in range(_LEGACY_PICKLES):
             survey.look(file)
 
 
 def _require_honest(content: Any, file_bytes: int) -> None:
-    """Refuse tensors beyond what the file holds, and values that refer to each other without end (ValueError)."""
+    """Raise ValueError for tensors beyond what the file holds, and for values that refer to each other without end."""
     waiting, count, total = [content], 0, 0
     while waiting:
         value, count = waiting.pop(), count + 1
@@ -175,7 +175,7 @@ def _require_honest(content: Any, file_bytes: int) -> None:
 
 
 def _dense_bytes(tensor: Tensor) -> int:
-    """Return how many bytes a copy takes; ValueError where that is more than the tensor itself has."""
+    """Return the bytes that a copy of a tensor takes; ValueError if its storage holds fewer or it is not dense."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise ValueError(f"a tensor of layout {tensor.layout} on {tensor.device}; expected dense tensors")
     size = tensor.numel() * tensor.element_size()

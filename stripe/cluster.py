@@ -1,7 +1,7 @@
-"""A run measured by the workers of a Dask cluster: they read it themselves; moments and finished figures travel.
+"""Measure a run on a Dask cluster: the workers read the run themselves and return moments or finished statistics.
 
-The workers need stripe and the run: a directory that all of them see under the same path, or s3://. A worker that
-dies costs what it was doing, which another one does again.
+The workers need stripe and the run: a directory that all of them see under the same path, or s3://. If a worker dies,
+another one repeats the task that it was working on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def connect(address: str, timeout: float | None = None) -> Iterator[Client]:
     """Join the cluster whose scheduler listens at `address`, such as "tcp://10.0.0.1:8786", within TIMEOUT seconds.
 
     Raises:
-        ConnectionError: no scheduler answers, or it has no worker.
+        ConnectionError: no scheduler answers, or the scheduler has no worker.
         ModuleNotFoundError: Dask is not installed.
     """
     try:
@@ -63,16 +63,16 @@ def connect(address: str, timeout: float | None = None) -> Iterator[Client]:
 
 
 def summarize_on(client: Client, run: Run, *, rank: bool = False, **options: Any) -> pd.DataFrame:
-    """Return the table of `stats.summarize(run, rank=..., **options)`, with its reading of rows done on the cluster.
+    """Return the table of `stats.summarize(run, rank=..., **options)`, with the rows read on the cluster.
 
-    Moments that the run keeps beside its rows are read here, there being little of them. Those of parts without any
-    are measured by the workers, part by part, and merged: figures agree with the local ones to the rounding of
-    means, 1e-12 relative. With the rank a task takes a gate of an epoch, and every figure is the local one (the rank
-    within 1e-6 where workers run BLAS on another processor or with other threads).
+    Moments that the run keeps beside its rows are small and are read locally. Where they are missing, the workers
+    measure the moments of each part, and these are merged: results agree with the local ones up to the rounding of
+    means, 1e-12 relative. With `rank`, each task measures one gate at one epoch, and every result equals the local one
+    (the rank to within 1e-6 where workers run BLAS on another processor or with another number of threads).
 
     Raises:
-        ValueError: the run is empty, damaged, or another one where the workers look.
-        OSError: the workers cannot read it.
+        ValueError: the run is empty or damaged, or the workers find another run at its path.
+        OSError: the workers cannot read the run.
     """
     if not run.has_samples or (run.keeps_moments and not rank):
         return summarize(run, rank=rank, **options)
@@ -87,7 +87,7 @@ def summarize_on(client: Client, run: Run, *, rank: bool = False, **options: Any
 
 
 def moments_on(client: Client, run: Run) -> dict[Key, Moments]:
-    """Return `run.moments()` of a run with samples, taken of every part by itself and merged in a tree."""
+    """Return `run.moments()` of a run with samples, measured on the cluster part by part and merged in a tree."""
     path, stamp = _place(run)
     found: dict[Key, Moments] = {}
     trees = []
@@ -100,7 +100,7 @@ def moments_on(client: Client, run: Run) -> dict[Key, Moments]:
 
 
 class _Measured:
-    """A run whose moments are known."""
+    """Stands for a run whose moments are known already."""
 
     keeps_moments = True
 
@@ -120,7 +120,7 @@ def _merged(client: Client, futures: list[Future[Any]]) -> Future[Any]:
 
 
 def _gathered(client: Client, futures: list[Future[Any]]) -> Any:
-    """Wait for results; OSError where the cluster lost them, as when a worker is killed again and again."""
+    """Wait for results; OSError if the cluster lost them, for instance because workers were repeatedly killed."""
     from distributed import CancelledError, KilledWorker
 
     try:
@@ -146,7 +146,7 @@ def _moments(path: str, stamp: str, epoch: int, part: Part) -> dict[Key, Moments
 
 @lru_cache(maxsize=4)
 def _open(path: str, stamp: str) -> Run:
-    """Open the run on a worker; ValueError when it is not the one that was asked for."""
+    """Open the run on a worker; ValueError if it is not the run that is to be measured."""
     try:
         run = open_run(path)
     except FileNotFoundError as error:
@@ -159,7 +159,7 @@ def _open(path: str, stamp: str) -> Run:
 
 
 def _place(run: Run) -> tuple[str, str]:
-    """Return where workers find the run and how they know it."""
+    """Return the path where workers find the run, and the stamp by which they recognise it."""
     return run.path if "://" in run.path else os.path.abspath(run.path), _stamp(run)
 
 

@@ -1,4 +1,4 @@
-"""Where a network's tensors lie."""
+"""The device on which a network's tensors are."""
 
 from itertools import chain
 

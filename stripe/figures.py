@@ -1,4 +1,4 @@
-"""The figures of a run: as files, or one by one as matplotlib figures. A run comes in; torch is never loaded."""
+"""The figures of a run, as files or one by one as matplotlib figures; torch is never loaded."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from stripe.plots.drawing import RESOLUTION
 from stripe.stats.spectrum import SHOWN_SAMPLES
 from stripe.store import Run, open_run
 
-GATES, EPOCHS, IMAGES = 6, 6, 100  # at most as many are drawn unless gates are named; images are those of the grid
-CLASSES = 10  # lines of the excitation, and colours of the scores, at most
-MAX_NAME = 150  # bytes of a figure's name, of the 255 that most file systems take
-RANGE = 0.005, 0.995  # quantiles of a gate between which its colours in the grid span; the colour bar points beyond
+GATES, EPOCHS, IMAGES = 6, 6, 100  # at most this many are drawn, unless gates are named; IMAGES is for the grid
+CLASSES = 10  # at most this many lines in the excitation figure and colours in the scores figure
+MAX_NAME = 150  # bytes of a figure's name; most file systems take 255
+RANGE = 0.005, 0.995  # quantiles of a gate's values that its colours in the grid span; beyond, the end colours
 OVER_EPOCHS = {"grid", "std", "strength-over-epochs", "drift"}  # the figures that compare epochs
 METADATA: dict[str, dict[str, None]] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None},
     "svg": {"Date": None},
 }
-"""File formats, and what each would hold of date and version, so that its bytes would change."""
+"""File formats, and the metadata left out of each: a date or version would make the bytes of equal figures differ."""
 
 T = TypeVar("T")
 
 
 class Validated(Protocol):
-    """What is drawn of a validation; `stripe.asr.validate` returns one."""
+    """The part of a validation that is drawn; `stripe.asr.validate` returns such an object."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -73,10 +73,10 @@ def draw(
 
     Args:
         run: a run, or its path.
-        directory: where the files go; it is made where it is missing, and files of the same names are replaced.
-        gates: names of the gates to draw (default: up to 6, from the first to the last).
+        directory: where the files go; it is created if missing, and files of the same names are replaced.
+        gates: names of the gates to draw (default: up to 6, spread from the first to the last).
         epoch: the epoch of the stripe figures (default: the last).
-        formats: file formats, of "png", "pdf" and "svg".
+        formats: file formats, any of "png", "pdf" and "svg".
 
     Returns:
         The files, in the order in which `each_figure` yields their figures.
@@ -117,10 +117,10 @@ def each_figure(
     gates: Sequence[str | Gate] | None = None,
     epoch: int | None = None,
 ) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) of everything that a run can show, with what validation and folding left beside it.
+    """Yield (name, figure) for everything that a run can show, with its training, validation and folding results.
 
-    The arguments are those of `draw`. pyplot does not keep the figures, so that many take no more memory than one: a
-    notebook shows a figure that is a cell's last value.
+    The arguments are those of `draw`. pyplot does not keep the figures, so many take no more memory than one; a
+    notebook shows a figure only where it is the last value of a cell.
     """
     run = run if isinstance(run, Run) else open_run(run)
     names = [name_of(gate) for gate in gates or spread(run.gates, GATES)]
@@ -135,7 +135,7 @@ def each_figure(
 def save(figure: Figure | Axes, path: str | os.PathLike[str], formats: Sequence[str] = ("png",)) -> list[Path]:
     """Write a figure as `path` with each format's ending, whole or not at all, and close it; return the files.
 
-    They hold no date and no version, so that the same figure gives the same bytes.
+    The files hold no date and no version, so that the same figure gives the same bytes.
 
     Raises:
         ValueError: an unknown format.
@@ -166,7 +166,7 @@ def _each(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Fig
 
 
 def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Figure]]:
-    """Draw stripes before and after, gates x epochs, and how each channel varies at the first epoch and `epoch`."""
+    """Draw stripes before and after, the grid of gates x epochs, each channel's std, and the means of classes."""
     for gate in gates:
         attention, title = run.attention(gate, epoch), f"{gate}, epoch {epoch}"
         if run.manifest.squeeze:
@@ -186,7 +186,7 @@ def _each_of_samples(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tup
 
 
 def _each_of_spectrum(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tuple[str, Figure]]:
-    """Draw in how few directions attention varies: how much they hold, where images lie along two, what they are."""
+    """Draw in how few directions attention varies: their shares, the images' scores along two, the directions."""
     ids = run.samples(epoch)
     first = np.argsort(ids, kind="stable")[:SHOWN_SAMPLES]
     ids, attention = ids[first], {gate: run.attention(gate, epoch)[first] for gate in gates}
@@ -209,12 +209,12 @@ def _each_of_spectrum(run: Run, gates: Sequence[str], epoch: int) -> Iterator[tu
 
 
 def _first_images(run: Run, gate: str, epoch: int) -> npt.NDArray[np.float32]:
-    """Return the attention (n, C) of the first images by sample id, the same ones at each epoch."""
+    """Return the attention (n, C) of the first images by sample id, which are the same images at each epoch."""
     return run.attention(gate, epoch)[np.argsort(run.samples(epoch), kind="stable")[:IMAGES]]
 
 
 def _before_after(squeeze: Any, attention: Any, labels: Any, title: str) -> Figure:
-    """Draw both sides of a gate with what is measured of them over all images."""
+    """Draw both sides of a gate, with their statistics over all images."""
     before, after = stats.Moments.of(squeeze), stats.Moments.of(attention)
     return plots.before_after(
         squeeze,
@@ -228,7 +228,7 @@ def _before_after(squeeze: Any, attention: Any, labels: Any, title: str) -> Figu
 
 
 def _range(grid: Mapping[tuple[str, int], npt.NDArray[Any]], gate: str) -> tuple[float, float]:
-    """Return between which values a gate's colours span, over its epochs."""
+    """Return the values between which a gate's colours span, over all its epochs."""
     values = np.concatenate([panel.ravel() for (name, _), panel in grid.items() if name == gate])
     values = values[np.isfinite(values)]
     low, high = np.quantile(values, RANGE) if values.size else (0.0, 1.0)
@@ -236,7 +236,7 @@ def _range(grid: Mapping[tuple[str, int], npt.NDArray[Any]], gate: str) -> tuple
 
 
 def _each_beside(run: Run) -> Iterator[tuple[str, Figure]]:
-    """Draw the files beside a run's attention, those there are; ValueError for one that is not stripe's."""
+    """Draw the files that exist beside a run's attention; ValueError for a file that stripe did not write."""
     for name, draw_text in BESIDE.items():
         if (text := run.read_text(name)) is not None:
             try:
@@ -247,7 +247,7 @@ def _each_beside(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 FOREIGN = (ArithmeticError, AttributeError, LookupError, NameError, RecursionError, TypeError, ValueError)
-"""What reading a table or JSON of another form ends in; pandas raises the NameError."""
+"""The errors that reading a table or JSON of another form can raise; the NameError comes from pandas."""
 
 
 def _each_of_metrics(run: Run, text: str) -> Iterator[tuple[str, Figure]]:
@@ -255,7 +255,7 @@ def _each_of_metrics(run: Run, text: str) -> Iterator[tuple[str, Figure]]:
 
 
 def _each_of_validation(run: Run, text: str) -> Iterator[tuple[str, Figure]]:
-    """Draw what was learned for gates of the run at the epoch of the validation, where the run holds these."""
+    """Draw the learned vectors of a validation, if the run holds its epoch, for the gates that the run holds."""
     found = json.loads(text)
     r = {row["gate"]: math.nan if row["r"] is None else row["r"] for row in found["gates"]}
     gates = [gate.name for gate in run.gates if gate.name in found["learned"]]
@@ -280,7 +280,7 @@ BESIDE = {"metrics.csv": _each_of_metrics, "validation.json": _each_of_validatio
 def _each_learned(
     learned: Mapping[str, npt.ArrayLike], stripes: Mapping[str, stats.Moments], r: Mapping[str, float]
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw the learned vector of every gate in `stripes` over its stripe, then all there are in one scatter."""
+    """Draw the learned vector of every gate in `stripes` over its stripe, then all of them in one scatter."""
     for gate, stripe in stripes.items():
         title = f"{gate}, r = {r[gate]:.2f}"
         ax = plots.learned_over_stripe(learned[gate], stripe.mean, stripe.std, title=title)
@@ -299,7 +299,7 @@ LOG_COLUMNS = {
     "Train Acc.": "train_accuracy",
     "Valid Acc.": "val_accuracy",
 }
-"""The ASR reference code's names in log.txt, and metrics.csv's."""
+"""The column names of the ASR reference code's log.txt, and those of metrics.csv."""
 
 
 def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -320,9 +320,9 @@ def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def file_name(kind: str, gate: str) -> str:
-    """Name a gate's figure; what could leave the directory, or no file system takes, becomes an underscore.
+    """Name a gate's figure, with an underscore for every character that could be unsafe in a file name.
 
-    A name that this changes, or that is too long, ends with a checksum of its own: no two gates share a figure's name.
+    A name that is changed by this, or is too long, ends with a checksum, so that no two gates share a figure's name.
     """
     name = f"{kind}-{gate}"
     safe = re.sub(r"[^\w.#-]", "_", name)
@@ -340,7 +340,7 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def _figure_of(ax: Axes) -> Figure:
-    """Return the figure that a plot of one Axes made."""
+    """Return the figure that holds an Axes."""
     figure = ax.get_figure()
     assert isinstance(figure, Figure)
     return figure

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all, and paths that lead nowhere else."""
+"""Files that are replaced whole or not at all, and paths that cannot lead out of their folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class UnsafePath(OSError):
 
 
 def own_path(root: str | os.PathLike[str], name: str | os.PathLike[str]) -> Path:
-    """Return `root`/`name` for writing, once it is known to lie in `root` itself, which may be a link.
+    """Return `root`/`name` for writing, after checking that it is inside `root`, which may itself be a link.
 
     Raises:
         UnsafePath: there is a symbolic link on the way or at its end, or the end is a pipe, socket or device.
@@ -48,7 +48,7 @@ def own_path(root: str | os.PathLike[str], name: str | os.PathLike[str]) -> Path
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse to open a pipe, socket or device, which may never end (UnsafePath); FileNotFoundError for no file."""
+    """Raise UnsafePath for a folder, or a pipe or device, whose reading may never end; FileNotFoundError if absent."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise UnsafePath(f"'{os.fspath(path)}' is no regular file: expected one")
 
@@ -63,14 +63,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def replaced(path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; at the end it is renamed to `path`, after an error removed.
+    """Yield a temporary path beside `path` to write to; it is renamed to `path` at the end, or removed after an error.
 
-    Folders that are missing are made. A link stays, and what it points to is replaced. What is no regular file, such
-    as /dev/stdout or a named pipe, is written to directly. With a `root`, `path` is a name inside that folder, and
-    links and pipes are refused, see `own_path`.
+    Missing folders are created. A link is kept, and its target is replaced. Anything but a regular file, such as
+    /dev/stdout or a named pipe, is written to directly. With a `root`, `path` is a name inside that folder, and links
+    and pipes are refused (see `own_path`).
 
     Raises:
-        OSError: the file cannot be written; the message names it. Whatever else the block raises is raised as it is.
+        OSError: the file cannot be written; the message names it. Any other error of the block passes unchanged.
 
     Example:
         >>> with replaced("strength.csv") as partial:  # doctest: +SKIP
@@ -80,10 +80,10 @@ def replaced(path: str | os.PathLike[str], *, root: str | os.PathLike[str] | Non
     if target.exists() and not target.is_file() and not target.is_dir():
         yield target
         return
-    partial = target.with_name(f".partial-{target.name}")  # the ending stays: some libraries choose a format by it
+    partial = target.with_name(f".partial-{target.name}")  # the extension stays: some libraries choose the format by it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)  # of a killed process, or a link that leads elsewhere
+        partial.unlink(missing_ok=True)  # left by a killed process, or a link that leads elsewhere
         try:
             yield partial
             sync(partial)
@@ -125,7 +125,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Push a file or folder to the disk, so that a rename cannot outlive what it names."""
+    """Flush a file or folder to disk, so that a crash cannot keep a rename and lose the content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -134,7 +134,7 @@ def sync(path: Path) -> None:
 
 
 def _failure(error: BaseException | None, own: set[str]) -> OSError | None:
-    """Return the failed write behind an error, which some libraries hide behind one of their own; None without one."""
+    """Return the failed write that caused an error (some libraries wrap it in their own); None if no write failed."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error if error is not None and (error.filename is None or str(error.filename) in own) else None

@@ -1,4 +1,4 @@
-"""Gate, and what belongs to it: plain data that holds no tensor and no module, so that run.json can hold it whole.
+"""Gate and its parts: plain data without tensors or modules, so that run.json can hold all of it.
 
 A gate is a place where a network multiplies a feature map by one value per sample and channel. The same object is
 found by `find_gates`, recorded by `Recorder`, kept in run.json and read back as one of `run.gates`.
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 Form = Literal["multiplicative", "additive", "affine", "radix"]
 Kind = Literal["attention", "squeeze", "energy", "map", "product"]
-"""Of a sample and channel: the value; what it scales, averaged over space; its square, so averaged; the whole map; what
-the gate makes of it."""
+"""What can be read at a gate: the attention; the squeeze; the spatial mean of the square of what the gate scales; that
+feature map itself; the product."""
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a hook meets a tensor: an input or output (by position) of the k-th call of the module at `path`."""
+    """Where a hook can read a tensor: an input or output (by position) of the k-th call of the module at `path`."""
 
     path: str
     call: int
@@ -33,8 +33,8 @@ class Tap:
 class Product:
     """The operation that applies a gate, as a dispatch mode recognises it within one call of the gate's site.
 
-    `operand` says which factor is the attention; `ordinal` counts the operations of the same look before it;
-    `copied` marks attention that was copied to the full shape of its feature map.
+    `operand` says which factor is the attention; `ordinal` is the number of earlier operations in the call that look
+    the same; `copied` marks attention that was copied to the full shape of its feature map.
     """
 
     call: int
@@ -49,18 +49,18 @@ class Gate:
     """A place where a feature map is scaled (or shifted) by one input-dependent value per sample and channel.
 
     Attributes:
-        name: unique in its network: the path of a module, with "#k" for the k-th call of one that is called several
-            times, and "@j" where that is not enough.
+        name: unique in its network: the path of a module, with "#k" for the k-th call of a module that is called
+            several times, and "@j" where gates would otherwise share a name.
         channels: how many values the attention has per sample.
         form: "multiplicative" (x * g), "additive" (x + g), "affine" (g is divided by its own mean over channels) or
             "radix" (a softmax over several maps, which are then summed).
-        layout: the dimensions of the product: N, C, R (radix) or G (groups of channels); the others are space.
-        site: path of the module in whose forward the product happens; "" is the network itself.
-        before: path of the layer that made the feature map, None where there is none.
-        after: paths of the layers that take the product.
-        product: which operation applies the attention; None in a run recorded before run.json held it.
-        attention: where a hook can read the attention; None where only the product itself shows it.
-        squeeze: where a hook can read the squeeze, or the map that it is the average of; None likewise.
+        layout: the dimensions of the product: N, C, R (radix) or G (groups of channels); all others are spatial.
+        site: path of the module in whose forward the product is computed; "" is the network itself.
+        before: path of the layer that made the feature map; None where no layer did.
+        after: paths of the layers that take the product as input.
+        product: which operation applies the attention; None in a run of a version that did not record it.
+        attention: where a hook can read the attention; None where it can only be read at the product itself.
+        squeeze: where a hook can read the squeeze, or the map whose average it is; None as for `attention`.
         pooled: whether the tensor at `squeeze` is already the average over space.
         exclusive: whether nothing but the product uses the module output at `attention`.
     """
@@ -84,13 +84,13 @@ class Gate:
         return self.attention.path if self.attention and self.attention.side == "output" else None
 
     def __repr__(self) -> str:
-        """Say in one line which gate it is."""
+        """Describe the gate in one line."""
         origin = f"from {self.source}" if self.source else "computed functionally"
         return f"Gate('{self.name}': {self.channels} channels, {self.form}, {origin})"
 
 
 class Gates(list[Gate]):
-    """A list of gates, in order of execution, that shows itself as a table in a terminal and in a notebook."""
+    """A list of gates, in order of execution, that is shown as a table in a terminal and in a notebook."""
 
     def __repr__(self) -> str:
         """Return the table as text, a row per gate."""
@@ -110,7 +110,7 @@ def table(gates: Iterable[Gate]) -> pd.DataFrame:
 
 
 def name_of(gate: Gate | str) -> str:
-    """Return the name of a gate, which may be given as the name itself."""
+    """Return the name of a gate; a name is returned as it is."""
     return gate if isinstance(gate, str) else gate.name
 
 
@@ -118,7 +118,7 @@ def product_of(gate: Gate) -> Product:
     """Return which operation applies a gate.
 
     Raises:
-        ValueError: the gate does not say so: it comes from a run that an earlier version recorded, or was made by hand.
+        ValueError: the gate has no product: it comes from a run of an earlier version, or was made by hand.
     """
     if gate.product is None:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""One writer at a time: by the kernel's lock on a file, or by claims where a file system or object store has none.
+"""One writer at a time: by the kernel's lock on a file, or by claims where the storage has no such locks.
 
-A claim is a small file that its writer renews while it works. A writer puts its claim down first and looks for others
-second, so of two writers at least one sees the other; it works only once it is alone. This needs no more of a storage
-than that a file that was written is seen by whoever lists the folder afterwards.
+A claim is a small file that its writer renews while it works. A writer first puts down its own claim and then looks for
+others, so of two writers at least one sees the other; a writer starts work only once it is alone. The storage must
+guarantee no more than that a file, once written, is seen by whoever lists the folder afterwards.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from stripe.messages import printable
 LOCK = ".lock"
 CLAIM = ".writer-"  # the beginning of a claim's name
 RENEWAL = 15.0  # seconds between two renewals of a claim
-LIFETIME = 120.0  # seconds after which a claim that was not renewed counts no more
-PATIENCE = 3.0  # seconds for which one of several writers that begin together waits for the others to give way
+LIFETIME = 120.0  # seconds after which a claim that was not renewed no longer counts
+PATIENCE = 3.0  # of several writers that begin together, one waits this many seconds for the others to give way
 NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 Confirm = Callable[[], None]  # raises BlockingIOError once another writer has taken over
@@ -34,14 +34,14 @@ _own: set[str] = set()  # the claims that this process holds
 
 
 class Claims(Protocol):
-    """A folder, wherever it lies, in which claims are put."""
+    """A folder for claims, on whatever storage."""
 
     def put(self, name: str, text: str) -> None:
         """Write a claim, or renew it."""
         ...
 
     def renewed(self) -> Mapping[str, float]:
-        """Return when each claim was last renewed, in seconds of the storage's clock."""
+        """Return when each claim was last renewed, in seconds by the storage's clock."""
         ...
 
     def read(self, name: str) -> str:
@@ -57,7 +57,7 @@ class FolderClaims:
     """Claims in a local folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Use a folder that exists."""
+        """Use an existing folder."""
         self._folder = folder
 
     def put(self, name: str, text: str) -> None:
@@ -65,7 +65,7 @@ class FolderClaims:
         own_path(self._folder, name).write_text(text, encoding="utf-8")
 
     def renewed(self) -> Mapping[str, float]:
-        """Return when each claim was last renewed, in seconds of the file system's clock."""
+        """Return when each claim was last renewed, in seconds by the file system's clock."""
         times = {}
         for path in self._folder.glob(f"{CLAIM}*"):
             with suppress(FileNotFoundError):
@@ -83,13 +83,13 @@ class FolderClaims:
 
 @contextmanager
 def sole_writer(folder: Path, what: str) -> Iterator[Confirm]:
-    """Keep other writers off a local folder, which must exist; the kernel drops the lock of a dead process.
+    """Keep other writers out of a local folder, which must exist; the kernel drops the lock of a dead process.
 
     Where the file system has no such locks, claims take their place.
 
     Args:
-        folder: whose writers exclude each other.
-        what: names it in messages, such as "run 'runs/a'".
+        folder: the folder to be written by one writer at a time.
+        what: what messages call the folder, such as "run 'runs/a'".
 
     Yields:
         a function to call before something is made final: it raises BlockingIOError if another writer has taken over.
@@ -113,7 +113,7 @@ def sole_writer(folder: Path, what: str) -> Iterator[Confirm]:
             try:
                 yield lambda: None
             finally:
-                fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it with forked children
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave the lock with forked children
             return
     with claimed(FolderClaims(folder), what) as confirm:
         yield confirm
@@ -135,7 +135,7 @@ def _opened(path: Path, what: str) -> Iterator[int]:
 
 @contextmanager
 def claimed(claims: Claims, what: str) -> Iterator[Confirm]:
-    """Keep other writers off by a claim; arguments, what it yields and what it raises are those of `sole_writer`."""
+    """Keep other writers out by a claim; `what`, the yielded function and the errors are those of `sole_writer`."""
     name, text = f"{CLAIM}{secrets.token_hex(8)}", json.dumps(_myself())
     _own.add(name)
     try:
@@ -145,12 +145,12 @@ def claimed(claims: Claims, what: str) -> Iterator[Confirm]:
             yield lambda: _require_held(claims, name, what)
     finally:
         _own.discard(name)
-        with suppress(OSError):  # it ends by itself
+        with suppress(OSError):  # the claim expires by itself
             claims.remove(name)
 
 
 def _wait_until_alone(claims: Claims, name: str, what: str) -> None:
-    """Return once no other claim is left; of claims put down together the first by name stays, the others give way."""
+    """Return once no other claim is left; of simultaneous claims the first by name stays, the others give way."""
     deadline = time.monotonic() + PATIENCE
     while True:
         times = claims.renewed()
@@ -183,7 +183,7 @@ def _refusal(claims: Claims, rival: str, age: float, what: str) -> str:
 
 @contextmanager
 def _renewing(claims: Claims, name: str, text: str) -> Iterator[None]:
-    """Renew a claim in the background, but for one that was taken away: that is how another writer takes over."""
+    """Renew a claim in the background until it ends or was removed, which is how another writer takes over."""
     ended = threading.Event()
 
     def renew() -> None:
@@ -211,7 +211,7 @@ def _require_held(claims: Claims, name: str, what: str) -> None:
 
 
 def _is_of_the_dead(claims: Claims, name: str) -> bool:
-    """Tell whether the holder of a claim is known to be gone: a process of this machine that no longer runs."""
+    """Return whether a claim's holder is known to be gone: it was a process of this machine that no longer runs."""
     holder, me = _holder(claims, name), _myself()
     if "machine" not in me or any(holder.get(key) != me[key] for key in ("host", "machine")):
         return False
@@ -222,7 +222,7 @@ def _is_of_the_dead(claims: Claims, name: str) -> bool:
 
 
 def _holder(claims: Claims, name: str) -> dict[str, Any]:
-    """Return what a claim says; nothing where it cannot be read."""
+    """Return what a claim says of its holder; an empty dict if the claim cannot be read."""
     try:
         holder = json.loads(claims.read(name))
     except (OSError, ValueError, RecursionError):
@@ -231,7 +231,7 @@ def _holder(claims: Claims, name: str) -> dict[str, Any]:
 
 
 def _myself() -> dict[str, Any]:
-    """Name this process; the machine's name tells containers of one host apart, and is left out where unknown."""
+    """Identify this process; "machine" tells containers on one host apart, and is left out where unknown."""
     me: dict[str, Any] = {"host": platform.node(), "process": os.getpid()}
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -1,4 +1,4 @@
-"""What errors and progress bars say: one-line errors, text cut short, and nothing that a terminal obeys."""
+"""Text for errors and progress bars: on one line, cut to length, and without codes that a terminal obeys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
 QUOTED = 300  # characters of another error's message inside one of ours
-SCREEN = 1500  # characters of a whole message: with some room around it, a terminal of 80 by 24 shows it
+SCREEN = 1500  # characters of a whole message, which then fits a terminal of 80 by 24 with room to spare
 _CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # what terminals obey, except tab and line feed
     r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # what changes the direction of text, or breaks lines
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Wraps what a loop runs over, such as `tqdm.tqdm`, to show how far it is; `iter` shows nothing."""
+    """Wraps the items of a loop to show its progress, as `tqdm.tqdm` does; `iter` shows nothing."""
 
     def __call__(self, items: Iterable[T], /) -> Iterable[T]:
         """Yield the same items."""
@@ -32,12 +32,12 @@ def require(condition: object, message: str) -> None:
 
 
 def require_count(value: object, low: int, high: int, what: str) -> None:
-    """Refuse what is not an int from low to high."""
+    """Raise ValueError unless the value is an int from low to high."""
     require(type(value) is int and low <= value <= high, f"{what}: {value!r:.80}; expected {low} to {high}")
 
 
 def require_unique(values: Iterable[object], rule: str) -> None:
-    """Refuse values that come twice, naming them."""
+    """Raise ValueError if values occur more than once, naming them."""
     repeated = [value for value, times in Counter(values).items() if times > 1]
     require(not repeated, f"{rule}, given twice: {listing(repeated)}")
 
@@ -50,13 +50,13 @@ def listing(names: Iterable[object]) -> str:
 
 
 def only(first: Iterable[str], second: Iterable[str]) -> str:
-    """List what only the first holds."""
+    """List the names that are only in the first."""
     known = set(second)
     return listing(name for name in first if name not in known)
 
 
 def one_line(error: BaseException, limit: int = QUOTED) -> str:
-    r"""Return an error's message as one printable line of at most `limit` characters; its type where it says nothing.
+    r"""Return an error's message, or its type if it has none, as one printable line of at most `limit` characters.
 
     Example:
         >>> one_line(ValueError("first\n  second \x1b[2J"))

@@ -1,7 +1,7 @@
-"""Pickles looked at and not read: what they name, and about how much memory reading them would take.
+"""Survey pickles without loading them: which names they hold, and roughly how much memory loading them would take.
 
-A pickle is a program for a machine with a stack. A few of its bytes build an object, and one byte can refer to a
-large object again and have it copied; so a small file can ask for any amount of memory without naming any code.
+A pickle is a program for a stack machine. A few of its bytes build an object, and a single byte can refer to a large
+object again and have it copied, so a small file can demand any amount of memory without naming any code.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-ATOM, ENTRY, NOTED, CALL = 80, 100, 100, 600  # bytes, about: a value, an item of a container, a memo's entry, an object
-MAX_NESTED = 2**20  # values in a tuple, each as often as it is referred to, which hashing it goes through
-_MADE_AT_RUN_TIME = "a name put together at run time"  # torch's reader knows no such thing
+ATOM, ENTRY, NOTED, CALL = 80, 100, 100, 600  # bytes, roughly, of a value, container item, memo entry, object
+MAX_NESTED = 2**20  # values in a tuple, counted once per reference, all of which hashing the tuple visits
+_MADE_AT_RUN_TIME = "a name put together at run time"  # torch's reader supports no such names
 
 
 @dataclass(slots=True)
 class _Value:
-    """What lies on the stack: how long a text or how many items, the items of a tuple, and all values in it."""
+    """A value on the stack: its length or number of items, the items if it is a tuple, and its count of all values."""
 
     size: int
     items: Sequence[_Value] = ()
@@ -26,10 +26,10 @@ class _Value:
 
 
 class Survey:
-    """The names in a pickle, as "module name", and what it would take to read it; `look` may be called repeatedly."""
+    """The names in pickles, as "module name", and the memory to load them; `look` may be called repeatedly."""
 
     def __init__(self, limit: int) -> None:
-        """Take as much as `limit` bytes for granted."""
+        """Allow up to `limit` bytes of memory, for all pickles together."""
         self.names: set[str] = set()
         self._limit, self._bytes = limit, 0
         self._stack: list[_Value] = []
@@ -37,17 +37,17 @@ class Survey:
         self._memo: dict[int, _Value] = {}
 
     def look(self, file: IO[bytes]) -> None:
-        """Go through the pickle at the head of a file.
+        """Go through the pickle at a file's current position.
 
         Raises:
-            ValueError: it is none, or would take more memory than the limit.
+            ValueError: there is no valid pickle, or loading it would take more memory than the limit.
         """
         self._stack, self._marks, self._memo = [], [], {}
         for operation, argument, _ in pickletools.genops(file):
             try:
                 self._step(operation.name, argument)
             except LookupError as error:
-                raise ValueError(f"a pickle that takes what it has not put there ({operation.name})") from error
+                raise ValueError(f"a damaged pickle: {operation.name} takes a value that is not there") from error
             if self._bytes > self._limit:
                 raise ValueError(f"a pickle that would take more than {self._limit} bytes, far more than it holds")
 
@@ -62,7 +62,7 @@ class Survey:
             self._bytes += NOTED
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             self._stack.append(self._memo[argument])
-        elif name not in ("PROTO", "FRAME", "STOP", "BINPERSID"):  # the last puts a storage where its key was
+        elif name not in ("PROTO", "FRAME", "STOP", "BINPERSID"):  # BINPERSID replaces a key by its storage
             self._push(_Value(len(argument) if isinstance(argument, str | bytes | bytearray) else 1))
 
     def _push(self, value: _Value) -> None:
@@ -91,7 +91,7 @@ class Survey:
         self._push(_Value(len(items), tuple(items), nested))
 
     def _call(self) -> None:
-        """Call something with a tuple of arguments, which may copy each."""
+        """Replace a callable and its tuple of arguments by the result, which may copy each argument."""
         arguments = self._stack.pop()
         size = arguments.size + sum(item.size for item in arguments.items)
         self._bytes += CALL + ENTRY * size

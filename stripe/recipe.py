@@ -1,6 +1,6 @@
-"""The training recipe, and every other default that both Python and the command line use; loads no library.
+"""The training recipe, and every other default that Python and the command line share; loads no library.
 
-The parsers read the defaults here before torch is imported, so each value is written once.
+The parsers read their defaults from here without importing torch, so each value is written once.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
-PRECISIONS = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # the names of mixed precision; torch's name of each
+PRECISIONS = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # `amp`'s names of the precisions, and torch's
 BATCH = 100  # images per batch where nothing is trained
 TRAIN_BATCH = 128  # images per training step
 WORKERS = 4  # processes that decode images from disk
-PSI_INIT = 0.1  # where psi starts
+PSI_INIT = 0.1  # initial value of psi
 PSI_STEPS = 200  # training steps of psi in asr.validate
 DISTILL_LR = 0.02  # highest learning rate of folding.distill
 CONSTANTS = ("mean", "energy", "fisher", "learned", "matrix")  # what can stand for a gate when it is folded
@@ -35,15 +35,15 @@ class Recipe:
         scheduler: "step", "cosine" or "onecycle".
         milestones: epochs after which "step" multiplies the learning rate by `gamma`.
         gamma: see `milestones`.
-        no_decay: patterns of parameter names without weight decay, such as "*.vector" for ASR's psi.
+        no_decay: patterns of the names of parameters without weight decay, such as "*.vector" for ASR's psi.
         amp: "no", "bf16" or "fp16" mixed precision.
-        channels_last: memory layout of the network, usually the faster one.
+        channels_last: keep the network in the channels-last memory layout, which is usually faster.
         compile: run training steps through torch.compile, which takes minutes to start and pays off over many steps.
             On one GPU, except in fp16, steps are captured as a CUDA graph with or without it.
         seed: seed of every random number drawn while training.
 
     Raises:
-        ValueError: a value that no training can use, such as an unknown scheduler or a learning rate of infinity.
+        ValueError: a value that no training can use, such as an unknown scheduler or an infinite learning rate.
 
     Example:
         >>> recipe = Recipe(epochs=10, lr=0.5, scheduler="cosine")

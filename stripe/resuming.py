@@ -1,4 +1,4 @@
-"""The directory of a training: who may write into it, and whether a training that is resumed is the same one."""
+"""The directory of a training: who may write into it, and whether a resumed training is still the same one."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from stripe.recipe import Recipe
 METRICS = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 RESUMABLE = {"epoch", "state_dict", "optimizer", "scaler", "metrics"}  # what a checkpoint to resume must hold
-HOW = {"batch"}  # of a description, what says how is trained rather than what, on what
+HOW = {"batch"}  # keys of a description that say how the network is trained, not what is trained on which data
 
 
 @dataclass(frozen=True)
 class Changes:
-    """How a training that is resumed differs from what it was, a text for each difference.
+    """How a resumed training differs from the saved one, as one text per difference.
 
     Attributes:
-        what: of the network, the data, their split or the seed: it would be another training.
-        how: of the recipe, such as the schedule: the same training goes on in another way.
+        what: differences in the network, the data, their split or the seed, which make it another training.
+        how: differences in the recipe, such as the schedule: the same training goes on in another way.
     """
 
     what: tuple[str, ...]
@@ -37,7 +37,7 @@ class Changes:
 
 
 def changes(saved: Mapping[str, Any], recipe: Recipe, description: Mapping[str, Any]) -> Changes:
-    """Compare what a last.pt says of its training with what is asked for now; what it does not say is not compared."""
+    """Compare what a last.pt says of its training with what is requested now; what it does not state is skipped."""
     old, new = _known(saved.get("description")), dict(description)
     what = [_change(key, old[key], new.get(key)) for key in sorted(old.keys() - HOW) if old[key] != new.get(key)]
     how = [_change(key, old[key], new[key]) for key in sorted(HOW & old.keys() & new.keys()) if old[key] != new[key]]
@@ -49,17 +49,17 @@ def changes(saved: Mapping[str, Any], recipe: Recipe, description: Mapping[str, 
 
 
 def require_same(path: Path, found: Changes) -> None:
-    """Refuse to resume what would be another training (ValueError)."""
+    """Raise ValueError if what is resumed would be another training."""
     if found.what:
         raise ValueError(
             f"'{path}' is of another training ({shortened('; '.join(found.what), 500)}): resume with the options that "
-            "it began with, or pass --allow-changed (allow_changed=True), after which images may be validated on that "
-            "it was trained on"
+            "it began with, or pass --allow-changed (allow_changed=True), after which it may be validated on images "
+            "that it was trained on"
         )
 
 
 def read_resumable(path: Path) -> dict[str, Any]:
-    """Read a resumable checkpoint without executing anything in it; ValueError for another file."""
+    """Read a resumable checkpoint without executing anything in it; ValueError for any other file."""
     try:
         saved = read_tensors(path)
     except ValueError as error:
@@ -77,18 +77,18 @@ def read_resumable(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def sole_training(directory: Path, resume: Path | None) -> Iterator[None]:
-    """Keep other trainings out of a directory, and this one out of the directory of another; make its folders.
+    """Keep other trainings out of a directory, and this one out of another training's; create the folders.
 
     Raises:
         BlockingIOError: another training writes here.
-        FileExistsError: the directory holds another training than the one resumed.
+        FileExistsError: the directory holds a training other than the resumed one.
         OSError: the directory cannot be written, or leads elsewhere by a link.
     """
     _require_free(directory, resume)
     folder = own_path(directory, CHECKPOINTS)
     folder.mkdir(parents=True, exist_ok=True)
     with sole_writer(folder, f"training '{directory}'"):
-        _require_free(directory, resume)  # another may have begun and ended meanwhile
+        _require_free(directory, resume)  # another training may have begun and ended meanwhile
         yield
 
 
@@ -106,7 +106,7 @@ def _require_free(directory: Path, resume: Path | None) -> None:
 
 
 def _begins_with(path: Path, rows: list[dict[str, float]]) -> bool:
-    """Tell whether the metrics in a file begin with these rows."""
+    """Return whether the metrics in a file begin with these rows."""
     try:
         require_regular(path)
         noted = pd.read_csv(path).iloc[: len(rows)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-PAUSE = 0.1  # seconds before every run: until then the threads of the run before may still spin
+PAUSE = 0.1  # seconds before every run, since the previous run's threads may still spin for a while
 
 
 def interleave(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time every case once a round, in reverse order every other round; one more round, the first, only warms up.
+    """Time every case once per round, in reverse order every other round, after one extra round to warm up.
 
     Returns:
-        The seconds of each case, one value for each of the `rounds`. Compare two cases by the ratios of their rounds.
+        The seconds of each case, one value per round. Compare two cases by their ratio in each round.
 
     Example:
         >>> seconds = interleave({"add": lambda: 1 + 1, "join": lambda: "".join("ab")}, rounds=3)

@@ -25,7 +25,7 @@ __all__ = [
 
 
 COMPILED = "_orig_mod"
-"""The attribute, and so the part of every path, under which torch.compile keeps what it wraps."""
+"""The attribute under which torch.compile keeps the module that it wraps, and so a part of every path in it."""
 
 
 class DispatchMode(TorchDispatchMode):
@@ -37,12 +37,12 @@ class DispatchMode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first call imports torch._dynamo: 200 MB and seconds, for networks that never meet it
+        return False  # else the first call imports torch._dynamo: 200 MB and seconds, even where nothing is compiled
 
 
 @cache
 def is_composite(func: Any) -> bool:
-    """Whether an ATen overload is made of other operations, which inference mode does not show."""
+    """Return whether an ATen overload is made of other operations, which inference mode does not show."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
@@ -53,13 +53,13 @@ def run_as_parts(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 
 @cache
 def write_positions(func: Any) -> tuple[tuple[int, str], ...]:
-    """Return position and name of the arguments that an ATen overload writes."""
+    """Return position and name of each argument that an ATen overload writes to."""
     arguments = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def is_in_place(func: Any) -> bool:
-    """Whether an ATen overload writes any of its arguments."""
+    """Return whether an ATen overload writes to any of its arguments."""
     return bool(func._schema.is_mutable)
 
 
@@ -69,17 +69,17 @@ def unset_parameters(module: nn.Module) -> list[str]:
 
 
 def names_held(module: nn.Module) -> list[str]:
-    """Return the names of a module's own submodules, parameters and buffers, those that are None among them."""
+    """Return the names of a module's own submodules, parameters and buffers, including those that are None."""
     return [*module._modules, *module._parameters, *module._buffers]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module's forward has hooks, which may change what it takes or gives."""
+    """Return whether a module's forward has hooks, which may change its inputs or outputs."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
-    """Return what torch.compile wraps in `module`; None for a module that it did not make."""
+    """Return the module that torch.compile wraps in `module`; None if `module` is no such wrapper."""
     inner = getattr(module, COMPILED, None)
     return inner if isinstance(inner, nn.Module) else None
 
@@ -90,12 +90,12 @@ def uncompile(module: nn.Module) -> None:
 
 
 def compiler_is_loaded() -> bool:
-    """Whether torch's compiler was imported: nothing is compiled where it was not."""
+    """Return whether torch's compiler was imported; if it was not, nothing is compiled."""
     return "torch._dynamo" in sys.modules
 
 
 def at_most_graphs(count: int) -> AbstractContextManager[Any]:
-    """Return a context in which torch.compile makes at most so many graphs of one function. Loads the compiler."""
+    """Return a context in which torch.compile makes at most `count` graphs of one function; loads the compiler."""
     from torch._dynamo import config  # takes seconds and 200 MB
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in torch 2.6
@@ -105,7 +105,7 @@ def at_most_graphs(count: int) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """Copy each source into its target, which may be of another dtype; on a CUDA device by few kernels."""
+    """Copy each source into its target, which may have another dtype; on a CUDA device this takes few kernels."""
     targets = list(targets)
-    if targets:  # torch refuses none
+    if targets:  # torch refuses empty lists
         torch._foreach_copy_(targets, list(sources))

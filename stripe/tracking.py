@@ -1,6 +1,6 @@
-"""Attention among what else is tracked of a training: a recorded epoch into TensorBoard or Weights & Biases.
+"""Send a recorded epoch's attention to TensorBoard or Weights & Biases, beside whatever else is tracked there.
 
-A run is read and drawn; no training is known here, and neither service is imported until it is given.
+This module reads and draws a run and knows nothing of the training; it imports neither service before it is used.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Tracker:
-    """Tells services of a recorded epoch: every gate's strength and CV, and the heatmaps of some gates as images.
+    """Sends a recorded epoch to services: every gate's strength and CV, and the heatmaps of some gates as images.
 
-    It is called with a run and an epoch, and is what `RecorderCallback` takes as `recorded`, whatever trains:
+    Call it with a run and an epoch, or pass it to `RecorderCallback` as `recorded`, whichever library trains:
 
         board = SummaryWriter("runs/a/tensorboard")  # or wandb.init(...), or a Lightning logger's `experiment`
         recording = RecorderCallback(None, gates, "runs/a", recorded=Tracker(board))
 
-    In TensorBoard the step is the epoch's number. Weights & Biases counts steps of its own, which may only rise, so
+    In TensorBoard the step is the epoch's number. Weights & Biases counts its own steps, which may only increase, so
     the epoch's number is logged beside the values, as "attention/epoch", and is the x axis of their charts.
     """
 
     def __init__(self, *services: Any, gates: Sequence[Gate | str] | None = None) -> None:
-        """Take the services to tell.
+        """Set the services that receive recorded epochs.
 
         Args:
             services: TensorBoard writers, with methods `add_scalar` and `add_image`, and runs of Weights & Biases.
-            gates: whose heatmaps to show (default: up to 6, from the first to the last).
+            gates: the gates whose heatmaps are shown (default: up to 6, spread from the first to the last).
 
         Raises:
-            TypeError: a service is neither.
+            TypeError: a service is neither a TensorBoard writer nor a run of Weights & Biases.
         """
         for service in services:
             if not (hasattr(service, "add_scalar") or hasattr(service, "define_metric")):
@@ -57,7 +57,7 @@ class Tracker:
         self._gates = None if gates is None else [name_of(gate) for gate in gates]
 
     def __call__(self, run: Run | str | os.PathLike[str], epoch: int) -> None:
-        """Tell every service of an epoch of a run, which may be named by its path; ValueError where it has no such."""
+        """Send an epoch of a run (or of the run at a path) to every service; ValueError if there is no such epoch."""
         if not self._services:
             return
         run = run if isinstance(run, Run) else open_run(run)
@@ -68,7 +68,7 @@ class Tracker:
             tell(service, epoch, values, images)
 
     def _shown(self, run: Run) -> list[str]:
-        """Return the gates whose heatmaps are shown; none of a run that holds moments alone."""
+        """Return the gates whose heatmaps are shown; no gates for a run that holds moments alone."""
         if not run.has_samples:
             return []
         return self._gates or [gate.name for gate in figures.spread(run.gates, figures.GATES)]

@@ -1,1 +1,1 @@
-"""One benchmark a module; each offers `add_arguments(parser)` and `run(arguments) -> Result`."""
+"""One benchmark per module; each offers `add_arguments(parser)` and `run(arguments) -> Result`."""

@@ -20,9 +20,9 @@ import stripe
 from benchmarks.networks import DEVICE, add_network, build, forward, pixels
 from benchmarks.timing import Result, Run, Steps, Timing, check, measure, report, step_by_step
 
-TOLERANCE = 1e-5  # of recorded values, which lie in 0..1
-CONTROL = "forward, again"  # what it differs by from the bare loop is chance
-WARM_UP = 2  # batches, which every case takes before it is timed
+TOLERANCE = 1e-5  # of recorded values, which are between 0 and 1
+CONTROL = "forward, again"  # the bare loop once more: its difference from "forward" is chance
+WARM_UP = 2  # batches that every case runs before it is timed
 
 Gates = Sequence[stripe.Gate]
 
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network's and the recording's arguments."""
     add_network(parser, rounds=3, batch=100)
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="images to record")
-    parser.add_argument("--squeeze", action="store_true", help="record what the gates scale too, and run no peer")
-    parser.add_argument("--torchlens", action="store_true", help="run it too: some six seconds a batch, take few")
+    parser.add_argument("--squeeze", action="store_true", help="also record the squeeze, and run no other library")
+    parser.add_argument("--torchlens", action="store_true", help="also run torchlens: six seconds a batch, so take few")
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Record the same gates of the same images every way, and compare what was recorded."""
+    """Record the same gates of the same images in every way, and compare what was recorded."""
     names = ["stripe, squeeze"] if arguments.squeeze else ["stripe", *PEERS]
     if not arguments.torchlens:
         names = [name for name in names if name != "torchlens"]
@@ -69,9 +69,9 @@ def _prepare_alone(name: str, arguments: argparse.Namespace, folder: str) -> Run
 
 
 def _prepare_together(names: Sequence[str], arguments: argparse.Namespace, folder: str) -> Run:
-    """Return what times all cases step by step: the seconds of each, and of the bare loop, in every round.
+    """Return a run that times all cases step by step; it returns the seconds of each, and of the bare loop, by round.
 
-    Two copies of a network differ in speed, so each case has another one in every round.
+    Two copies of a network differ in speed, so each case takes another copy in every round.
     """
     networks = [_network(arguments) for _ in ["forward", *names]]
     batches = pixels(arguments.samples).split(arguments.batch)
@@ -128,7 +128,7 @@ def _stripe(network: nn.Module, batches: Sequence[Tensor], gates: Gates, path: P
 
 
 def _extractor(network: nn.Module, batches: Sequence[Tensor], gates: Gates, path: Path) -> Steps:
-    """Let torchvision rewrite the network so that it returns the gates, then hand all to pandas.to_parquet."""
+    """Let torchvision rewrite the network so that it returns the gates; write all their values with pandas."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     extract = create_feature_extractor(network, {gate.source: gate.name for gate in gates})
@@ -147,16 +147,16 @@ def _extractor(network: nn.Module, batches: Sequence[Tensor], gates: Gates, path
 
 
 def _torchlens(network: nn.Module, batches: Sequence[Tensor], gates: Gates, path: Path) -> Steps:
-    """Let torchlens write the gates' outputs, as its own files, without a digest of the network; it is one step."""
+    """Let torchlens write the gates' outputs to files of its own, without a digest of the network, all in one step."""
     import torchlens
     from torch import distributed
 
-    if not distributed.is_initialized():  # it captures in the first process, or in a member of a group
+    if not distributed.is_initialized():  # torchlens captures only in the first process or in a member of a group
         distributed.init_process_group("gloo", init_method=f"file://{path}-{os.getpid()}", rank=0, world_size=1)
     options = {"batch_size": len(batches[0]), "progress": False, "model_identity": "none"}
     layers, samples = {gate.name: gate.source for gate in gates}, torch.cat(list(batches)).to(DEVICE)
 
-    warnings.filterwarnings("ignore", "torchlens could not arm distributed")  # there is nothing of the kind here
+    warnings.filterwarnings("ignore", "torchlens could not arm distributed")  # nothing is distributed here
 
     def run() -> Iterator[None]:
         shutil.rmtree(path, ignore_errors=True)

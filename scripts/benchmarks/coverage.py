@@ -1,7 +1,7 @@
 """Find the gates of many networks and compare their numbers with those expected.
 
-Expected is what the list says, read in the authors' code. Beside it, without any rule of stripe's, the calls of modules
-of the authors' attention classes are counted in one forward pass, where the list names these classes.
+The list of networks gives the expected numbers, which were read in the authors' code. Where it names the authors'
+attention classes too, the calls of their modules in one forward pass are counted as a check without stripe's rules.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks.timing import Result, Row
 
 @dataclass(frozen=True)
 class Network:
-    """A line of --models: what to load, how many gates it has, and the classes, by name, of which each call is one."""
+    """A line of --models: the network, how many gates it has, and the names of the classes whose calls are gates."""
 
     spec: str
     expected: int
@@ -33,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="lines of a network, its number of gates, and the classes that have them; # notes",
+        help="file with a line per network: its name, number of gates and attention classes; # begins a comment",
     )
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Look at every network, whatever becomes of the others; those of libraries that are not installed are skipped."""
+    """Check every network, even if others fail; networks of libraries that are not installed are skipped."""
     networks = read_networks(arguments.models)
     width = max(len(network.spec) for network in networks)
     print(f"{'network':{width}}  found  expected  counted  verdict")
@@ -60,7 +60,7 @@ SKIPPED = "skipped: "
 
 
 def read_networks(path: Path) -> list[Network]:
-    """Read lines such as `timm:seresnet50 16 SEModule  # note`; ValueError names the line that is none."""
+    """Read lines such as `timm:seresnet50 16 SEModule  # note`; ValueError names the first line of another form."""
     networks = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         spec, count, *classes = [*line.partition("#")[0].split(), "", ""]
@@ -77,13 +77,13 @@ def read_networks(path: Path) -> list[Network]:
 
 
 def cover(network: Network) -> Row:
-    """Count the gates of one network; what fails is its verdict."""
+    """Count the gates of one network; if this fails, the error is its verdict."""
     import stripe
 
     found, counted, seconds, verdict = None, None, None, "ok"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old libraries, and find_gates says why a network has none
+            warnings.simplefilter("ignore")  # warnings of old libraries, and of find_gates for a network without gates
             model, given = build(network.spec)
             start = time.perf_counter()
             found = len(stripe.find_gates(model, given))

@@ -1,4 +1,7 @@
-"""Time inference: plain, SE, ASR as trained, deployed, deployed as the reference does it, fused, under onnxruntime."""
+"""Time inference of plain, SE and ASR networks: ASR as trained, deployed, deployed as by the reference, and fused.
+
+On a CPU, the fused network runs under onnxruntime too.
+"""
 
 import argparse
 import tempfile
@@ -24,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Time one batch through every form, all in one process, and compare what the forms of ASR compute."""
+    """Time one batch through every form in one process, and compare the outputs of the forms of ASR."""
     sizes = (arguments.depth, arguments.module)
     cases = {name: partial(_prepare, name, *sizes, arguments.batch) for name in FORMS}
     with tempfile.TemporaryDirectory() as folder:

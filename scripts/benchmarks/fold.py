@@ -13,21 +13,21 @@ from benchmarks.networks import DEVICE, pixels, prepared_forward, prepared_sessi
 from benchmarks.timing import Prepare, Result, Run, check, measure, report
 from stripe.folding import FoldReport, save_onnx
 
-CONSTANT = 0.3  # of every channel: speed does not depend on it
+CONSTANT = 0.3  # for every channel: speed does not depend on the value
 AT_LEAST = 128  # images in one timing: small batches are repeated
-TOLERANCE = 1e-9  # of the folded network, in float64
+TOLERANCE = 1e-9  # relative error of the folded network, in float64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network and its images."""
-    parser.add_argument("--ckpt", default="torchvision:mobilenet_v3_small", metavar="SPEC", help="what to fold")
+    parser.add_argument("--ckpt", default="torchvision:mobilenet_v3_small", metavar="SPEC", help="network to fold")
     parser.add_argument("--size", type=int, default=224, metavar="N", help="side of the images in pixels")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="images per batch")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds over all cases")
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Time one batch through both networks, every way."""
+    """Time one batch through both networks in every way."""
     images = pixels(arguments.batch, arguments.size)
     network, (folded, folding) = _load(arguments.ckpt), _fold(arguments.ckpt, arguments.size)
     cases: dict[str, Prepare] = {}
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         if DEVICE == "cpu":
             for name, each in (("attention", network), ("folded", folded)):
-                save_onnx(each, pixels(2, arguments.size), Path(folder, f"{name}.onnx"))  # one is no batch to export
+                save_onnx(each, pixels(2, arguments.size), Path(folder, f"{name}.onnx"))  # export needs 2 or more
                 cases[f"{name}, onnxruntime"] = partial(prepared_session, Path(folder, f"{name}.onnx"), images)
         times = -(-AT_LEAST // arguments.batch)
         repeated = {name: partial(_prepare_repeated, prepare, times) for name, prepare in cases.items()}

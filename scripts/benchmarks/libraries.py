@@ -1,6 +1,6 @@
-"""Networks of other people's libraries, of random weights, each with an input (3, ...) that suits it.
+"""Networks of other people's libraries, with random weights, each with an input (3, ...) that suits it.
 
-Nothing is downloaded. A library that is not installed is a ModuleNotFoundError, which names it.
+Nothing is downloaded. A library that is not installed raises ModuleNotFoundError, which names it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from stripe.models import read_checkpoint
 
 SAMPLES = 3
-SIZE = 224  # of images for a network that does not tell its own
+SIZE = 224  # of images for a network that does not say its own
 WORDS = 16  # of a text
-SECONDS = 16_000  # values of a second of sound
+SECONDS = 16_000  # values per second of sound
 
 
 def build(spec: str) -> tuple[nn.Module, Any]:
-    """Build LIBRARY:NAME; return the network in eval mode, and an input for it, one or a mapping by name.
+    """Build LIBRARY:NAME; return the network in eval mode and its input: a tensor, a tuple, or a mapping by name.
 
     Raises:
-        KeyError: no such library is known here.
+        KeyError: this module does not know the library.
         ModuleNotFoundError: the library is not installed.
     """
     library, _, name = spec.partition(":")
@@ -37,7 +37,7 @@ def build(spec: str) -> tuple[nn.Module, Any]:
 
 
 def library_version(spec: str) -> str | None:
-    """Return the version of the library that a network comes from; None where nothing tells."""
+    """Return the version of the library that a network comes from."""
     package, _ = LIBRARIES[spec.partition(":")[0]]
     return version(DISTRIBUTIONS.get(package, package))
 
@@ -47,7 +47,7 @@ def _pixels(*size: int, channels: int = 3) -> Tensor:
 
 
 def _by_stripe(library: str) -> Callable[[str], tuple[nn.Module, Any]]:
-    """Return a builder of what `stripe.models` knows by name, with images of the network's own size."""
+    """Return a builder of networks that `stripe.models` knows by name, with images of the network's own size."""
 
     def make(name: str) -> tuple[nn.Module, Any]:
         checkpoint = read_checkpoint(f"{library}:{name}")
@@ -58,7 +58,7 @@ def _by_stripe(library: str) -> Callable[[str], tuple[nn.Module, Any]]:
 
 
 def _torchvision(name: str) -> tuple[nn.Module, Any]:
-    """Images for a classifier, a list of them for a detector, frames for a network of videos."""
+    """Build a network with images for a classifier, a list of images for a detector, or frames for a video network."""
     from torchvision import models
 
     kind = models.get_model_builder(name).__module__.split(".")[2]
@@ -72,7 +72,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
 
 
 def _segmentation(name: str) -> tuple[nn.Module, Any]:
-    """DECODER/ENCODER, or DECODER/ENCODER/ATTENTION of the decoder."""
+    """Build DECODER/ENCODER, or DECODER/ENCODER/ATTENTION with attention in the decoder."""
     decoder, encoder, *attention = name.split("/")
     options = {"decoder_attention_type": attention[0]} if attention else {}
     make = getattr(import_module("segmentation_models_pytorch"), decoder)
@@ -93,7 +93,7 @@ def _pytorchcv(name: str) -> tuple[nn.Module, Any]:
 
 
 def _monai(name: str) -> tuple[nn.Module, Any]:
-    """NETWORK/DIMENSIONS, of volumes or images with one channel."""
+    """Build NETWORK/DIMENSIONS, for volumes or images with one channel."""
     network, _, dimensions = name.partition("/")
     spatial = int(dimensions)
     kind = {"spatial_dims": spatial}
@@ -113,7 +113,7 @@ def _monai(name: str) -> tuple[nn.Module, Any]:
 
 
 def _speechbrain(name: str) -> tuple[nn.Module, Any]:
-    """Features (samples, time, 40) of sound."""
+    """Build a network with features (samples, time, 40) of sound."""
     module, _, kind = name.rpartition("/")
     make = getattr(import_module(f"speechbrain.lobes.models.{module}"), kind)
     options: dict[str, dict[str, Any]] = {
@@ -125,7 +125,7 @@ def _speechbrain(name: str) -> tuple[nn.Module, Any]:
 
 
 def _torchaudio(name: str) -> tuple[nn.Module, Any]:
-    """Features (samples, time, 64) for a conformer, else sound."""
+    """Build a network with features (samples, time, 64) for a conformer, else with sound."""
     models = import_module("torchaudio.models")
     if name == "Conformer":
         return models.Conformer(64, 4, 128, 2, 15), (torch.randn(SAMPLES, 50, 64), torch.full((SAMPLES,), 50))
@@ -134,7 +134,7 @@ def _torchaudio(name: str) -> tuple[nn.Module, Any]:
 
 
 def _transformers(name: str) -> tuple[nn.Module, Any]:
-    """Any small network of images, text or sound from its configuration, called by the name of its input."""
+    """Build a small network for images, text or sound from its configuration, with its input by name."""
     transformers = import_module("transformers")
     config = getattr(transformers, f"{name}Config")(**_CONFIGS.get(name, {}))
     network = transformers.AutoModel.from_config(config)
@@ -169,6 +169,6 @@ LIBRARIES: dict[str, tuple[str, Callable[[str], tuple[nn.Module, Any]]]] = {
     "speechbrain": ("speechbrain", _speechbrain),
     "torchaudio": ("torchaudio", _torchaudio),
 }
-"""By prefix, the package to import and what builds a network of it."""
+"""By prefix, the package to import and the function that builds a network from it."""
 
 DISTRIBUTIONS = {"segmentation_models_pytorch": "segmentation-models-pytorch"}

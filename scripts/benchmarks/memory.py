@@ -1,4 +1,4 @@
-"""Time inference with freed memory returned to the system, as is usual, and kept, as stripe's commands do."""
+"""Time inference with freed memory returned to the system, as is usual, and with it kept, as in stripe's commands."""
 
 import argparse
 from functools import partial
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Time one batch through each network, both ways; every case has a process of its own."""
+    """Time one batch through each network in both ways; every case has a process of its own."""
     rows = []
     for form in FORMS:
         cases = {name: partial(_prepare, form, arguments, "kept" in name) for name in (form, f"{form}, kept")}

@@ -16,9 +16,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def add_network(parser: argparse.ArgumentParser, *, rounds: int, batch: int) -> None:
     """Add --depth, --module, --batch and --rounds."""
-    parser.add_argument("--depth", type=int, default=164, help="of the bottleneck ResNet")
+    parser.add_argument("--depth", type=int, default=164, help="depth of the bottleneck ResNet")
     parser.add_argument("--module", default="senet", help="attention module")
-    parser.add_argument("--batch", type=int, default=batch, help="images of 32x32 at once")
+    parser.add_argument("--batch", type=int, default=batch, help="images of 32x32 per batch")
     parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds over all cases")
 
 
@@ -42,7 +42,7 @@ def forward(network: nn.Module, images: Tensor) -> None:
 
 
 def prepared_forward(network: nn.Module, images: Tensor, *, channels_last: bool = False) -> Run:
-    """Return a case's run of the network on a batch, on the device."""
+    """Return a run, as `timing` takes it, of the network on a batch, on the device."""
     network, images = network.to(DEVICE), images.to(DEVICE)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -51,6 +51,6 @@ def prepared_forward(network: nn.Module, images: Tensor, *, channels_last: bool 
 
 
 def prepared_session(path: Path, images: Tensor) -> Run:
-    """Return a case's run of an ONNX file on a batch, under onnxruntime."""
+    """Return a run, as `timing` takes it, of an ONNX file on a batch under onnxruntime."""
     session = onnx_session(path)
     return partial(session.run, None, {session.get_inputs()[0].name: images.numpy()})

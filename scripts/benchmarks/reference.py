@@ -20,7 +20,7 @@ WEIGHT_DECAY = 1e-4
 
 
 class Scaled(nn.Module):
-    """bn(x) * v as the formula reads: what the ASR layer avoids."""
+    """Computes bn(x) * v as the formula reads, which the ASR layer avoids."""
 
     def __init__(self, layer: asr.ASRLayer) -> None:
         """Take over an ASR layer's parts."""
@@ -34,7 +34,7 @@ class Scaled(nn.Module):
 
 
 def as_written(network: nn.Module) -> nn.Module:
-    """Give a network's ASR layers, if it has any, the form of the formula, in place."""
+    """Replace a network's ASR layers, if it has any, by the formula as written, in place."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, asr.ASRLayer):
             network.set_submodule(name, Scaled(layer))
@@ -45,7 +45,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     """Decoded images, augmented and normalised one by one, as torchvision's CIFAR sets do it."""
 
     def __init__(self, images: ImageSet) -> None:
-        """Hold images as the arrays that torchvision's sets hold."""
+        """Hold the images as arrays, as torchvision's sets do."""
         if not isinstance(images.images, Tensor):
             raise ValueError(
                 f"'{images.uri}' does not fit into memory, where the reference recipe holds it: take fewer images"
@@ -74,11 +74,11 @@ def loader_as_written(images: ImageSet, batch: int, workers: int) -> DataLoader[
 
 
 def train_as_written(network: nn.Module, loader: Iterable[Any], epochs: int, lr: float, device: str) -> None:
-    """Train with SGD; as the reference does, look at the loss and the accuracy of every batch."""
+    """Train with SGD; as the reference does, read the loss and the accuracy of every batch."""
     optimizer = torch.optim.SGD(network.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
     criterion = nn.CrossEntropyLoss()
     network.train()
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the recipe says so
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as the recipe has it
     for _ in range(epochs):
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)

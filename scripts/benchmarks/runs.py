@@ -1,4 +1,4 @@
-"""Synthetic runs, as large as wanted, and the arguments that say how large."""
+"""Synthetic runs of any size, and the argument that sets it."""
 
 import argparse
 import os
@@ -14,18 +14,18 @@ from stripe.store import RunWriter
 
 WIDTHS = (64, 128, 256)  # of a bottleneck ResNet's three stages
 AT_ONCE = 500  # samples appended together
-DISTINCT = 8  # batches before their noise comes again: far enough apart that compression does not see it
+DISTINCT = 8  # batches after which the noise repeats: too far apart for compression to notice
 
 
 def gate_channels(gates: int) -> list[int]:
-    """Return the channels of each gate: a third of the gates in each stage; 54 gates are ResNet-164's 8,064."""
+    """Return the channels of each gate, a third of the gates in each stage; 54 gates give ResNet-164's 8,064."""
     if gates < 3 or gates % 3:
         raise ValueError(f"--gates {gates}: expected a multiple of three, a third for each width of {WIDTHS}")
     return [width for width in WIDTHS for _ in range(gates // 3)]
 
 
 def write_run(path: Path, epochs: int, samples: int, channels: list[int]) -> list[str]:
-    """Write a run of stripes and noise; return its files, epoch by epoch."""
+    """Write a run of stripes and noise; return its files in the order of epochs."""
     gates = [Gate(f"gate{number}", width) for number, width in enumerate(channels)]
     with RunWriter(path, model={}, data={}, gates=gates) as writer:
         for epoch in range(epochs):
@@ -37,7 +37,7 @@ def write_run(path: Path, epochs: int, samples: int, channels: list[int]) -> lis
 
 
 def rows_alone(run: Path, path: Path) -> Path:
-    """Make of a run one without moments beside its rows, which shares its files; return its path."""
+    """Copy a run without the moments beside its rows, by links to its files; return the path of the copy."""
     shutil.copytree(run, path, ignore=shutil.ignore_patterns(".moments"), copy_function=os.link)
     return path
 
@@ -53,4 +53,4 @@ def _batches(epoch: int, samples: int, channels: int) -> Iterator[tuple[NDArray[
 
 def add_run(parser: argparse.ArgumentParser, *, gates: int) -> None:
     """Add --gates."""
-    parser.add_argument("--gates", type=int, default=gates, help="of 64, 128 and 256 channels, a third each")
+    parser.add_argument("--gates", type=int, default=gates, help="gates: a third each of 64, 128 and 256 channels")

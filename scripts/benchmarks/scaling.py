@@ -1,7 +1,7 @@
 """Time recording and statistics over the number of samples.
 
-The table from moments that are kept should take the same time, measuring rows and recording as much more as there are
-more samples; memory should not grow.
+With moments kept beside the rows, the table should take the same time for any number of samples; measuring the rows,
+and recording, should take time in proportion to it. Memory should not grow.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from benchmarks.runs import add_run, gate_channels, rows_alone, write_run
 from benchmarks.timing import Prepare, Result, Row, Run, measure, report
 from stripe.stats import summarize
 
-IMAGE_SIZE = 8  # pixels a side, of the recorded images: the network is small, so that recording shows
+IMAGE_SIZE = 8  # pixels a side of the recorded images: the network is fast, so that the time of recording shows
 BATCH = 100
 
 
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sizes."""
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 30_000, 100_000], metavar="N")
     add_run(parser, gates=54)
-    parser.add_argument("--depth", type=int, default=11, help="of the bottleneck ResNet that is recorded")
+    parser.add_argument("--depth", type=int, default=11, help="depth of the bottleneck ResNet that is recorded")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds over all cases")
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Measure every size of either kind; the slope is that of log time over log samples, 1 for linear."""
+    """Measure every kind of work at every size; the slope is that of log time over log samples, 1 for linear."""
     sizes, channels = sorted(arguments.samples), gate_channels(arguments.gates)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

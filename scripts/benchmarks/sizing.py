@@ -1,4 +1,4 @@
-"""Measure what a recording costs by its gates: bytes a sample, and samples a second of one core's processor time."""
+"""Measure what recording a network's gates costs: bytes per sample, and processor time per sample."""
 
 import argparse
 import tempfile
@@ -21,27 +21,27 @@ from stripe.store import RunWriter
 
 Build = Callable[[], nn.Module]
 Found = tuple[str, float, float | None]
-"""What; processor seconds a sample; bytes, of a sample or of an epoch of moments."""
-NETWORKS: dict[str, tuple[Build, int]] = {  # and the size of its images
+"""The kind of work; its processor seconds per sample; bytes per sample, or per epoch of moments."""
+NETWORKS: dict[str, tuple[Build, int]] = {  # the size is that of its images
     "SE-ResNet-164": (lambda: build("SE", 164, "senet"), 32),
     "SE-ResNet-50": (lambda: read_checkpoint("timm:seresnet50").model, 224),
 }
 CLASSES = 1000
-SPREAD = 0.05  # of the values around their channel's, as in a trained gate
+SPREAD = 0.05  # standard deviation of the values around their channel's mean, as in a trained gate
 BATCH = 100
-COMPARED = ("baseline", "ratio", "ratio_min", "ratio_max", "peak_mb")  # what a row has none of here
-DISTINCT = 8  # batches before one comes again: far enough apart that compression does not see it
+COMPARED = ("baseline", "ratio", "ratio_min", "ratio_max", "peak_mb")  # columns that stay empty here
+DISTINCT = 8  # batches after which the values repeat: too far apart for compression to notice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the size and the networks."""
-    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="of which a multiple of 100 is taken")
-    parser.add_argument("--images", type=int, default=200, metavar="N", help="to run through the network")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="what to record")
+    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="samples to store, in batches of 100")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="images to run through the network")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks to record")
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Write and measure a run for each network, as samples and as moments."""
+    """Measure recording each network, and writing and reading a run of its gates as samples and as moments."""
     rows: list[Row] = []
     for name in arguments.networks:
         make, size = NETWORKS[name]
@@ -57,14 +57,14 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _record(network: nn.Module, gates: list[stripe.Gate], images: Tensor) -> float:
-    """Return the processor time that an image takes to pass the network and be recorded."""
+    """Return the processor time per image of the forward pass and its recording."""
     batches = [(images[ids], ids, ids) for ids in torch.arange(len(images)).split(BATCH)]
     with tempfile.TemporaryDirectory() as folder, stripe.Recorder(network, gates, Path(folder, "run")) as recorder:
         return _processor_time(lambda: recorder.record(batches)) / len(images)
 
 
 def _stored(gates: list[stripe.Gate], samples: int) -> list[Found]:
-    """Write synthetic values of the gates, read them and measure them."""
+    """Write synthetic values of the gates as samples and as moments, and measure the statistics of the samples."""
     found: list[Found] = []
     with tempfile.TemporaryDirectory() as folder:
         for contents in ("samples", "moments"):
@@ -89,7 +89,7 @@ def _processor_time(work: Callable[[], object]) -> float:
 
 
 def _write(path: Path, contents: str, gates: list[stripe.Gate], samples: int) -> float:
-    """Write a run; return the processor time without that of making the values."""
+    """Write a run; return the processor time, not counting the making of the values."""
     rng = np.random.default_rng(0)
     columns = [Gate(gate.name, gate.channels) for gate in gates]
     stripes = {gate.name: rng.beta(4, 4, gate.channels) for gate in gates}

@@ -1,8 +1,8 @@
 """Time the table of a run's statistics, with and without the rank, beside reads, DuckDB, Polars and pandas.
 
-The table comes from the moments that a recording keeps beside its rows. "stripe, rows" measures the rows anew, as of
-a run without them, which is what the peers do. "stripe, N times the samples" is of a longer run, and compared with
-"stripe". The bare read checks nothing; the other one, like stripe's, the checksum of every page.
+The table comes from the moments that a recording keeps beside its rows. "stripe, rows" measures the rows anew, as for
+a run without moments; the peers do the same. "stripe, N times the samples" takes the table of a longer run and is
+compared with "stripe". The bare read checks nothing; the checked read, like stripe's, checks every page's checksum.
 """
 
 import argparse
@@ -29,15 +29,15 @@ Found = NDArray[np.float64]  # (2, epochs * channels): means, variances
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sizes."""
-    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of the run")
-    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="of every epoch")
-    parser.add_argument("--times", type=int, default=10, metavar="N", help="as many samples in the longer run")
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs of the run")
+    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="samples per epoch")
+    parser.add_argument("--times", type=int, default=10, metavar="N", help="the longer run has N times the samples")
     add_run(parser, gates=54)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds over all cases")
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Take every statistic from the same files."""
+    """Time every case on the same files, and compare the means and standard deviations."""
     channels = gate_channels(arguments.gates)
     with tempfile.TemporaryDirectory() as folder:
         kept, longer = (Path(folder, name) for name in ("kept", "longer"))
@@ -81,7 +81,7 @@ def _summarize(path: Path, rank: bool) -> None:
 
 
 def _stripe(path: Path) -> Found:
-    """Return the means and variances that a run's moments hold: kept, or measured where they are not."""
+    """Return the means and variances of a run's moments: those kept, or measured from the rows if none are kept."""
     moments = open_run(path).moments().values()
     return np.stack([np.concatenate([getattr(each, name) for each in moments]) for name in ("mean", "variance")])
 

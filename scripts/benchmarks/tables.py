@@ -1,4 +1,4 @@
-"""Records of the benchmarks as tables with headings for people; nothing is timed here."""
+"""Records of the benchmarks as readable tables; nothing is timed here."""
 
 import json
 import shlex
@@ -16,13 +16,13 @@ MILLION = 1_000_000
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return a table for each record (`--json`) of a benchmark in a directory, by file name."""
+    """Return a table for each benchmark record (`--json`) in a directory, by the name of its CSV file."""
     records = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return {path.with_suffix(".csv").name: table(record) for path, record in records.items() if "benchmark" in record}
 
 
 def table(record: Mapping[str, Any]) -> pd.DataFrame:
-    """Return what the rows of a benchmark's record say, and in the last columns how they were made."""
+    """Return the rows of a benchmark's record as a table whose last columns say how they were made."""
     said = {"coverage": coverage, "sizing": sizing}.get(record["benchmark"], timed)(pd.DataFrame(record["rows"]))
     about = (shlex.join(record["arguments"]), json.dumps(record["versions"]), record["device"])
     return said.assign(**dict(zip(PROVENANCE, about, strict=True)))
@@ -36,7 +36,7 @@ def timed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def coverage(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each library: its networks, their gates, and in how many all were found."""
+    """Return a row for each library: its networks, their gates, and the networks in which all were found."""
     tried = rows[~rows["verdict"].str.startswith("skipped")]
     found = [
         {
@@ -54,7 +54,7 @@ def coverage(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sizing(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each network and kind of work: a core's samples a second, and what a million samples take."""
+    """Return a row for each network and kind of work: samples per second on a core, hours per million samples."""
     columns = {"case": "case", "gates": "gates", "channels": "channels:,", "samples/s a core": "rate:,.0f"}
     columns |= {"core hours a million samples": "hours:.2f", "bytes a sample, or of an epoch of moments": "bytes:,.0f"}
     hours = MILLION * rows["seconds"] / 3600

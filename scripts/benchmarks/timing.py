@@ -1,6 +1,7 @@
-"""Cases side by side, their runs interleaved: each in a process of its own, or all in one where ratios are near 1.
+"""Cases timed side by side, their runs interleaved: each in a process of its own, or all in one.
 
-Nearest to 1, their steps are interleaved: what a machine's speed does from second to second then meets all alike.
+One process serves cases whose ratios are near 1. For the smallest differences, the cases are interleaved step by step:
+changes of the machine's speed from second to second then affect all cases alike.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from stripe import interleave
 
 Row = dict[str, Any]
 Run = Callable[[], Any]
-"""What is timed."""
+"""The timed part of a case."""
 Prepare = Callable[[], Run]
-"""What a case is: it can be pickled; called, it builds what is not timed and returns what is."""
+"""A case, which can be pickled: it does the untimed preparation and returns the part to time."""
 Steps = Callable[[], Iterator[object]]
-"""A case step by step; what comes after its last yield is a step too."""
-STOPPING = 10  # seconds that a process has to end by itself
+"""A case step by step; the work after its last yield is a step too."""
+STOPPING = 10  # seconds that a process may take to exit by itself
 _ENDED = object()
 
 
 @dataclass(frozen=True)
 class Result:
-    """Rows for the report; whether what was measured is also right."""
+    """Rows for the report; `failed` if a result that was measured is wrong."""
 
     rows: list[Row]
     failed: bool = False
@@ -41,7 +42,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every round, the process's peak memory in MB (not known everywhere), what the last run returned."""
+    """Seconds of every round, the process's peak memory in MB (None where unknown), the last run's return value."""
 
     seconds: list[float]
     peak_mb: float | None
@@ -53,11 +54,11 @@ class Timing:
         return statistics.median(self.seconds)
 
     def ratios(self, other: Timing) -> list[float]:
-        """Return a round's seconds over the other's of the same round, for every round, in increasing order."""
+        """Return, for every round, the seconds over the other's in the same round; in increasing order."""
         return sorted(mine / its for mine, its in zip(self.seconds, other.seconds, strict=True))
 
     def ratio(self, other: Timing) -> float:
-        """Return the median of the rounds' ratios: a machine that changes its speed between rounds does not move it."""
+        """Return the median of the rounds' ratios, which changes of the machine's speed between rounds do not move."""
         return statistics.median(self.ratios(other))
 
     def difference(self, other: Timing) -> float:
@@ -83,7 +84,10 @@ def measure(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Timing]:
 
 
 def measure_together(cases: Mapping[str, Prepare], rounds: int) -> dict[str, Timing]:
-    """Time all cases in one process: two processes are less alike than some ratios are near 1; peaks are their own."""
+    """Time all cases in one process, for ratios so near 1 that two processes would differ more.
+
+    Each case's peak memory, and the value it returns, come from a run in a process of its own.
+    """
     alone = measure(cases, 0)
     seconds = measure({"together": partial(_prepare_together, cases, rounds)}, 0)["together"].returned
     return {name: Timing(seconds[name], each.peak_mb, each.returned) for name, each in alone.items()}
@@ -97,8 +101,8 @@ def _prepare_together(cases: Mapping[str, Prepare], rounds: int) -> Run:
 def step_by_step(bare: Callable[[], object], cases: Mapping[str, Steps]) -> tuple[float, dict[str, float]]:
     """Run every case once, a step of each in turn, and `bare` between any two steps.
 
-    Returns the mean seconds of `bare` and the seconds of each case: of its steps, and what `bare` took longer after
-    one than before it, for a case may leave work to a thread.
+    Returns the mean seconds of `bare` and the seconds of each case. These are the seconds of its steps, plus the time
+    that `bare` took longer after a step than before it, since a case may leave work to a thread.
     """
     left = {name: steps() for name, steps in cases.items()}
     spent = dict.fromkeys(cases, 0.0)
@@ -124,9 +128,9 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def start_server(modules: Iterable[str]) -> None:
-    """Start the process that the cases' are forked from, where it does not run; it imports `modules` once for all."""
+    """Start the fork server, unless it runs already; it imports `modules` once, for all processes of the cases."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU otherwise spoils what is forked afterwards
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise, checking for a GPU makes CUDA unusable in forks
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), before]))
     try:
         multiprocessing.set_forkserver_preload(sorted(modules))
@@ -139,7 +143,7 @@ def start_server(modules: Iterable[str]) -> None:
 
 @contextmanager
 def _process(name: str, prepare: Prepare) -> Iterator[Connection]:
-    """Start a case's process; it ends with the block."""
+    """Start a case's process; it ends with the `with` block."""
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, prepare), name=name)
@@ -155,7 +159,7 @@ def _process(name: str, prepare: Prepare) -> Iterator[Connection]:
 
 def _serve(pipe: Connection, prepare: Prepare) -> None:
     """Prepare, then run whenever the pipe says so, until it closes."""
-    multiprocessing.set_start_method(None, force=True)  # what a case starts itself is started by Python's default
+    multiprocessing.set_start_method(None, force=True)  # processes that a case starts itself use Python's default
     try:
         run = prepare()
         pipe.send((None, None))
@@ -180,16 +184,16 @@ def _receive(name: str, pipe: Connection) -> tuple[Any, float | None]:
 
 
 def _peak_mb() -> float | None:
-    """Return the most memory this process has held; Linux alone tells it without what came before an exec."""
+    """Return this process's peak memory in MB; only Linux reports it without the memory from before an exec."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def report(timings: Mapping[str, Timing], baseline: str, *, images: int | None = None) -> list[Row]:
-    """Return a row a case: seconds and, round by round, their ratio to `baseline`; peak memory.
+    """Return a row per case: its seconds, their ratio to those of `baseline` in the same round, and peak memory.
 
-    Of seconds and ratios the median, the least and the greatest.
+    Seconds and ratios are given as median, least and greatest over the rounds.
     """
     rows = []
     for name, timing in timings.items():
@@ -210,7 +214,7 @@ def synchronize(tensor: Any) -> None:
 
 
 def check(what: str, error: float, tolerance: float) -> bool:
-    """Print whether what was measured is right, and return it."""
+    """Print and return whether the error of a measured result is within the tolerance."""
     right = error <= tolerance
     print(f"{what}: {error:.2g}, expected at most {tolerance:.2g}{'' if right else ': WRONG'}")
     return right

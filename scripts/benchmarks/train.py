@@ -1,4 +1,4 @@
-"""Time an epoch of SE and ASR as `stripe train` trains them and by the reference recipe: the last of each training."""
+"""Time the last epoch of training SE and ASR, as `stripe train` trains them and by the reference recipe."""
 
 import argparse
 import tempfile
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the network's and the training's arguments."""
     add_network(parser, rounds=2, batch=128)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="which networks to train")
-    parser.add_argument("--dataset", default="hf:../shared/data/cifar10", metavar="URI", help="what to train on")
-    parser.add_argument("--samples", type=int, metavar="N", help="images an epoch (default: 4 batches)")
-    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="of each training; the last is timed")
+    parser.add_argument("--dataset", default="hf:../shared/data/cifar10", metavar="URI", help="data set to train on")
+    parser.add_argument("--samples", type=int, metavar="N", help="images per epoch (default: 4 batches)")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="epochs per training; the last is timed")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="DataLoader processes of the reference")
     parser.add_argument("--amp", default="bf16", help="precision of stripe's training")
     parser.add_argument("--compile", action="store_true", help="time stripe's training with torch.compile as well")
@@ -63,12 +63,12 @@ class Timed:
     """Batches that note the seconds of every pass over them."""
 
     def __init__(self, loader: Any) -> None:
-        """Pass on what `loader` yields and knows."""
+        """Wrap `loader`."""
         self._loader = loader
         self.seconds: list[float] = []
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches of a pass; it ends when the device is done with them."""
+        """Yield the batches of a pass, which is timed until the device is done with them."""
         start = time.perf_counter()
         yield from self._loader
         if DEVICE == "cuda":
@@ -80,7 +80,7 @@ class Timed:
         return len(self._loader)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the batches know of themselves."""
+        """Return any other attribute from the loader."""
         return getattr(self._loader, name)
 
 

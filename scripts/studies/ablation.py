@@ -1,4 +1,4 @@
-"""Ablation: train ASR networks that differ in one choice: where psi starts, how many there are, in which blocks."""
+"""Ablation: train ASR networks that differ in one choice: psi's start, the number of psi, or the blocks with ASR."""
 
 import argparse
 import itertools
@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate, falling by a cosine")
     parser.add_argument("--train-samples", type=int, metavar="N", help="training images, a tenth held out")
     parser.add_argument("--test-samples", type=int, metavar="N", help="test images")
-    parser.add_argument("--psi-init", type=_psi, nargs="+", default=PSI_INITS, help="first: of the other cases too")
+    parser.add_argument(
+        "--psi-init", type=_psi, nargs="+", default=PSI_INITS, help="starts of psi; other cases use the first"
+    )
     parser.add_argument("--repeats", type=int, nargs="+", default=REPEATS, help="learned vectors per layer")
-    parser.add_argument("--insertion", nargs="+", choices=INSERTIONS, default=INSERTIONS, help="in which blocks")
+    parser.add_argument("--insertion", nargs="+", choices=INSERTIONS, default=INSERTIONS, help="blocks that get ASR")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def cases_of(choices: dict[str, list[Any]], seeds: list[int]) -> Iterator[Row]:
-    """Yield the first value of every choice, then each other value with the first of all others, for each seed."""
+    """Yield the first values of all choices, then each other value with the first values of the rest, for each seed."""
     first = {name: values[0] for name, values in choices.items()}
     others = ({name: value} for name, values in choices.items() for value in values[1:])
     for change, seed in itertools.product([{}, *others], seeds):
@@ -71,7 +73,7 @@ def cases_of(choices: dict[str, list[Any]], seeds: list[int]) -> Iterator[Row]:
 
 
 def build_case(case: Row, classes: int, arguments: argparse.Namespace) -> nn.Module:
-    """Build a plain network and insert ASR as the case says; plain weights depend on the seed alone."""
+    """Build a plain network and insert ASR as the case says; its plain weights depend only on the seed."""
     torch.manual_seed(case["seed"])
     model = create_model("resnet", depth=arguments.depth, block=arguments.block, num_classes=classes)
     norms = [name for name, _ in model.named_modules() if name.endswith(f".{LAST_NORM[arguments.block]}")]

@@ -1,8 +1,8 @@
 """Check that every table in the pages follows from its CSV, and every derived CSV from the records beside it.
 
-In a page a table lies between the lines `<!-- csv: PATH -->` and `<!-- /csv -->`, PATH from the page's directory; it
-shows the CSV as it stands, less the columns on how its rows were made. Exit code 1 where a table or a derived CSV
-differs; `--write` makes them anew, and the figures.
+In a page, a table stands between the lines `<!-- csv: PATH -->` and `<!-- /csv -->`, where PATH is relative to the
+page's directory; it shows the CSV unchanged, without the columns that say how its rows were made. The exit code is 1 if
+a table or a derived CSV differs; `--write` writes both anew, and draws the figures.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from studies.table import PROVENANCE, read_text
 BLOCK = re.compile(r"(?P<open><!-- csv: (?P<path>[^\n]+) -->\n)(?:(?!<!-- /?csv).)*?(?P<close><!-- /csv -->)", re.S)
 MARK = re.compile(r"<!-- /?csv")
 MODULES = (ablation, benchmarks, commands, comparison, foretelling, growth, recipes, robustness, verdicts, wild)
-"""The `tables(directory)` of each returns, by file name, the tables that follow from the records there."""
+"""Modules whose `tables(directory)` returns, by file name, the tables that follow from the records there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     pages = sorted(Path("figures").glob("*/README.md"))
-    parser.add_argument("--pages", type=Path, nargs="+", default=pages, metavar="FILE", help="the texts to check")
+    parser.add_argument("--pages", type=Path, nargs="+", default=pages, metavar="FILE", help="the pages to check")
     parser.add_argument("--records", type=Path, default=Path("figures"), metavar="DIR", help="directories of records")
-    parser.add_argument("--write", action="store_true", help="write what differs anew, and the figures")
+    parser.add_argument("--write", action="store_true", help="rewrite what differs, and draw the figures")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def differs(path: Path, expected: str, write: bool) -> bool:
-    """Tell whether a file holds another text, and show the difference, or write the expected text in its place."""
+    """Return whether a file differs from the expected text; show the difference, or write the expected text."""
     found = path.read_text() if path.exists() else ""
     if found == expected:
         return False
@@ -64,10 +64,10 @@ def differs(path: Path, expected: str, write: bool) -> bool:
 
 
 def filled(page: Path) -> tuple[str, int]:
-    """Return the text of a page with every table made anew from its CSV, and the number of tables.
+    """Return the text of a page, every table made anew from its CSV, and the number of tables.
 
     Raises:
-        ValueError: the page holds no table, or a mark without its other one.
+        ValueError: the page holds no table, or an opening or closing mark without its counterpart.
     """
     text = page.read_text()
     made, blocks = BLOCK.subn(lambda block: _table(block, page.parent), text)

@@ -1,4 +1,4 @@
-"""What `fold.py` and `validate_asr.py` wrote, and the example run, as tables with headings for people."""
+"""The output of `fold.py` and `validate_asr.py`, and the example run, as tables with readable headings."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ NUMBERS |= {"test, %": "worth:.2f", "points lost": "drop:.2f", "at least": "drop
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return the tables that follow from what the commands left in a directory, by file name."""
+    """Return the tables that follow from the commands' output in a directory, by file name."""
     found = {path.with_suffix(".csv").name: match(path) for path in sorted(folder.glob("match-*.json"))}
     if (folder / "variants.csv").exists():
         found["accuracy.csv"] = folded(read(folder / "variants.csv"))
@@ -38,7 +38,7 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def match(path: Path) -> pd.DataFrame:
-    """Return the verdicts and what they follow from, gate by gate, and accuracies below, from a validation.json.
+    """Return a validation.json as a table: each gate's verdict and its basis, then the accuracies.
 
     The columns are those of `Validation.summary`, whose legend explains them.
     """
@@ -49,12 +49,12 @@ def match(path: Path) -> pd.DataFrame:
 
 
 def folded(variants: pd.DataFrame) -> pd.DataFrame:
-    """Return test accuracy by the number of folded gates, a column for each recovery and weighting."""
+    """Return test accuracy by the number of folded gates, with a column for each recovery and weighting."""
     kinds = variants[variants["folded"] > 0].drop_duplicates(["recovery", "weighting"])
     test = variants.set_index(["folded", "recovery", "weighting"])["test"]
     rows = pd.DataFrame({"folded": sorted(variants["folded"].unique())})
     for recovery, weighting in zip(kinds["recovery"], kinds["weighting"], strict=True):
-        alike = [(recovery, weighting), (recovery, "none")]  # nothing folded has no weighting
+        alike = [(recovery, weighting), (recovery, "none")]  # where nothing is folded, the weighting is "none"
         rows[f"{recovery}, {weighting}"] = [
             next((f"{test[count, *kind]:.2f}" for kind in alike if (count, *kind) in test), "")
             for count in rows["folded"]
@@ -63,7 +63,7 @@ def folded(variants: pd.DataFrame) -> pd.DataFrame:
 
 
 def numbers(folder: Path) -> pd.DataFrame:
-    """Return what networks of a few scores per gate cost, with nodes as ONNX and times of one image where measured."""
+    """Return the costs of networks with a few scores per gate, and ONNX nodes and one-image times where measured."""
     rows, headings = read(folder / "ranks.csv").set_index("network"), dict(NUMBERS)
     if (folder / "onnx.csv").exists():
         files = read(folder / "onnx.csv")
@@ -77,7 +77,7 @@ def numbers(folder: Path) -> pd.DataFrame:
 
 
 def example() -> pd.DataFrame:
-    """Return strength in the example run, measured anew from its Parquet files, a column for each epoch."""
+    """Return strength in the example run, computed anew from its Parquet files, with a column for each epoch."""
     table = summarize(stripe.load_example(EXAMPLE))
     strength = table.pivot(index="gate", columns="epoch", values="strength")
     columns = {"gate": "gate"} | {f"epoch {epoch}": f"{epoch}:.2f" for epoch in strength}

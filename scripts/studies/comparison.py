@@ -1,4 +1,4 @@
-"""Trainings that differ by form, paired by seed. Rows of results.csv in, tables and figures out; no network here."""
+"""Compare trainings of different forms, paired by seed: rows of results.csv in, tables and figures out; no networks."""
 
 import math
 from bisect import bisect_left
@@ -19,7 +19,7 @@ from studies.table import headed, read
 ALPHA, POWER = 0.05, 0.8  # of the paired, two-sided t-test
 DIFFERENCE = 0.5  # points of accuracy worth telling apart
 FEWEST, MOST = 2, 100_000  # seeds
-CERTAIN = 50.0  # standard errors: a difference as large is found, and the distribution's tail cannot be computed
+CERTAIN = 50.0  # standard errors: so large a difference is always found, and the distribution's tail cannot be computed
 PAIRS = (
     ("attention", "plain"),
     ("asr", "plain"),
@@ -47,19 +47,19 @@ FORMS = {
     "anneal": "annealed {0}",
     "folded": "folded {0}",
 }
-"""By form, in the order of figures, its name with that of the attention module in it."""
+"""Display name of each form, in the order of the figures; {0} is the name of the attention module."""
 MEASURES = {"last": "last epoch", "best": "best validated epoch"}
 NAMES = {"senet": "SE", "eca": "ECA", "srm": "SRM"}
-DECIMALS = 4  # of written tables: more than any accuracy has
+DECIMALS = 4  # in written tables: more than any accuracy has
 
 
 # ---- how many seeds --------------------------------------------------------------------------------------
 
 
 def power(pairs: int, spread: float, difference: float = DIFFERENCE) -> float:
-    """Probability that a paired t-test finds a `difference`, where paired differences have the sd `spread`."""
+    """Return the probability that a paired t-test finds `difference` if paired differences have the sd `spread`."""
     limit, shift = stats.t.isf(ALPHA / 2, pairs - 1), difference / spread * math.sqrt(pairs)
-    return float(stats.nct.sf(limit, pairs - 1, shift)) if shift < CERTAIN else 1.0  # the other tail adds nothing
+    return float(stats.nct.sf(limit, pairs - 1, shift)) if shift < CERTAIN else 1.0  # the other tail is negligible
 
 
 def seeds_needed(spread: float, difference: float = DIFFERENCE) -> int:
@@ -70,16 +70,16 @@ def seeds_needed(spread: float, difference: float = DIFFERENCE) -> int:
 
 
 def detectable(pairs: int, spread: float) -> float:
-    """Return the least difference that so many pairs tell with the power `POWER`; NaN for fewer than two."""
+    """Return the least difference that `pairs` pairs detect with the power `POWER`; NaN for fewer than two."""
     if pairs < 2:
         return math.nan
     return float(optimize.brentq(lambda d: power(pairs, spread, d) - POWER, 0.0, 40 * spread))
 
 
 def plan(spreads: Sequence[float] = (0.2, 0.3, 0.4, 0.5, 0.7), pairs: Sequence[int] = (3, 5, 8)) -> pd.DataFrame:
-    """Say before any training what seeds can tell, for several sd of paired differences.
+    """Plan the number of seeds before any training, for several sd of paired differences.
 
-    A row: the seeds that tell 0.5 points, and the least difference that so many `pairs` tell.
+    Each row holds the seeds that detect 0.5 points, and the least difference that each number of `pairs` detects.
     """
     rows = [
         {"spread": spread, "seeds": seeds_needed(spread)} | {f"told_by_{n}": detectable(n, spread) for n in pairs}
@@ -92,7 +92,7 @@ def plan(spreads: Sequence[float] = (0.2, 0.3, 0.4, 0.5, 0.7), pairs: Sequence[i
 
 
 def groups(results: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Yield (setting, module, its rows and those of the plain networks beside them)."""
+    """Yield (setting, module, the module's rows and those of the plain networks of the setting)."""
     for (setting, module), _ in results[results["module"] != "none"].groupby(["setting", "module"], sort=False):
         beside = results["module"].isin([module, "none"]) & (results["setting"] == setting)
         yield str(setting), str(module), results[beside]
@@ -114,7 +114,7 @@ def paired(results: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each setting, module, pair of forms and measure: the mean difference with its t-interval.
 
     `p` is the paired t-test's, `p_adjusted` over the pairs of a measure (Benjamini, Hochberg 1995). `seeds_needed`
-    are those that the observed sd asks for to tell 0.5 points, `told` the least difference that these seeds tell.
+    is how many seeds detect 0.5 points at the observed sd, `told` the least difference that the present seeds detect.
     """
     tables = []
     for setting, module, part in groups(results):
@@ -134,7 +134,7 @@ def paired(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def difference(accuracies: pd.DataFrame, form: str, base: str) -> dict[str, object]:
-    """Compare two columns of accuracies (seeds, forms) in pairs of one seed; NaN where a single pair tells nothing."""
+    """Compare two columns of accuracies (seeds, forms), paired by seed; NaN where a single pair gives no interval."""
     differences = (accuracies[form] - accuracies[base]).dropna()
     pairs, mean, sd = len(differences), differences.mean(), differences.std()
     row: dict[str, object] = {"form": form, "base": base, "seeds": pairs, "difference": mean, "sd": sd}
@@ -147,7 +147,7 @@ def difference(accuracies: pd.DataFrame, form: str, base: str) -> dict[str, obje
 
 
 def label(form: str, module: str) -> str:
-    """Return the name that a table or a figure gives to a form."""
+    """Return the display name of a form in tables and figures."""
     return FORMS[form].format(NAMES.get(module, module))
 
 
@@ -155,7 +155,7 @@ def label(form: str, module: str) -> str:
 
 
 def draw(results: pd.DataFrame, differences: pd.DataFrame, module: str, measure: str = "last") -> Figure:
-    """Draw a module's accuracies, a line a seed, and the paired differences with their intervals."""
+    """Draw a module's accuracies, one line per seed, and the paired differences with their intervals."""
     forms = [form for form in FORMS if form in set(results["form"])]
     shown = differences[differences["measure"] == measure]
     size = (6.9, max(2.6, 0.3 * len(shown) + 0.9))
@@ -205,7 +205,7 @@ def tables(out: Path) -> dict[str, pd.DataFrame]:
 
 
 def _results(out: Path) -> pd.DataFrame:
-    """Read results.csv; where no image was held out, no epoch was chosen, and its columns are empty."""
+    """Read results.csv; the columns of the chosen epoch are empty where no images were held out to choose one."""
     results = read(out / "results.csv")
     return results.reindex(columns=[*dict.fromkeys([*results, "best_epoch", "accuracy_best"])])
 
@@ -225,7 +225,7 @@ def _seeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _differences(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Only pairs of more than one seed have an interval."""
+    """Return a row for each pair of forms with more than one seed; the others have no interval."""
     rows = pairs.dropna(subset="low")
     rows = rows.assign(name=_pairs(rows), at=rows["measure"].map(MEASURES))
     columns = {"setting": "setting", "difference": "name", "at": "at", "seeds": "seeds", "points": "difference:+.2f"}
@@ -257,7 +257,7 @@ def _fell(first: "pd.Series[float]", last: "pd.Series[float]") -> str:
 
 
 def _pairs(rows: pd.DataFrame) -> list[str]:
-    """Name the differences: SE \u2212 plain."""
+    """Return the names of the differences, such as SE \u2212 plain."""
     return [f"{form} \u2212 {base}" for form, base in zip(_labels(rows, "form"), _labels(rows, "base"), strict=True)]
 
 
@@ -266,7 +266,7 @@ def _labels(rows: pd.DataFrame, form: str) -> list[str]:
 
 
 def figures(out: Path) -> None:
-    """Draw every setting and module of results.csv in a directory, if it is there."""
+    """Draw every setting and module of the results.csv of a directory, if there is one."""
     if not (out / "results.csv").exists():
         return
     for setting, module, part in groups(_results(out)):

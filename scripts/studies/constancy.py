@@ -1,12 +1,12 @@
 """Constancy: does attention vary less over images at the end of a training than at its beginning?
 
-A row for each gate and measure of a run that was recorded over its training: CV (how far from constant), the variance
-across images, the stripe strength and, where rows were kept, the effective rank, at its first epoch and its last. The
-change has an interval over images, the same ones in both epochs, by the jackknife over blocks of images; a gate falls
-or rises where the interval leaves no change out. The intervals of the two ranks are taken as independent, which makes
-that of their change too wide rather than too narrow.
+The table has a row for each gate and measure of a run that was recorded over its training: CV (how far from constant),
+the variance across images, the stripe strength and, where rows were kept, the effective rank, at the first and the last
+epoch. Each change has an interval by the jackknife over blocks of images, which are the same in both epochs; a gate
+falls or rises if its interval excludes no change. The intervals of the two ranks are taken as independent, which makes
+the interval of their change too wide rather than too narrow.
 
-With --every-epoch also where and when: the changes from the first epoch to every other one, and each epoch's drift.
+--every-epoch also shows where and when: the changes from the first epoch to every other one, and each epoch's drift.
 """
 
 import argparse
@@ -42,12 +42,12 @@ HEADINGS = {
     "high": "high end",
     "direction": "direction",
 }
-"""Of the columns of `stripe.stats.changes`: a change of strength is a difference, one of the others a ratio."""
+"""Headings of the columns of `stripe.stats.changes`; a change of strength is a difference, all others are ratios."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="recorded over a training, with rows or moments")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run recorded over a training, with rows or moments")
     parser.add_argument("--every-epoch", action="store_true", help=f"write {COURSES} too, and draw it")
     parser.add_argument("--out", type=Path, default=Path("figures/study"), metavar="DIR", help="where tables go")
 
@@ -65,14 +65,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def rounded(table: pd.DataFrame) -> pd.DataFrame:
-    """Keep so many digits of each number."""
+    """Round each number to DIGITS significant digits."""
     return table.map(lambda value: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value)
 
 
 def course(run: stripe.Run) -> Iterator[dict[str, object]]:
-    """Yield, for every epoch but the first, each gate's changes since the first and its drift since the one before.
+    """Yield, for every epoch but the first, each gate's changes since the first and its drift since the previous one.
 
-    The value of a measure is its change, as in `stripe.stats.changes`.
+    The value of each measure is its change, as in `stripe.stats.changes`.
     """
     first, *others = run.epochs
     begun = before = run.moments([first])
@@ -112,7 +112,7 @@ def draw(courses: pd.DataFrame) -> Figure:
             draw_by_gate(ax, own, "value", interval=("low", "high"))
             ax.set(xlabel="", ylabel="")
             for bar in set(figure.axes) - bars if ax is not row[-1] else ():
-                bar.remove()  # many gates: one colour bar a row is enough
+                bar.remove()  # where there are many gates, one colour bar per row is enough
         row[0].set_ylabel(labels[measure])
     for ax, name in zip(axes[0], runs, strict=True):
         ax.set_yscale("log", base=2)
@@ -125,7 +125,7 @@ def draw(courses: pd.DataFrame) -> Figure:
 
 
 def compared(run: stripe.Run) -> pd.DataFrame:
-    """Return `changes` of a run, and a row for the change of each gate's rank, a ratio, where rows were kept."""
+    """Return the `changes` of a run and, where rows were kept, a row for the ratio of each gate's ranks."""
     found = changes(run)
     if not run.has_samples:
         return found
@@ -152,7 +152,7 @@ def rank_change(run: stripe.Run, gate: str) -> dict[str, object]:
 
 
 def count(table: pd.DataFrame) -> pd.DataFrame:
-    """Return how many gates of each run fall, rise and do neither, by measure."""
+    """Return how many gates of each run fall, rise or do neither, by measure."""
     counts = table.groupby(["run", "measure"], sort=False)["direction"].value_counts().unstack(fill_value=0)
     kinds = ["falls", "rises", "unsettled", "unknown"]
     order = [(name, measure) for name in table["run"].unique() for measure in (*MEASURES, RANK)]

@@ -1,4 +1,4 @@
-"""Coverage: how often the interval of the strength holds the true strength, on simulated gates of known truth."""
+"""Coverage: how often the interval of the strength holds the true strength, on simulated gates of known strength."""
 
 import argparse
 import math
@@ -16,8 +16,8 @@ from studies.table import Table
 IMAGES, CHANNELS, STRENGTHS = (20, 100, 1000), (16, 64, 256), (0.1, 0.5, 0.9)
 NOISES = {
     "independent": "normal, independent over images and channels",
-    "rank one": "normal, one number an image times a weight a channel",
-    "half common to a row": "normal, half of its variance one number an image, the same for all channels",
+    "rank one": "normal, one number per image times one weight per channel",
+    "half common to a row": "normal, half of its variance from one number per image that all channels share",
     "t3": "independent, Student's t with 3 degrees of freedom: heavy tails",
 }
 
@@ -26,10 +26,12 @@ Values = NDArray[np.float64]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
-    parser.add_argument("--images", type=int, nargs="+", default=IMAGES, metavar="N", help="of a gate")
-    parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, metavar="C", help="of a gate")
-    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, metavar="S", help="true ones")
-    parser.add_argument("--noises", nargs="+", choices=NOISES, default=list(NOISES), metavar="KIND", help="of them")
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES, metavar="N", help="images of a gate")
+    parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, metavar="C", help="its channels")
+    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, metavar="S", help="true strengths")
+    parser.add_argument(
+        "--noises", nargs="+", choices=NOISES, default=list(NOISES), metavar="KIND", help="kinds of noise"
+    )
     parser.add_argument("--repetitions", type=int, default=500, metavar="N", help="simulated gates of each kind")
     parser.add_argument(
         "--out", type=Path, default=Path("figures/study"), metavar="DIR", help="where coverage.csv goes; continued"
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Simulate every kind of gate that the table lacks, and print how the worst cells did."""
+    """Simulate every kind of gate that the table lacks, and print the extreme coverage and the largest bias."""
     table = Table(arguments.out / "coverage.csv", {"repetitions": arguments.repetitions, "confidence": CONFIDENCE})
     for cell in tqdm(table.missing(cells(arguments)), desc="coverage", unit="cell"):
         noise, images, channels, strength = cell.values()
@@ -61,7 +63,7 @@ def cells(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def simulate(noise: str, shape: tuple[int, int], strength: float, repetitions: int) -> dict[str, Any]:
-    """Return how often the interval held, what the estimate's bias and spread were, and how wide the interval was."""
+    """Return how often the interval held the truth, the estimate's bias and spread, and the interval's median width."""
     estimates, ends = [], []
     for values in draw(noise, shape, strength, repetitions):
         moments = Moments.of(values)
@@ -83,7 +85,7 @@ def simulate(noise: str, shape: tuple[int, int], strength: float, repetitions: i
 
 
 def draw(noise: str, shape: tuple[int, int], strength: float, repetitions: int) -> Iterator[Values]:
-    """Yield gates (images, channels): channel means of exactly this variance, noise with the rest of it."""
+    """Yield gates (images, channels): the channel means hold exactly `strength` of the variance, noise the rest."""
     seed = [sorted(NOISES).index(noise), *shape, round(1000 * strength)]
     rng = np.random.default_rng(seed)
     for _ in range(repetitions):

@@ -1,4 +1,4 @@
-"""What the figures of several studies share."""
+"""Layout shared by the figures of several studies."""
 
 from matplotlib.figure import Figure
 
@@ -6,7 +6,7 @@ from stripe.plots.drawing import LEGEND_ROOM
 
 
 def finish(figure: Figure) -> Figure:
-    """Put the first panel's legend below all panels and give the text its size."""
+    """Put the first panel's legend below all panels and set the text sizes."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     for ax in figure.axes:
         if legend := ax.get_legend():

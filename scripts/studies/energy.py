@@ -1,4 +1,4 @@
-"""The energy that a card has taken, where its driver tells."""
+"""Read the energy that a card has consumed, where its driver reports it."""
 
 import functools
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def joules() -> float:
-    """Return the joules that the first NVIDIA card has taken since its driver was loaded; NaN where nothing tells."""
+    """Return the joules that the first NVIDIA card has used since its driver was loaded; NaN where they are unknown."""
     driver = _driver()
     if driver is None:
         return math.nan
@@ -18,11 +18,11 @@ def joules() -> float:
 
 @functools.cache
 def _driver() -> Any:
-    """Return NVIDIA's management library, started; None where there is none."""
+    """Return NVIDIA's management library, initialised, or None where there is none."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no package, no library, no driver: each has an exception of its own
+    except Exception:  # a missing package, library or driver: each raises an exception of its own
         return None
     return pynvml

@@ -1,4 +1,4 @@
-"""Foretelling: how well what is known of a gate without folding it ranks what folding it alone costs the outputs."""
+"""Foretelling: how well predictors that need no folding rank the error that folding one gate causes in the outputs."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from studies.table import headed, read
 
 PREDICTORS = {"1 - strength": "variable", "CV": "cv", "energy error": "energy_error"}
-FEWEST = 3  # gates of a network, from which it has a rho of its own
+FEWEST = 3  # gates that a network needs for a rho of its own
 PERMUTATIONS = 9999
 HEADINGS = {"network": "network", "predictor": "predictor", "rho": "rho:.2f", "p": "p:.4f", "gates": "gates"}
 
@@ -33,8 +33,8 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 def _correlated(gates: pd.DataFrame, column: str) -> dict[str, float]:
     """Return Spearman's rho of a predictor with the error, ranked within each network, and its two-sided p.
 
-    The p is the share of permutations of the predictor among the gates of a network with as large a rho, the observed
-    order being one of them.
+    The p is the share of permutations of the predictor within each network that give as large a rho; the observed order
+    counts as one of them.
     """
     networks = gates.groupby("network")
     ranks, costs = (_standard(networks[name].rank().to_numpy(), gates["network"]) for name in (column, "error"))
@@ -49,7 +49,7 @@ def _correlated(gates: pd.DataFrame, column: str) -> dict[str, float]:
 
 
 def _standard(ranks: NDArray[np.float64], networks: pd.Series) -> NDArray[np.float64]:
-    """Take each network's mean rank off, and give all together length 1."""
+    """Subtract each network's mean rank, and scale the whole vector to length 1."""
     off = pd.Series(ranks).groupby(networks.to_numpy()).transform(lambda part: part - part.mean()).to_numpy()
     standard: NDArray[np.float64] = off / np.linalg.norm(off)
     return standard

@@ -1,10 +1,11 @@
-"""Forms: train networks plain, with attention, with ASR and with both, seed by seed; compare them in pairs of one seed.
+"""Forms: train networks plain, with attention, with ASR and with both, seed by seed; compare them paired by seed.
 
 "anneal" is attention that turns into its running mean in the training's third quarter (`stripe.asr.anneal`); "folded"
 trains nothing: it is the network of "attention", all gates folded into constants learned without labels.
 
-Test accuracy is that of the last epoch and of the epoch best on held-out training images, in deployed form. Networks
-with attention of the image are recorded after every epoch. Several processes may run at once and share the work.
+Test accuracy is measured in deployed form, at the last epoch and at the epoch that is best on held-out training images.
+Networks whose attention depends on the image are recorded after every epoch. Several processes may run at once and
+share the work.
 """
 
 import argparse
@@ -46,10 +47,10 @@ FORMS: dict[str, dict[str, bool]] = {
     "folded": {},
 }
 STARTS = {"plain-0.5": 0.5, "plain-0.25": 0.25, "asr-1": 1.0}
-"""Controls: what the last norm of every residual branch begins at, times v under ASR; 1 is a plain network's, about
-0.5 that of ASR, which v begins at, about 0.25 that of both."""
-CALIBRATION = 40  # batches of training images that the constants of "folded" begin from
-BLENDING = (0.5, 0.75)  # of the training's steps: where the gates of "anneal" begin to turn into constants, and end
+"""Controls: the scale at which every residual branch begins: its last norm's weight (under ASR, times v). Plain
+networks begin at 1, ASR at about 0.5, where v begins, and both at about 0.25."""
+CALIBRATION = 40  # batches of training images that the initial constants of "folded" are measured on
+BLENDING = (0.5, 0.75)  # shares of the training after which gates of "anneal" begin and finish becoming constants
 RECIPE = ("epochs", "scheduler", "milestones", "lr", "weight_decay", "amp", "compile")
 SETTINGS = ("dataset", "depth", "block", "batch", "train_samples", "val_samples", "test_samples", *RECIPE)
 STRIPES = "epoch gate channels samples strength std sample_share drift label_share rank flags".split()
@@ -64,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trainings(parser: argparse.ArgumentParser, forms: Sequence[str]) -> None:
-    """Add what the studies that train networks of some forms, seed by seed, take."""
+    """Add the arguments of studies that train networks of several forms, seed by seed."""
     add_data(parser, "hf:../shared/data/cifar10", 128, Path("figures/study"))
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--setting", metavar="NAME", help="of all options but forms, module, seeds")
+    what.add_argument("--setting", metavar="NAME", help="name for all options but forms, module and seeds")
     what.add_argument("--forms", nargs="+", choices=forms, default=forms, help="which networks, in this order")
     what.add_argument("--module", default="senet", help="attention module")
     what.add_argument(
@@ -76,31 +77,35 @@ def add_trainings(parser: argparse.ArgumentParser, forms: Sequence[str]) -> None
     what.add_argument("--depth", type=int, default=20, help="of the ResNet")
     what.add_argument("--block", default="bottleneck", help="of the ResNet: bottleneck or basicblock")
     what.add_argument("--train-samples", type=int, default=20_000, metavar="N", help="training images")
-    what.add_argument("--val-samples", type=int, default=2_000, metavar="N", help="of them, or further ones, held out")
+    what.add_argument(
+        "--val-samples", type=int, default=2_000, metavar="N", help="held-out images, of those or in addition"
+    )
     what.add_argument("--record", type=int, default=1_000, metavar="N", help="test images to record after every epoch")
     how = parser.add_argument_group("how")
     how.add_argument("--epochs", type=int, default=15, metavar="N", help="of each training")
-    how.add_argument("--milestones", type=int, nargs="+", default=[81, 122], metavar="E", help="epochs of the steps")
+    how.add_argument(
+        "--milestones", type=int, nargs="+", default=[81, 122], metavar="E", help="epochs at which the rate drops"
+    )
     how.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
-    how.add_argument("--weight-decay", type=float, default=5e-4, help="of all weights")
+    how.add_argument("--weight-decay", type=float, default=5e-4, help="weight decay of all weights")
     how.add_argument("--amp", default="no", help="mixed precision: no, bf16 or fp16")
     how.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the training"
     )
     how.add_argument(
-        "--minutes", type=float, default=math.inf, metavar="M", help="begin no epoch after as many, but the first"
+        "--minutes", type=float, default=math.inf, metavar="M", help="begin no epoch after M minutes, except the first"
     )
     how.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where networks and runs go")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train every case without a row, then compare and draw what there is."""
+    """Train every case without a row, then compare and draw all results so far."""
     config = {name: getattr(arguments, name) for name in SETTINGS}
     results, stripes = (
         Table(arguments.out / f"{name}.csv", config, setting=arguments.setting) for name in ("results", "stripes")
     )
     samples = arguments.train_samples + arguments.val_samples
-    images = functools.cache(partial(load, arguments, samples, arguments.test_samples))  # not before a case needs them
+    images = functools.cache(partial(load, arguments, samples, arguments.test_samples))  # loaded when first needed
     cases = list(cases_of(arguments.forms, arguments.module, arguments.seeds))
     for case, directory, deadline in pending(results, cases, arguments.runs / arguments.setting, arguments.minutes):
         if case["form"] == "folded" and results.missing([case | {"form": "attention"}]):
@@ -132,7 +137,7 @@ def cases_of(forms: Sequence[str], module: str, seeds: Sequence[int]) -> Iterato
 def train_case(
     case: Row, images: Images, directory: Path, arguments: argparse.Namespace, deadline: float
 ) -> tuple[Row, list[Row]]:
-    """Train one case; return its row, and one for each epoch and gate where the image has attention."""
+    """Train one case; return its row, and a row per epoch and gate where attention depends on the image."""
     if case["form"] == "folded":
         return fold_case(case, images, directory, arguments), []
     model, description = build(case, images, arguments)
@@ -162,7 +167,7 @@ def train_case(
 
 
 def build(case: Row, images: Images, arguments: argparse.Namespace) -> tuple[nn.Module, Row]:
-    """Return a case's network with its first weights, and the training's description."""
+    """Return a case's network with its initial weights, and the training's description."""
     network = {"depth": arguments.depth, "block": arguments.block, "num_classes": len(images.test.classes)}
     network |= FORMS[case["form"]] | {"module": None if case["module"] == "none" else case["module"]}
     torch.manual_seed(case["seed"])
@@ -171,7 +176,7 @@ def build(case: Row, images: Images, arguments: argparse.Namespace) -> tuple[nn.
 
 
 def recipe_of(arguments: argparse.Namespace, seed: int) -> Recipe:
-    """Return the recipe that the arguments name."""
+    """Return the recipe that the arguments describe."""
     options = {name: getattr(arguments, name) for name in RECIPE} | {"milestones": tuple(arguments.milestones)}
     return Recipe(seed=seed, **options)
 
@@ -195,7 +200,7 @@ def fold_case(case: Row, images: Images, directory: Path, arguments: argparse.Na
 
 @torch.no_grad()
 def begin_at(model: nn.Module, scale: float) -> None:
-    """Let the last norm of every residual branch, times v where ASR wraps it, scale its channels by `scale`."""
+    """Set the last norm of every residual branch so that it, times v where ASR wraps it, scales channels by `scale`."""
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         norm = block.get_submodule(block.last_norm)
         weight = dict(norm.named_parameters())["bn.weight" if isinstance(norm, stripe.asr.ASRLayer) else "weight"]

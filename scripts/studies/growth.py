@@ -1,7 +1,7 @@
-"""Growth: do the stripes of a recorded training rise, fall, settle, and are they those of other images too?
+"""Growth: do the stripes of a recorded training rise, fall or settle, and do other images have the same stripes?
 
-From the run alone: strength, std and drift of every gate and epoch, and each gate's trend. With the run's checkpoint
-the same gates are recorded on training images, test images, these blurred and noisy, and handwritten digits.
+The run alone gives strength, std and drift of every gate and epoch, and each gate's trend. With the run's checkpoint,
+the same gates are recorded on training images, test images, blurred and noisy test images, and handwritten digits.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from studies.drawing import finish
 from studies.table import add_data, headed, publish, read
 
 BLUR = 1.5  # sigma in pixels
-LEAST_CHANGE = 0.01  # of strength, below which nothing rises or falls
-NOISE = 0.1  # sd, for pixels in 0..1
+LEAST_CHANGE = 0.01  # of strength; a smaller one counts as neither a rise nor a fall
+NOISE = 0.1  # sd of the noise, for pixels in 0..1
 DECIMALS = 4
 EPOCHS = ("epoch gate channels samples strength strength_low strength_high std sample_share drift rank flags").split()
 
@@ -44,14 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     parser.add_argument("run", metavar="RUN", help="a run with several epochs")
     add_data(parser, "hf:../shared/data/cifar10", 100)
-    parser.add_argument("--ckpt", metavar="PATH", help="its network (default: RUN/checkpoints/last.pt)")
+    parser.add_argument("--ckpt", metavar="PATH", help="the run's network (default: RUN/checkpoints/last.pt)")
     parser.add_argument("--samples", type=int, default=1_000, metavar="N", help="images of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where runs go")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure the run, record and measure the other images, write tables and figures."""
+    """Measure the run, record and measure the other images, and write tables and figures."""
     observed, out = stripe.open_run(arguments.run), arguments.out
     if len(observed.epochs) < 2:
         raise ValueError(f"run '{arguments.run}' holds epochs {observed.epochs}: growth takes two or more")
@@ -67,10 +67,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def trends(epochs: pd.DataFrame, tolerance: float = SETTLED_DRIFT) -> pd.DataFrame:
-    """Return a row per gate: strength at the first and last epoch, Spearman's rho with the epoch, where it settles.
+    """Return a row per gate: strength at the first and last epoch, Spearman's rho with the epoch, when it settles.
 
-    A gate rises or falls where rho and the change agree, the intervals of first and last epoch are apart, and the
-    change is 0.01 or more. Epochs depend on each other, so no p-value is given with rho. `settled` is the first epoch
+    A gate rises or falls if rho and the change agree in sign, the intervals of the first and last epoch do not overlap,
+    and the change is 0.01 or more. Epochs depend on each other, so rho has no p-value. `settled` is the first epoch
     after which drift stays under `tolerance`.
     """
     rows = []
@@ -97,7 +97,7 @@ def _trend(first: pd.Series, last: pd.Series, rho: float) -> str:
 
 
 def inputs(arguments: argparse.Namespace, normalisation: dict[str, Any]) -> dict[str, ImageSet]:
-    """Load images of every kind, normalised as the network's; digits are as many as there are."""
+    """Load images of every kind, normalised as for the network; there may be fewer digits than asked for."""
     where = {"data_dir": arguments.data_dir, **normalisation}
     train, test = (load_images(arguments.dataset, s, samples=arguments.samples, **where) for s in ("train", "test"))
     pixels = test.images if isinstance(test.images, Tensor) else test.images.decode()
@@ -118,10 +118,10 @@ def noisy(pixels: Tensor, seed: int) -> Tensor:
 
 
 def measure(model: nn.Module, images: dict[str, ImageSet], arguments: argparse.Namespace) -> pd.DataFrame:
-    """Record every kind of image into a run of its own, unless it is there, and return a row per kind and gate.
+    """Record every kind of image into a run of its own, and return a row per kind and gate.
 
     `shift` is the mean absolute difference of the stripe from that of the test images, `shift_std` the same in units
-    of their mean std; accuracy in percent, NaN for digits, whose classes are others.
+    of their mean std; accuracy is in percent, and NaN for digits, which have other classes.
     """
     tables, reference = [], None
     for kind, part in images.items():
@@ -139,7 +139,7 @@ def measure(model: nn.Module, images: dict[str, ImageSet], arguments: argparse.N
 
 
 def record(model: nn.Module, images: ImageSet, path: Path) -> stripe.Run:
-    """Record a kind of image as epoch 0, in place of what there is."""
+    """Record a kind of image as epoch 0, in place of any earlier run."""
     loader = Loader(images, 100)
     gates = stripe.find_gates(model, next(iter(loader))[0][:3])
     with stripe.Recorder(model, gates, path, data=images.describe(), overwrite=True) as recorder:
@@ -147,7 +147,7 @@ def record(model: nn.Module, images: ImageSet, path: Path) -> stripe.Run:
     return stripe.open_run(path)
 
 
-# ---- what is drawn and said ------------------------------------------------------------------------------
+# ---- figures and tables ----------------------------------------------------------------------------------
 
 
 def draw(epochs: pd.DataFrame) -> Figure:
@@ -157,7 +157,7 @@ def draw(epochs: pd.DataFrame) -> Figure:
     for line, (_, rows) in zip(axes[0].get_lines(), epochs.groupby("gate", sort=False), strict=True):
         axes[1].plot(rows["epoch"], rows["std"], color=line.get_color(), linewidth=0.8, marker=".", markersize=2.5)
     for bar in figure.axes[len(axes) :]:
-        bar.remove()  # many gates: one colour bar is enough, the last panel's
+        bar.remove()  # where there are many gates, the last panel's colour bar is enough
     axes[1].set(xlabel="epoch", ylabel="std over images, mean of channels", ylim=(0, None))
     plots.drift_over_epochs(epochs, ax=axes[2])
     return finish(figure)
@@ -172,7 +172,7 @@ def draw_ranks(epochs: pd.DataFrame) -> Figure:
 
 
 def draw_inputs(inputs: pd.DataFrame) -> Figure:
-    """Draw strength with its interval on every kind of image, and how far the stripe moves from the test images'."""
+    """Draw strength with its interval on every kind of image, and the stripe's distance from that of test images."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.9, 2.6), layout="constrained")
     colors = plt.colormaps["viridis"](np.linspace(0, 0.9, inputs["input"].nunique()))
     for number, ((kind, rows), color) in enumerate(zip(inputs.groupby("input", sort=False), colors, strict=True)):
@@ -209,7 +209,7 @@ def _trends(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ranks(epochs: pd.DataFrame) -> pd.DataFrame:
-    """Return the effective rank of each gate at its first epoch, its greatest and its last one."""
+    """Return each gate's effective rank at the first epoch, at the epoch where it is greatest, and at the last."""
     by_gate = epochs.groupby("gate", sort=False)
     rows = by_gate.agg(channels=("channels", "first"), most=("rank", "max"))
     rows["first"], rows["last"] = (by_gate.nth(place).set_index("gate")["rank"] for place in (0, -1))
@@ -220,7 +220,7 @@ def _ranks(epochs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _other_images(inputs: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each gate, with its strength on every kind of image and how far its stripe is, and accuracy."""
+    """Return each gate's strength on every kind of image and its stripe's shift, and a last row of accuracies."""
     kinds = list(inputs["input"].unique())
     by_gate = inputs.pivot(index="gate", columns="input", values=["strength", "shift_std"])
     rows = pd.DataFrame({"gate": by_gate.index})
@@ -234,7 +234,7 @@ def _other_images(inputs: pd.DataFrame) -> pd.DataFrame:
 
 
 def figures(out: Path) -> None:
-    """Draw epochs.csv and inputs.csv of a directory, where they are there."""
+    """Draw the epochs.csv and inputs.csv of a directory, where they exist."""
     drawn = ("growth", "epochs.csv", draw), ("ranks", "epochs.csv", draw_ranks), ("inputs", "inputs.csv", draw_inputs)
     for name, source, draws in drawn:
         if (out / source).exists():

@@ -1,8 +1,8 @@
-"""Do what the README says, in order, on a fresh clone: from `make demo` to the page of a network of one's own.
+"""Follow the README, in order, on a fresh clone: from `make demo` to the report page of one's own network.
 
-Nothing is typed that the README does not say. What its Python prints is compared with what it says that is printed,
-and the page is opened in Chromium. With --environment the packages of an existing environment are used in place of
-those that `make demo` would install.
+Only commands of the README are run. What its Python blocks print is compared with the output that it shows, and the
+page is opened in Chromium. With --environment, the packages of an existing environment replace those that `make demo`
+would install.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do every step, print how long each took; CalledProcessError where one fails."""
+    """Do every step and print how long each took; CalledProcessError where a step fails."""
     with tempfile.TemporaryDirectory() as folder:
         rows = pd.DataFrame(steps(Path(folder, "stripe"), arguments.environment), columns=["step", "seconds"])
     whole = pd.DataFrame({"step": ["in all"], "seconds": [rows["seconds"].sum()]})
@@ -81,7 +81,7 @@ def steps(clone: Path, environment: Path | None) -> Iterator[tuple[str, float]]:
 
 
 def as_installed(line: str) -> str:
-    """Return what to run where everything is installed already."""
+    """Return the command to run in place of a README line where everything is already installed."""
     return {"make demo": "python scripts/demo.py"}.get(line, line.replace("stripe ", "python -m stripe ", 1))
 
 
@@ -95,7 +95,7 @@ def timed(name: str, command: list[str], folder: Path, variables: Mapping[str, s
 def run_python(
     blocks: list[tuple[str, str]], folder: Path, variables: Mapping[str, str]
 ) -> Iterator[tuple[str, float]]:
-    """Run Python blocks in one process; ValueError where one prints something else than the README says."""
+    """Run Python blocks in one process; ValueError where a block prints something other than the README says."""
     started = time.perf_counter()
     texts = json.dumps([text for text, _ in blocks])
     command = [shutil.which("python", path=variables["PATH"]) or "python", "-c", RUNNER]
@@ -109,7 +109,7 @@ def run_python(
 
 
 def opened(page: Path) -> tuple[str, float]:
-    """Open the page in Chromium until its heatmaps are drawn; ValueError where it complains."""
+    """Open the page in Chromium and wait for its heatmaps; ValueError where the browser reports an error."""
     from playwright.sync_api import sync_playwright
 
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Losses: run the tests that kill, damage and mislead, and count what they tried: each fails where a sample is lost."""
+"""Losses: run the tests that kill, damage and mislead, and count their cases; a test fails where a sample is lost."""
 
 import argparse
 import json
@@ -36,25 +36,25 @@ SINGLE = (
     "loops.py::test_two_threads_never_get_each_others_rows",
     "loops.py::test_copies_made_while_recording_are_not_read_and_can_be_pickled",
 )
-"""Of the tests of several processes and of training loops, those that kill a process or mislead a Recorder."""
+"""Tests of processes and training loops that kill a process or mislead a Recorder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     tests = [Path("tests", f"test_{room}.py") for room in ROOMS]
     tests += [Path("tests", f"test_{name}") for name in SINGLE]
-    told = "of this project (default: all that kill, damage or mislead)"
+    told = "tests of this project (default: all that kill, damage or mislead)"
     parser.add_argument("--tests", type=Path, nargs="+", default=tests, metavar="FILE", help=told)
     parser.add_argument("--out", type=Path, default=Path("figures/study"), metavar="DIR", help="where losses.csv goes")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write losses.csv, or nothing: RuntimeError where a test failed or nothing was counted."""
+    """Write losses.csv; RuntimeError, and nothing written, where a test failed or nothing was counted."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
-        processes = 3 * (os.cpu_count() or 2) // 2  # for many tests wait: for a server, or for what they started
+        processes = 3 * (os.cpu_count() or 2) // 2  # more than cores, because many tests wait for a server or a process
         options = ["-n", str(processes), "--dist", "worksteal", "--durations", "40"]
-        options += ["--junitxml", str(report), "-o", "junit_family=xunit1"]  # the one with properties
+        options += ["--junitxml", str(report), "-o", "junit_family=xunit1"]  # the family that records properties
         words = [sys.executable, "-m", "pytest", *options, *map(str, arguments.tests)]
         code = subprocess.run(words, cwd=ROOT).returncode
         counted = dict(count(report)) if code == 0 else {}
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def count(report: Path) -> Iterator[tuple[tuple[str, str], int]]:
-    """Yield what was tried and the file of the tests, with the number of cases, from what pytest reported."""
+    """Yield (what was tried, test file) with its number of cases, from a pytest report."""
     cases: Counter[tuple[str, str]] = Counter()
     for test in ElementTree.parse(report).iter("testcase"):
         for found in test.iter("property"):

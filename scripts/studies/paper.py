@@ -1,9 +1,10 @@
 """Paper: the four rows of the paper's table (SE, ASR, plain, both) by its recipe, recorded after every epoch.
 
-Every epoch the moments of attention over all test images, the attention of a probe set, and the test accuracy are
-kept; what follows from them is written beside results.csv after every slice of time, finished or not. As the paper
-does, on all training images and without validation images unless asked; its "best" accuracy is that of the epoch best
-on the test set, which flatters, and stands beside that of the last epoch. The setting is paper-DATA-resnetDEPTH.
+After every epoch the moments of attention over all test images, the attention of a probe set, and the test accuracy
+are kept; the tables that follow from them are written to `paper` beside results.csv after every slice of time, whether
+or not the training is finished. As in the paper, training uses all training images and no validation images, unless
+--val-samples is given. The paper's "best" accuracy, that of the epoch best on the test set, is optimistic, and is
+listed beside that of the last epoch. The setting is paper-DATA-resnetDEPTH.
 """
 
 import argparse
@@ -45,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train every case without a row, as far as time allows, and write what there is of each."""
+    """Train every case without a row, as far as time allows, and write the results so far of each."""
     config = {name: getattr(arguments, name) for name in SETTINGS}
     data = arguments.dataset.rstrip("/").split("/")[-1]
     setting = arguments.setting or f"paper-{data}-resnet{arguments.depth}"
     results = Table(arguments.out / "results.csv", config, setting=setting)
-    images = functools.cache(partial(load, arguments, arguments.train_samples))  # not before a case needs them
+    images = functools.cache(partial(load, arguments, arguments.train_samples))  # loaded when first needed
     cases = list(cases_of(arguments.forms, arguments.module, arguments.seeds))
     for case, directory, deadline in pending(results, cases, arguments.runs / setting, arguments.minutes):
         observer, name = Observer(directory, arguments.record), directory.name
@@ -71,7 +72,7 @@ def train_case(
     config: Row,
     deadline: float,
 ) -> Row:
-    """Train one case, or go on with it; return its row."""
+    """Train one case, or resume its training; return its row."""
     training, test = images
     parts = Images(training, None, test)
     if arguments.val_samples:
@@ -93,7 +94,7 @@ def train_case(
 
 
 def same_config(path: Path, config: Row) -> None:
-    """Note the options of a training, or compare them with those it was begun with; ValueError where they differ."""
+    """Save the options of a training, or compare them with those it began with; ValueError where they differ."""
     begun = json.loads(path.read_text()) if path.exists() else None
     if begun is None:
         path.write_text(json.dumps(config))
@@ -102,13 +103,13 @@ def same_config(path: Path, config: Row) -> None:
 
 
 class Observer:
-    """A callback that tests the network after every epoch and, where the image has attention, records it.
+    """A callback that tests the network after every epoch and, where attention depends on the image, records it.
 
     The moments over all test images become the run `DIRECTORY/all`, the rows of the probe set the run `DIRECTORY`.
     """
 
     def __init__(self, directory: Path, probe: int) -> None:
-        """Take up what was noted of the epochs before."""
+        """Read the notes of the earlier epochs, if the training is resumed."""
         self.directory, self._probe = directory, probe
         self._notes = directory / "test.json"
         resumable = (directory / "checkpoints" / "last.pt").exists() and self._notes.exists()
@@ -126,7 +127,7 @@ class Observer:
         self._few_of = about | {"data": few.describe()}
 
     def on_epoch_end(self, model: nn.Module, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Test, record, and note the test accuracy in percent and the mean loss."""
+        """Test the network, record its attention, and note the test accuracy in percent and the mean loss."""
         start = time.perf_counter()
         totals = torch.zeros(3, dtype=torch.float64, device=processes().device)
         with self._recorder(model, self.directory / "all", self._all_of) as recorder, torch.inference_mode():
@@ -149,7 +150,7 @@ class Observer:
         return stripe.Recorder(model, self._gates, path, **options) if self._gates else nullcontext()
 
     def report(self, out: Path, name: str) -> None:
-        """Write the epochs and, where attention was recorded, its statistics by epoch and gate as CSVs."""
+        """Write as CSVs the epochs and, where attention was recorded, its statistics by epoch and gate."""
         notes = self.directory / "seconds.json"
         taken = json.loads(notes.read_text()) if notes.exists() else {}
         rows = [row | taken.get(str(int(row["epoch"])), {}) for row in self.epochs]

@@ -1,6 +1,6 @@
 """Recipes: does stripe's training reach the accuracy of the reference recipe as written? SE and ASR, seed by seed.
 
-Both recipes start a seed from the same weights; stripe's has its own order, crops, precision and memory layout.
+For each seed both recipes start from the same weights; stripe's has its own order, crops, precision and memory layout.
 Several processes may run at once and share the work.
 """
 
@@ -43,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-samples", type=int, metavar="N", help="test images (default: all)")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
     parser.add_argument("--amp", default="bf16", help="precision of stripe's training")
-    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="begin no training after")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="M", help="begin no training after M minutes"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train every case without a row, then compare in pairs of a seed."""
+    """Train every case without a row, then compare the recipes, paired by seed."""
     table = Table(arguments.out / "recipes.csv", {name: getattr(arguments, name) for name in SETTINGS})
     images = functools.cache(partial(load, arguments, arguments.train_samples, arguments.test_samples))
     cases = list(cases_of(arguments.seeds))
@@ -80,7 +82,7 @@ def train_case(case: Row, images: ImageSet, test: ImageSet, arguments: argparse.
 
 
 def _as_written(network: nn.Module, images: ImageSet, arguments: argparse.Namespace, seed: int) -> None:
-    loader = loader_as_written(images, arguments.batch, workers=0)  # forked ones would hold on to the network's memory
+    loader = loader_as_written(images, arguments.batch, workers=0)  # forked workers would hold the network's memory
     train_as_written(as_written(network), loader, arguments.epochs, arguments.lr, DEVICE)
 
 
@@ -92,7 +94,7 @@ def _with_stripe(network: nn.Module, images: ImageSet, arguments: argparse.Names
 
 
 def differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a form: stripe's accuracy less the reference's, paired by seed, with its interval."""
+    """Return a row per form: stripe's accuracy minus the reference's, paired by seed, with its interval."""
     return pd.DataFrame(
         {"network": form}
         | comparison.difference(part.pivot(index="seed", columns="recipe", values="accuracy"), *reversed(RECIPES))

@@ -1,4 +1,4 @@
-"""Lines and pages of text drawn by a seed, as networks that read documents take them, with the truth of each."""
+"""Lines and pages of text, drawn from a seed as input for networks that read documents, with the true answers."""
 
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ FACES = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
     "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
 )  # fmt: skip
-"""Fonts that come with matplotlib."""
+"""Fonts that ship with matplotlib."""
 
 WORDS = """about account address after again amount answer area before begin between bridge building business carry
 centre change children city clear colour common company complete contact correct country course current date delivery
@@ -32,11 +32,11 @@ west white whole window winter without wonder word work world write year yellow 
 IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)[:, :, None, None]
 """Mean and standard deviation of the colours."""
 
-SHEET = 448  # pixels of a page that is turned, before it is made smaller
+SHEET = 448  # pixels a side of a page while it is turned, before it is scaled down
 
 
 def lines(count: int, seed: int) -> tuple[Array, Array]:
-    """Draw lines of text, half of them upside down: (count, 3, 48, 192) in -1..1, and whether each is turned."""
+    """Draw lines of text, about half of them upside down: (count, 3, 48, 192) in -1..1, and whether each is turned."""
     rng, height, width = np.random.default_rng(seed), 48, 192
     drawn, turned = np.zeros((count, 3, height, width), np.float32), rng.integers(2, size=count)
     for pixels, is_turned in zip(drawn, turned, strict=True):
@@ -48,7 +48,7 @@ def lines(count: int, seed: int) -> tuple[Array, Array]:
 
 
 def turned_pages(count: int, seed: int) -> tuple[Array, Array]:
-    """Draw pages of text, turned clockwise: (count, 3, 224, 224), and by how many right angles."""
+    """Draw pages of text, turned clockwise: (count, 3, 224, 224), and the number of right angles of each."""
     rng, size = np.random.default_rng(seed), 224
     turns = rng.integers(4, size=count)
     drawn = []
@@ -97,7 +97,7 @@ def _page(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Imag
 
 
 def _phrase(rng: np.random.Generator, words: int) -> str:
-    """Return words, some of them capitalised, in capitals, or numbers."""
+    """Return random words, some of them capitalised, upper-case, or replaced by numbers."""
     made = []
     for word in rng.choice(WORDS, words).tolist():
         kind = int(rng.integers(10))
@@ -108,7 +108,7 @@ def _phrase(rng: np.random.Generator, words: int) -> str:
 
 
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the colours of paper and ink, light and dark; one time in five the other way round."""
+    """Return the colours of paper and ink: light and dark, or one time in five the other way round."""
     levels = rng.integers(170, 256), rng.integers(0, 90)
     paper, ink = (tuple(np.clip(level + rng.integers(-25, 26, 3), 0, 255).tolist()) for level in levels)
     return (ink, paper) if rng.integers(5) == 0 else (paper, ink)

@@ -1,4 +1,4 @@
-"""Robustness: disturb the outputs of every norm of trained networks, all tested in deployed form."""
+"""Robustness: disturb the outputs of every norm of trained networks, and test them in deployed form."""
 
 import argparse
 import dataclasses
@@ -34,14 +34,14 @@ NORMS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.GroupNorm | nn.Lay
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     add_data(parser)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the noise")
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="NAME=PATH", help="trained networks")
     parser.add_argument("--samples", type=int, metavar="N", help="test images")
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What every norm gives is made x * a * n + b, n drawn from N(1, s) for each sample and channel."""
+    """Changes each norm's output x to x * a * n + b, with n drawn from N(1, s) per sample and channel."""
 
     a: float = 1.0
     b: float = 0.0
@@ -72,7 +72,7 @@ class Disturbance:
 
 
 def disturbances(seeds: list[int]) -> Iterator[Disturbance]:
-    """Yield the grid of constants, then noise of growing spread for each seed."""
+    """Yield the grid of constants, then noise of growing spread, each with every seed."""
     yield from (Disturbance(a, b) for a, b in itertools.product(SCALES, SHIFTS))
     yield from (Disturbance(s=s, seed=seed) for s, seed in itertools.product(SPREADS, seeds))
 
@@ -115,7 +115,7 @@ def tables(out: Path) -> dict[str, pd.DataFrame]:
 
 
 def draw_robustness(rows: pd.DataFrame) -> Figure:
-    """Draw accuracy over the grid of constants, a panel a network, and under noise, a line a network."""
+    """Draw accuracy over the grid of constants, one panel per network, and under noise, one line per network."""
     names = list(rows["network"].unique())
     undisturbed = rows[(rows["a"] == 1) & (rows["b"] == 0) & (rows["s"] == 0)]
     figure = plt.figure(figsize=(7, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Tables as CSV: grown row by row by several processes, or written whole with headings for people.
+"""CSV tables that several processes extend row by row, or that are written whole with readable headings.
 
 Also directories that one process claims. Both survive a process that is killed.
 """
@@ -18,20 +18,20 @@ from stripe.files import write_csv
 
 Row = dict[str, Any]
 PROVENANCE = ("config", "versions", "machine")
-"""Columns that say how a row was made; pages leave them out."""
+"""Columns that say how a row was made; pages omit them."""
 
 
 class Table:
-    """Rows of one configuration in a CSV, written anew, by rename, whenever some are added.
+    """Rows of one configuration in a CSV, which is rewritten, by rename, whenever rows are added.
 
-    A file may hold several configurations where `identity`, columns of every row, tells them apart.
+    A file may hold several configurations if `identity`, columns of every row, distinguishes them.
     """
 
     def __init__(self, path: Path, config: Row, **identity: Any) -> None:
         """Open the table at `path`.
 
         Raises:
-            ValueError: it holds rows of the same identity and of another configuration.
+            ValueError: the file holds rows of the same identity but of another configuration.
         """
         self.path = path
         self._identity = identity
@@ -45,19 +45,19 @@ class Table:
             )
 
     def missing(self, cases: Iterable[Row]) -> list[Row]:
-        """Return the cases without a row, by now."""
+        """Return the cases that have no row yet."""
         rows = self._read()
         return [case for case in cases if not any(_same(row, self._identity | case) for row in rows)]
 
     def put(self, case: Row, *results: Row) -> None:
-        """Add a row for each result, in place of what there is of the case; they are on disk afterwards."""
+        """Write a row for each result to disk, in place of earlier rows of the case."""
         with alone(self.path.parent):
             rows = [row for row in self._read() if not _same(row, self._identity | case)]
             rows += [case | result | self._always for result in results]
             write_csv(self.path, pd.DataFrame(rows))
 
     def frame(self) -> pd.DataFrame:
-        """Return the rows of this configuration; no row, no columns."""
+        """Return the rows of this configuration; a frame without columns if there is no file."""
         rows = read(self.path) if self.path.exists() else pd.DataFrame()
         return rows[[_same(row, self._identity) for row in rows.to_dict("records")]]
 
@@ -75,7 +75,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def read_text(path: Path) -> pd.DataFrame:
-    """Read every cell of a table as the text that it is."""
+    """Read a table with every cell as text."""
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
@@ -87,11 +87,11 @@ def publish(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
 
 
 def headed(table: pd.DataFrame, headings: Mapping[str, str]) -> pd.DataFrame:
-    """Return columns of a table as text, under headings for people: what a page shows of it.
+    """Return columns of a table as text under readable headings, as a page shows them.
 
     Args:
         table: one row per case; a missing value becomes an empty cell.
-        headings: by heading, the column that goes under it and its format: `{"last epoch": "last_mean:.2f"}`.
+        headings: for each heading, its column and format: `{"last epoch": "last_mean:.2f"}`.
     """
 
     def cells(column: str) -> list[str]:
@@ -103,7 +103,7 @@ def headed(table: pd.DataFrame, headings: Mapping[str, str]) -> pd.DataFrame:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process writes tables or figures into a folder; those that come in the `with` wait too."""
+    """Wait until no other process writes tables or figures into a folder, and make others wait during the `with`."""
     folder.mkdir(parents=True, exist_ok=True)
     with _held(folder / ".lock", fcntl.LOCK_EX):
         yield
@@ -111,7 +111,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(directory: Path) -> Iterator[bool]:
-    """Hold a directory against other processes within the `with`; False where another holds it, the dead do not."""
+    """Claim a directory during the `with`; yield False if another living process has claimed it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
@@ -130,16 +130,18 @@ def _held(path: Path, how: int) -> Iterator[None]:
 
 
 def _same(row: Mapping[Any, Any], case: Row) -> bool:
-    """Tell whether a row read from a file is that of a case: 0.1 and "0.1" are the same."""
+    """Return whether a row read from a file is that of a case; 0.1 and "0.1" count as equal."""
     return all(str(row.get(key)) == str(value) for key, value in case.items())
 
 
 def add_data(
     parser: argparse.ArgumentParser, dataset: str = "digits", batch: int = 64, out: Path | None = None
 ) -> None:
-    """Add --dataset, --data-dir, --batch and --out, which must be given where it has no default."""
+    """Add --dataset, --data-dir, --batch and --out; --out is required where it has no default."""
     parser.add_argument("--dataset", default=dataset, metavar="URI", help="digits, cifar10, hf:NAME_OR_DIR, ...")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="of torchvision's sets")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of torchvision's data sets"
+    )
     parser.add_argument(
         "--out", type=Path, required=out is None, default=out, metavar="DIR", help="where tables go; continued"
     )

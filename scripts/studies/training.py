@@ -1,4 +1,4 @@
-"""Train networks, or finish their trainings, and test them in deployed form; every epoch's time and energy are noted.
+"""Train networks, or finish their trainings, and test them in deployed form; each epoch's time and energy are noted.
 
 Several processes may run at once and share the trainings.
 """
@@ -32,7 +32,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Images:
-    """Parts of a data set; validation, where there is one, chooses, test only reports."""
+    """Parts of a data set: validation, if there is any, chooses the best epoch; test only reports."""
 
     training: ImageSet
     validation: ImageSet | None
@@ -40,7 +40,7 @@ class Images:
 
 
 def load(arguments: argparse.Namespace, training: int | None, test: int | None = None) -> tuple[ImageSet, ImageSet]:
-    """Load so many training images and test images (None: all), both normalised as the first."""
+    """Load `training` and `test` images (None: all), both normalised with the training images' mean and std."""
     images = load_images(arguments.dataset, "train", samples=training, data_dir=arguments.data_dir)
     as_trained = {"mean": images.mean, "std": images.std, "data_dir": arguments.data_dir}
     return images, load_images(arguments.dataset, "test", samples=test, **as_trained)
@@ -49,9 +49,9 @@ def load(arguments: argparse.Namespace, training: int | None, test: int | None =
 def pending(
     table: Table, cases: Sequence[Row], prefix: Path, minutes: float, at_least: int = 1
 ) -> Iterator[tuple[Row, Path, float]]:
-    """Yield each case without a row, its directory, which no other process has meanwhile, and the deadline (monotonic).
+    """Yield each case without a row, its directory, claimed against other processes, and the deadline (monotonic).
 
-    After the deadline none is begun but the first `at_least`; it is said at the end how many are left.
+    After the deadline no case is begun except the first `at_least`; at the end the number of cases left is printed.
     """
     deadline = time.monotonic() + 60 * minutes
     for number, case in enumerate(table.missing(cases)):
@@ -59,23 +59,23 @@ def pending(
             break
         directory = prefix.with_name("-".join([prefix.name, *map(str, case.values())]))
         with claimed(directory) as mine:
-            if mine and table.missing([case]):  # else another process trains it, or has by now
+            if mine and table.missing([case]):  # else another process is training it, or has trained it
                 yield case, directory, deadline
     if left := len(table.missing(cases)):
         print(f"{left} of {len(cases)} trainings to go; run it again")
 
 
 class TimedLoader(Loader):
-    """Training batches that note what every epoch took in a file, and begin none after `deadline` (monotonic)."""
+    """Loads training batches, notes each epoch's time and energy in a file, and stops at `deadline` (monotonic)."""
 
     def __init__(self, images: ImageSet, batch_size: int, *, seed: int, notes: Path, deadline: float) -> None:
-        """Read what the file notes already: a resumed training's earlier epochs."""
+        """Read the notes of a resumed training's earlier epochs from the file."""
         super().__init__(images, batch_size, train=True, seed=seed, device=processes().device)
         self._notes, self._deadline, self._now = notes, deadline, 0
         self.seconds: dict[str, Row] = json.loads(notes.read_text()) if notes.exists() else {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; OutOfTime after the deadline, but one epoch is always made."""
+        """Choose the epoch; OutOfTime after the deadline, except before the first epoch of this process."""
         if self._now and time.monotonic() >= self._deadline:
             raise OutOfTime
         self._now = epoch
@@ -110,13 +110,13 @@ def train(
     callbacks: Sequence[Callback] = (),
     deadline: float = math.inf,
 ) -> Row:
-    """Train, or go on where it stopped; return accuracies in percent of the last and the best validated epoch.
+    """Train, or resume a training; return accuracies in percent at the last and the best validated epoch.
 
-    Raises OutOfTime when `deadline` passes before the last epoch begins, the first of this call excepted.
+    Raises OutOfTime when `deadline` has passed before an epoch begins, except for the first epoch of this call.
     """
     last = directory / "checkpoints" / "last.pt"
     if not last.exists():
-        shutil.rmtree(directory, ignore_errors=True)  # stopped within its first epoch
+        shutil.rmtree(directory, ignore_errors=True)  # the training stopped within its first epoch
     notes = directory / "seconds.json"
     loader = TimedLoader(images.training, batch, seed=recipe.seed, notes=notes, deadline=deadline)
     metrics = fit(
@@ -137,7 +137,7 @@ def train(
 
 
 def _tested(model: nn.Module, metrics: pd.DataFrame, images: Images, checkpoints: Path, batch: int) -> Row:
-    """Return the accuracies of the last epoch and, where there is validation, of the epoch that it chooses."""
+    """Return the accuracies of the last epoch and, where there are validation images, of the epoch that they choose."""
     validated = metrics["val_accuracy"]
     epochs = {"last": len(metrics) - 1}
     if images.validation is not None:

@@ -1,7 +1,7 @@
-"""Verdicts: how often psi that was never trained "matches" a stripe, and psi fitted to the stripe does.
+"""Verdicts: how often psi that was never trained "matches" a stripe, and how often psi fitted to the stripe does.
 
-On simulated gates, and on those of a trained network: psi drawn anew, sent through the trained attention, and judged as
-`stripe.asr.validate` judges it, p adjusted over the gates of one network (of nine simulated gates).
+For simulated gates and for those of a trained network, psi is drawn anew, sent through the attention, and judged as
+`stripe.asr.validate` judges it, with p adjusted over the gates of one network (over nine simulated gates).
 """
 
 import argparse
@@ -30,18 +30,18 @@ from stripe.stats.verdicts import EQUIVALENT, VERDICTS, energy_distance, rank_p,
 from studies.table import Row, Table, add_data, headed, publish, read
 
 RECORDS, SHOWN = "verdict-rates.csv", "verdicts.csv"
-TOGETHER = 9  # simulated gates that p is adjusted over
+TOGETHER = 9  # simulated gates over which p is adjusted
 CHANNELS = (16, 64, 128)
 START = 0.1
 PSIS = {"untrained": 0.3, "untrained, wide": 1.0, "fitted": 0.3}
-"""By kind of psi, the standard deviation about START that it is drawn with; "fitted" then goes on to the stripe."""
+"""For each kind of psi, the standard deviation of its draw about START; "fitted" is then fitted to the stripe."""
 COLUMNS = {"gates": "gates", "channels": "channels", "psi": "psi", "judged": "judged"}
 COLUMNS |= {f"{word}, %": f"{word}:.1f" for word in VERDICTS} | {"match where it can be told, %": "told:.1f"}
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A gate that psi is judged on: its attention as a function of psi (C,), recorded squeezes, and what it does."""
+    """A gate that psi is judged on: its attention as a function of psi (C,), its recorded squeezes, and its use."""
 
     attention: Any
     squeezes: Tensor
@@ -54,7 +54,7 @@ class Subject:
 
     @property
     def limit(self) -> float:
-        """Up to where a vector is equivalent to the stripe."""
+        """The largest distance at which a vector is equivalent to the stripe."""
         return max(self.use.error(self.stripe), EQUIVALENT)
 
     def distance(self, vectors: npt.NDArray[Any]) -> Any:
@@ -63,15 +63,15 @@ class Subject:
 
     @functools.cached_property
     def random(self) -> npt.NDArray[Any]:
-        """The distances of random psi's vectors."""
+        """The distances from the stripe of the vectors of random psi."""
         return np.asarray(self.distance(vectors_of(self.attention, random_psis(self.squeezes))))
 
 
 class Simulated(nn.Module):
-    """Squeeze-and-excitation as a function of the squeeze (C,), its weights as spread as in trained networks."""
+    """Squeeze-and-excitation as a function of the squeeze (C,), with weights spread as in trained networks."""
 
     def __init__(self, channels: int) -> None:
-        """Draw the weights; the bias is common to every image and psi."""
+        """Draw the weights and biases once, for all images and psi."""
         super().__init__()
         self.module = create_attention("senet", channels)
         for parameter in self.module.parameters():
@@ -88,13 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, "hf:../shared/data/cifar10", 100, Path("figures/study"))
     network = Path("figures/fold-se-resnet20/se-resnet20.pt")
     parser.add_argument("--ckpt", type=Path, default=network, metavar="PATH", help="the trained network")
-    parser.add_argument("--images", type=int, default=500, metavar="N", help="test images that its stripes are of")
+    parser.add_argument("--images", type=int, default=500, metavar="N", help="test images for its stripes")
     parser.add_argument(
         "--draws", type=int, default=40, metavar="N", help="psi of each kind for every gate of the network"
     )
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help=f"lists of {TOGETHER} simulated gates")
     parser.add_argument(
-        "--fitted", type=int, default=5, metavar="N", help="how many of the network's are fitted to the stripe"
+        "--fitted", type=int, default=5, metavar="N", help="psi fitted to the stripe for every gate of the network"
     )
 
 
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return the rates that are in a directory's records, with headings for people, by file name."""
+    """Return the rates in a directory's records, with readable headings, by file name."""
     path = folder / RECORDS
     return {SHOWN: headed(read(path), COLUMNS)} if path.exists() else {}
 
@@ -125,8 +125,8 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 def rates(verdicts: list[pd.DataFrame]) -> Row:
     """Return how many gates were judged, and the share of every verdict in percent.
 
-    `told` is the share of matches among the gates where one can be told: fewer than half of the random vectors are
-    equivalent, and of psi that was fitted, the best is.
+    `told` is the share of matches among the gates where a match can be told: fewer than half of the random vectors are
+    equivalent to the stripe and, where psi was fitted, the fitted vector is.
     """
     found = pd.concat(verdicts)
     told = found[(found["random"] < 0.5) & (found["best"] <= found["limit"])]
@@ -135,13 +135,13 @@ def rates(verdicts: list[pd.DataFrame]) -> Row:
 
 
 def simulated(channels: int, rounds: int) -> Iterator[list[Subject]]:
-    """Yield lists of gates of a network that there is not, new ones every time."""
+    """Yield lists of gates, as of one network, simulated anew for each round."""
     for _ in range(rounds):
         yield [_simulated(channels) for _ in range(TOGETHER)]
 
 
 def _simulated(channels: int, images: int = 200) -> Subject:
-    """Make a gate whose squeezes vary by channel and image, with energies of any size."""
+    """Make a gate whose squeezes and energies vary by channel and image."""
     attention = Simulated(channels).requires_grad_(False)
     squeezes = torch.randn(channels) * 0.5 + 0.3 * torch.randn(images, channels)
     values = vectors_of(attention, squeezes)
@@ -151,7 +151,7 @@ def _simulated(channels: int, images: int = 200) -> Subject:
 
 
 def trained(arguments: argparse.Namespace, rounds: int) -> Iterator[list[Subject]]:
-    """Yield the gates of the trained network, the same every time."""
+    """Yield the gates of the trained network, the same in each round."""
     model = stripe.models.load_checkpoint(str(arguments.ckpt)).eval().requires_grad_(False)
     images = load_images(arguments.dataset, "test", samples=arguments.images, data_dir=arguments.data_dir)
     loader = Loader(images, arguments.batch)
@@ -164,7 +164,7 @@ def trained(arguments: argparse.Namespace, rounds: int) -> Iterator[list[Subject
 
 
 def judged(subjects: list[Subject], psi: str, seed: int) -> pd.DataFrame:
-    """Draw one psi of a kind for every gate and judge it: columns verdict, and random, the share equivalent."""
+    """Draw one psi of a kind for every gate and judge it; `random` is the share of random psi that are equivalent."""
     generator = torch.Generator().manual_seed(seed)
     found = pd.DataFrame([_measured(subject, psi, generator) for subject in subjects])
     found["p"] = benjamini_hochberg(found["p"].to_numpy())

@@ -1,9 +1,9 @@
-"""Wild: networks of squeeze-and-excitation that others trained, as ONNX files: their stripes, and what folding costs.
+"""Wild: ONNX files of networks with squeeze-and-excitation that others trained: their stripes, and what folding costs.
 
 Each file in --networks reads documents: is a line of text upside down, by how much is a page turned, where is text?
-Its inputs are drawn by a seed, with the truth of each; constants are measured, or learned without any truth, on some
-of them, and judged on others. So are the directions in which attention varies: the network is run with its own
-attention less all but the first of them, and, where onnx2torch is installed, with a few scores in place of attention.
+The inputs are drawn from a seed, so the true answers are known. Constants are measured, or learned without the true
+answers, on some inputs and judged on others, and so are the directions in which attention varies: the network is run
+with only the first directions of its attention and, where onnx2torch is installed, with a few scores in its place.
 """
 
 import argparse
@@ -37,24 +37,24 @@ Array = npt.NDArray[Any]
 
 RECORDS = "records.csv"
 KINDS = ["mean", "energy", "learned"]
-CALIBRATION, FRESH = 1, 2  # seeds of the inputs
-EXACT = 200  # inputs on which a file with everything folded is compared with constant gates
-SEEN = 8  # inputs on which the others are
+CALIBRATION, FRESH = 1, 2  # seeds of the inputs that constants are found on, and of those they are judged on
+EXACT = 200  # inputs on which a file with all gates folded is compared with constant gates
+SEEN = 8  # inputs on which files with fewer gates folded are compared
 MASKED = 0.3  # probability from which a pixel counts as text
 BATCH = 50
-LEARNED = 50  # steps of learning scores, a batch each
-SCORED = 30  # batches on which the gate whose scores all take is chosen
-SPECTRUM = 1000  # inputs at most on which directions are found
-PROJECTED = (0, 1, 2, 4, 8)  # directions left
+LEARNED = 50  # steps of learning scores, one batch each
+SCORED = 30  # batches on which the gate that gives all gates their scores is chosen
+SPECTRUM = 1000  # most inputs on which directions are found
+PROJECTED = (0, 1, 2, 4, 8)  # directions of the attention that are kept
 COMPACT = ((2, "own"), (2, "shared"), (4, "shared"), (8, "shared"))
-"""Scores per gate, and whether all gates take those of one."""
+"""Scores per gate, and whether each gate has its own or all share those of one gate."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, its inputs, and how many of them constants are found on and judged on; steps and batch of learning.
+    """A network, its inputs, how many of these calibrate and how many judge, and the steps and batch of learning.
 
-    `compact` says whether scores are put in place of its attention, which takes a conversion to torch.
+    `compact` says whether scores replace its attention too, which requires a conversion to torch.
     """
 
     name: str
@@ -78,8 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's arguments."""
     networks = Path("../shared/data/networks")
     parser.add_argument("--networks", type=Path, default=networks, metavar="DIR", help="where the three files are")
-    parser.add_argument("--subjects", nargs="+", default=[s.name for s in SUBJECTS], metavar="NAME", help="of them")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of the latencies")
+    parser.add_argument(
+        "--subjects", nargs="+", default=[s.name for s in SUBJECTS], metavar="NAME", help="which networks"
+    )
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="of timing the files")
     parser.add_argument(
         "--out", type=Path, default=Path("figures/in-the-wild"), metavar="DIR", help="where tables go; continued"
     )
@@ -106,7 +108,7 @@ class _Study:
         self.table = Table(arguments.out / RECORDS, config, network=subject.name)
 
     def run(self) -> None:
-        """Fold each gate alone, then one more after the other, then all by every constant."""
+        """Fold each gate alone, then more and more gates, then all with every constant; then time and project."""
         count = len(self.gates)
         for case in self.table.missing({"case": "gate", "gate": gate.name} for gate in self.gates):
             self.table.put(case, self._described(case["gate"]))
@@ -126,7 +128,7 @@ class _Study:
             self.compact()
 
     def compact(self) -> None:
-        """Put scores in place of attention; say so where the conversion to torch is not installed."""
+        """Put scores in place of attention; print a note where the conversion to torch is not installed."""
         cases = [{"case": "compact", "directions": k, "scores": scores} for k, scores in COMPACT]
         for case in self.table.missing(cases):
             if find_spec("onnx2torch") is None:
@@ -162,13 +164,13 @@ class _Study:
 
     @cached_property
     def spectra(self) -> Mapping[str, stats.Spectrum]:
-        """Of known inputs, by gate."""
+        """Spectrum of the attention on known inputs, by gate."""
         observed = self._recorded("known", self.known[:SPECTRUM])
         return {gate.name: stats.spectrum(observed.attention(gate, 0)) for gate in self.gates}
 
     @cached_property
     def attention(self) -> Mapping[str, Array]:
-        """Of fresh inputs, by gate."""
+        """Attention on fresh inputs, by gate."""
         observed = self._recorded("fresh", self.fresh[0])
         return {gate.name: observed.attention(gate, 0) for gate in self.gates}
 
@@ -181,13 +183,13 @@ class _Study:
         return _outputs(self.path, self.fresh[0])
 
     def _described(self, gate: str) -> Row:
-        """Return a gate's stripe, and what it costs to fold it alone by its energy constant."""
+        """Return a gate's statistics, and what it costs to fold it alone into its energy constant."""
         use = self.uses[gate]
         kept = {name: float(self.summary[name].loc[gate]) for name in ("channels", "strength", "cv")}
         return kept | {"energy_error": use.error(use.constant("energy"))} | self._folded([gate], "energy")
 
     def _folded(self, names: Sequence[str], kind: str) -> Row:
-        """Fold these gates; return what it costs on fresh inputs."""
+        """Fold these gates; return what this costs on fresh inputs."""
         if not names:
             return _judged(self.outputs, self.outputs, self.fresh[1])
         inputs = self.fresh[0][: EXACT if len(names) == len(self.gates) else SEEN]
@@ -204,7 +206,7 @@ class _Study:
         return dict(graphs.learn_constants(self.file, gates, self.uses, batches, steps=self.subject.steps))
 
     def _spectrum(self, gate: str) -> Iterator[Row]:
-        """Yield how much of a gate's variance the first directions hold, with its rank."""
+        """Yield the share of a gate's variance in its first directions, with its rank."""
         found = self.spectra[gate]
         ranks = {name: getattr(found, name) for name in ("rank", "rank_low", "rank_high")}
         channels = next(each.channels for each in self.gates if each.name == gate)
@@ -212,7 +214,7 @@ class _Study:
             yield {str(name): value for name, value in row.items()} | ranks | {"channels": channels}
 
     def _projected(self, directions: int) -> Row:
-        """Run the network with its own attention of fresh inputs, less what the first directions do not hold."""
+        """Run the network on fresh inputs with its own attention, projected on its mean and first directions."""
         given = {
             f"{gate.name}, given": _shaped(self.spectra[gate.name].project(self.attention[gate.name], directions), gate)
             for gate in self.gates
@@ -222,7 +224,7 @@ class _Study:
         return _judged(self.outputs, found, self.fresh[1])
 
     def _compact(self, k: int, scores: str) -> Row:
-        """Put k scores in place of every gate's attention, its own or one gate's for all, and judge the network."""
+        """Put k scores, its own or one gate's, in place of every gate's attention, and judge the network."""
         network = _converted(self.path)
         known = torch.from_numpy(self.known[: self.subject.batch * LEARNED])
         batches = [(batch,) for batch in known.split(self.subject.batch)]
@@ -236,7 +238,7 @@ class _Study:
         return {"served": served, "parameters": report.parameters} | _judged(self.outputs, found, self.fresh[1])
 
     def _timed(self) -> Iterator[Row]:
-        """Time the file before and after, in turn, on one input and on several."""
+        """Time the original and the folded file alternately, on one input and on several."""
         folded = self.folder / "folded.onnx"
         graphs.fold(self.file, self._constants([gate.name for gate in self.gates], "mean"), folded, self.known[:SEEN])
         files = {"as it was": self.path, "all folded": folded}
@@ -267,13 +269,13 @@ def _outputs(path: Path, inputs: Array, given: Mapping[str, Array] | None = None
 
 
 def _shaped(attention: Array, gate: stripe.Gate) -> Array:
-    """Return attention (n, C) as a gate's product takes it."""
+    """Return attention (n, C) in the shape that the gate's product takes."""
     sizes = {"N": len(attention), "C": gate.channels}
     return attention.astype(np.float32).reshape([sizes.get(letter, 1) for letter in gate.layout])
 
 
 def _let_be_given(path: Path, gates: Sequence[stripe.Gate], saved: Path) -> None:
-    """Write a file whose gates' attention is an input of its own, "GATE, given", in place of what it computes."""
+    """Write a file that takes each gate's attention as an input, "GATE, given", instead of computing it."""
     model = onnx.load(path)
     for gate in gates:
         assert gate.product is not None
@@ -289,7 +291,7 @@ def _converted(path: Path) -> torch.nn.Module:
     """Return the network as a module of torch."""
     convert = import_module("onnx2torch").convert
     model = onnx.load(path)
-    for node in [node for node in model.graph.node if node.op_type == "Constant"]:  # which the converter does not take
+    for node in [node for node in model.graph.node if node.op_type == "Constant"]:  # which onnx2torch refuses
         node.attribute[0].t.name = node.output[0]
         model.graph.initializer.append(node.attribute[0].t)
         model.graph.node.remove(node)
@@ -298,7 +300,7 @@ def _converted(path: Path) -> torch.nn.Module:
 
 
 def _judged(own: Array, found: Array, truth: Any) -> Row:
-    """Return how far outputs are from the network's own, and how right they are, in percent."""
+    """Return how far outputs are from the network's own, and the percentages that are right and as before."""
     error = float(np.linalg.norm(found - own) / np.linalg.norm(own))
     if own.ndim == 2:
         right, same = found.argmax(1) == truth, found.argmax(1) == own.argmax(1)
@@ -311,7 +313,7 @@ def _judged(own: Array, found: Array, truth: Any) -> Row:
 
 
 def _is_found(mask: Array, box: Array) -> bool:
-    """Whether most of the middle of a line counts as text."""
+    """Return whether most of the middle row of a line counts as text."""
     left, top, right, bottom = box
     return bool(mask[(top + bottom) // 2, left:right].mean() > 0.5)
 
@@ -334,7 +336,7 @@ NUMBERS |= {"gates served": "served:.0f", "parameters": "parameters:.0f"}
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return what is in a directory's records, with headings for people, by file name."""
+    """Return the tables of a directory's records, with readable headings, by file name."""
     path = folder / RECORDS
     if not path.exists() or "case" not in read(path):
         return {}
@@ -347,7 +349,7 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def _wide(records: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per gate: its rank, and the shares, in percent, that the first directions hold."""
+    """Return a row per gate: its rank, and the shares of its variance, in percent, in the first directions."""
     rows = records[records["case"] == "spectrum"]
     keys = ["network", "gate"]
     shares = rows.pivot(index=keys, columns="directions", values="share").reindex(columns=PROJECTED[1:])
@@ -356,7 +358,7 @@ def _wide(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _numbers(records: pd.DataFrame) -> pd.DataFrame:
-    """Return what attention of a few directions and what a few scores cost."""
+    """Return what attention with a few directions, and a few scores in its place, cost."""
     rows = records[records["case"].isin(["projected", "compact"])]
     rows = rows.reindex(columns=list(dict.fromkeys([*records, "scores", "served", "parameters"])))
     given = rows["scores"].astype(str) + " scores"
@@ -364,7 +366,7 @@ def _numbers(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def figures(folder: Path) -> None:
-    """Draw what folding costs and how many directions attention has, where these were measured."""
+    """Draw what folding costs and how many directions attention has, where they were measured."""
     found = tables(folder)
     if "costs.csv" in found:
         _draw(folder, "costs", "case == 'folded' and constants != 'none'", _draw_costs)
@@ -373,7 +375,7 @@ def figures(folder: Path) -> None:
 
 
 def _draw(folder: Path, name: str, which: str, draw: Callable[[pd.DataFrame, str, Axes], object]) -> None:
-    """Draw some of the records, a panel a network."""
+    """Draw the selected records, one panel per network."""
     records = read(folder / RECORDS).query(which)
     networks = list(records["network"].unique())
     size = 3.2 * len(networks), 2.8
@@ -389,7 +391,7 @@ def _draw_ranks(rows: pd.DataFrame, network: str, ax: Axes) -> None:
 
 
 def _draw_costs(rows: pd.DataFrame, network: str, ax: Axes) -> None:
-    """Draw what folding one gate after the other costs."""
+    """Draw what folding one gate after the other costs, by kind of constant."""
     marks: Any = {"hue": "constants", "style": "constants", "hue_order": KINDS, "style_order": KINDS}
     sns.lineplot(rows, x="folded", y="error", palette="colorblind", markers=True, dashes=False, ax=ax, **marks)
     ax.set(title=network, xlabel="gates folded", ylabel="relative error of the output", yscale="log")

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home, so that the rooms here can be imported one by one."""
+    """Import a public name from the module that defines it, so that each module here can be imported alone."""
     if name not in _HOMES:
         raise AttributeError(f"module 'stripe.asr' has no attribute '{name}'; expected one of {', '.join(__all__)}")
     return getattr(import_module(f"stripe.asr.{_HOMES[name]}"), name)

@@ -12,21 +12,21 @@ from stripe.gates.hooks import copied
 from stripe.gates.layouts import flat, like_output
 from stripe.gates.trace import Images
 
-MOMENTUM = 0.01  # of the running mean: a hundred steps, a few epochs of a small data set, where a batch norm takes ten
+MOMENTUM = 0.01  # of the running mean: about 100 steps, a few epochs of a small data set; a batch norm's spans 10
 
 
 class AnnealedAttention(nn.Module):
     """A gate's attention, blended step by step into its running mean over images.
 
-    Up to training step `begin` the attention is as it was, from `end` on it is the running mean at `end` for every
-    image, and in between the blend goes linearly from one to the other. Steps are forwards in train mode; they are
-    counted in a buffer, so that a training that is resumed from a checkpoint goes on where it stopped. In bfloat16 the
-    blend is as fine as that type, about 1/256, and exact at both ends.
+    Up to training step `begin` the attention is unchanged, from `end` on it is the running mean at `end` for every
+    image, and in between the blend moves linearly from one to the other. A step is a forward pass in train mode; steps
+    are counted in a buffer, so that training resumed from a checkpoint continues where it stopped. In bfloat16 the
+    blend has the resolution of that type, about 1/256, and is exact at both ends.
 
     Attributes:
         attention: the module that computes the attention.
-        gate: the gate that it belongs to.
-        running_mean: its mean over images, (C,).
+        gate: the gate that the attention belongs to.
+        running_mean: the attention's running mean over images, (C,).
         steps: training steps so far.
     """
 
@@ -43,7 +43,7 @@ class AnnealedAttention(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=like.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the attention makes of its arguments, blended into the running mean as far as the step says."""
+        """Return the attention for the given arguments, blended into the running mean as far as the step requires."""
         values: Tensor = self.attention(*args, **kwargs)
         if self.training:
             self.steps += 1
@@ -53,11 +53,11 @@ class AnnealedAttention(nn.Module):
 
     @property
     def blend(self) -> Tensor:
-        """How much of the running mean there is in what the gate gives, from 0 to 1."""
+        """Weight of the running mean in the output, from 0 to 1."""
         return ((self.steps - self.begin) / (self.end - self.begin)).clamp(0, 1)
 
     def _follow(self, mean: Tensor) -> None:
-        """Move the running mean towards a batch's: the average at first, exponential later, fixed at the end."""
+        """Move the running mean towards a batch's mean: a plain average at first, exponential later, fixed at `end`."""
         weight = (1 / self.steps).clamp_min(self.momentum) * (self.steps < self.end)
         self.running_mean.lerp_(mean, weight)
 
@@ -76,16 +76,16 @@ def anneal(
     momentum: float = MOMENTUM,
     inplace: bool = False,
 ) -> nn.Module:
-    """Let the attention of a network turn into a constant while it is trained, by any loop.
+    """Let the attention of a network turn into a constant while the network is trained, by any training loop.
 
-    Between the training steps `begin` and `end` each gate is blended into the running mean of its attention. From `end`
-    on it gives every image the same, so that `stripe.fold(model, annealed(model), images)` loses nothing.
+    Between the training steps `begin` and `end` each gate's attention is blended into its running mean. From `end` on
+    it is the same for every image, so that `stripe.fold(model, annealed(model), images)` loses nothing.
 
     Args:
         model: a network with gates.
         images: a small batch as the network takes it.
         begin: training steps (batches) after which the blending begins.
-        end: those after which no image has attention of its own any more; the steps after it train the rest of the
+        end: training steps after which the attention is the same for every image; later steps adapt the rest of the
             network to the constants.
         gates: some of the network's gates (default: all that `find_gates` finds).
         momentum: how fast the running mean follows, per step.
@@ -95,8 +95,8 @@ def anneal(
         The network, each gate's attention wrapped as an `AnnealedAttention`.
 
     Raises:
-        ValueError: `begin` is not before `end`; there are no gates, or the attention of one is not a tensor that a
-            module returns for its product alone.
+        ValueError: `begin` is not before `end`, there are no gates, or a gate's attention is not a tensor that a
+            module returns for that gate's product alone.
 
     Example:
         >>> import torch, stripe
@@ -126,12 +126,12 @@ def anneal(
 
 
 def _fault(gate: Gate, gates: Sequence[Gate]) -> str:
-    """Say why this gate's attention cannot be wrapped; nothing where it can."""
+    """Return why this gate's attention cannot be wrapped, or an empty string if it can."""
     tap = gate.attention
     if gate.source is None or tap is None:
         return "no module returns its attention"
     if not gate.exclusive:
-        return f"not only its product uses what the module '{gate.source}' returns"
+        return f"what the module '{gate.source}' returns is used elsewhere too, not in the gate's product alone"
     if tap.call or sum(other.source == gate.source for other in gates) > 1:
         return f"the module '{gate.source}' is called several times"
     return "the module returns more than its attention" if tap.position else ""
@@ -141,7 +141,7 @@ def annealed(model: nn.Module) -> dict[str, Tensor]:
     """Return the running mean (C,) of each annealed gate by name, for `stripe.fold`; empty without such gates.
 
     Raises:
-        ValueError: a gate still depends on the image, since the training has not reached the step `end`.
+        ValueError: a gate still depends on the image, since training has not reached the step `end`.
     """
     found = {}
     for module in model.modules():

@@ -1,4 +1,7 @@
-"""Conversions between a plain network, its ASR training form and its deployed form. Each returns a new model."""
+"""Conversions between a plain network, its ASR training form and its deployed form.
+
+`insert`, `deploy` and `fuse` return a new model; `switch_to_deploy` and `switch_to_train` convert a model in place.
+"""
 
 from fnmatch import fnmatchcase
 from functools import partial
@@ -29,16 +32,16 @@ def insert(
     Args:
         model: any network.
         attention: attention module's name (`stripe.attention`).
-        where: pattern, as of file names, for the layer's path or for its last part: "bn3", "layer3.*.bn3".
+        where: pattern, as for file names, that a layer's path or the last part of it matches: "bn3", "layer3.*.bn3".
         psi_init: the constant psi starts at, or "normal".
-        repeats: how many learned vectors each layer gets, one over another.
+        repeats: how many learned vectors each layer gets; their product scales the layer.
         inplace: convert `model` itself.
 
     Returns:
         The network in training form.
 
     Raises:
-        ValueError: nothing matches, or a name is unknown.
+        ValueError: no layer matches, or a name is unknown.
         TypeError: a layer that matches cannot carry a vector.
 
     Example:
@@ -64,7 +67,9 @@ def insert(
 
 
 def deploy(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Merge every learned vector into its layer: plain torch modules, the plain network's keys; a no-op without any.
+    """Merge every learned vector into its layer, which leaves plain torch modules with the plain network's keys.
+
+    A network without ASR layers stays as it is.
 
     Raises:
         ArithmeticError: a merged layer differs from its training form.
@@ -99,14 +104,14 @@ def fuse(model: nn.Module, images: Images | None = None, *, inplace: bool = Fals
 
     Args:
         model: any network.
-        images: a small batch as the network takes it; without it, one is made that its first layer could take.
-        inplace: convert `model` itself, whose submodules are new ones afterwards.
+        images: a small batch as the network takes it; without it, a batch is made that the first layer could take.
+        inplace: convert `model` itself; its submodules are then replaced by new ones.
 
     Returns:
         The network without the norms that could be merged.
 
     Raises:
-        ValueError: no `images` were given and none could be made, or the network differs from itself.
+        ValueError: no `images` were given and none could be made, or two runs of the network differ.
         ArithmeticError: a merged layer differs from its training form, or the new network from the old.
 
     Example:

@@ -1,6 +1,7 @@
 """ASR layers: a plain layer whose output channels are scaled by v = attention(psi), psi a learned vector.
 
-v multiplies the wrapped layer's weight and bias, not its output: the same numbers without a pass over the feature map.
+v multiplies the wrapped layer's weight and bias, not its output, which gives the same numbers without another pass over
+the feature map.
 """
 
 import copy
@@ -23,7 +24,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, tor
 class ASRLayer(nn.Module):
     """A norm, convolution or linear layer scaled by attention(psi) in training, plain after deployment.
 
-    Keys: `bn.*` the wrapped layer, `vector` psi (1, C, 1, 1), `attention_module.*`; deployed and kept, `fused_bn.*`.
+    Keys: `bn.*` for the wrapped layer, `vector` for psi (1, C, 1, 1), `attention_module.*`, and `fused_bn.*` once the
+    layer is deployed without delete.
     """
 
     fused_bn: nn.Module | None
@@ -34,7 +36,7 @@ class ASRLayer(nn.Module):
 
         Args:
             bn: BatchNorm1d/2d/3d, SyncBatchNorm, GroupNorm, LayerNorm over one dimension, Conv or Linear.
-            attention: maps (1, C, 1, 1) to a gate of C numbers.
+            attention: maps (1, C, 1, 1) to C attention values.
             psi_init: the constant psi starts at, or "normal" for standard normal numbers.
 
         Raises:
@@ -66,7 +68,8 @@ class ASRLayer(nn.Module):
     def learned_vector(self) -> Tensor:
         """Return v = attention(psi), times the wrapped layer's own v if that is an ASRLayer too; shape (C,).
 
-        Autocast does not reach it: what is trained is then what is deployed, in mixed precision too.
+        It is computed without autocast, so that in mixed precision, too, the vector that is deployed is the one that
+        was trained.
         """
         with torch.autocast(self.vector.device.type, enabled=False):
             vector: Tensor = self.attention_module(self.vector).flatten()
@@ -108,7 +111,7 @@ class ASRLayer(nn.Module):
 
     @torch.no_grad()
     def check(self, plain: nn.Module) -> float:
-        """Compare `plain` with the training form in eval mode on random numbers, in float64: the relative error.
+        """Return the relative error of `plain` against the training form, in eval mode on random numbers in float64.
 
         Raises:
             ArithmeticError: the error exceeds TOLERANCE for the layer's data type.
@@ -147,16 +150,16 @@ class ASRLayer(nn.Module):
         self.fused_bn = None
 
     def reparameterize(self) -> None:
-        """Become the plain layer: what timm's `reparameterize_model` calls."""
+        """Become the plain layer; timm's `reparameterize_model` calls this method."""
         self.switch_to_deploy(delete=True)
 
 
 def _check_form(layer: ASRLayer, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Before weights are loaded, add an error where they are of the other form: deployed or in training."""
+    """Before weights are loaded, add an error if their form, deployed or training, is not the layer's."""
     errors: list[str] = args[-1]
     if f"{prefix}vector" not in state_dict:
         errors.append(f"{prefix}* are weights of a deployed layer, this one is in training form: deploy it first")
-    elif layer.fused_bn is None:  # a merged copy kept beside the parts is derived from them
+    elif layer.fused_bn is None:  # a merged copy beside the parts is derived from them, so it is not needed
         for key in [key for key in state_dict if key.startswith(f"{prefix}fused_bn.")]:
             del state_dict[key]
     elif not any(key.startswith(f"{prefix}fused_bn.") for key in state_dict):
@@ -173,9 +176,10 @@ def wrap(
     psi_init: float | Literal["normal"] = PSI_INIT,
     repeats: int = 1,
 ) -> ASRLayer:
-    """Wrap `bn` in `repeats` ASRLayers, each with an attention module from `build`, drawn anew while psi is deaf to it.
+    """Wrap `bn` in `repeats` ASRLayers, each with an attention module that `build` redraws until psi gets a gradient.
 
-    A small module's ReLUs can all be off at psi (a quarter of the draws with two hidden units): psi could never learn.
+    The ReLUs of a small module can all be off at the initial psi (in a quarter of the draws with two hidden units);
+    psi could then never learn.
 
     Raises:
         ValueError: psi got no finite gradient from any of DRAWS modules.
@@ -212,7 +216,7 @@ def channels_of(layer: nn.Module) -> int:
     """Return how many output channels `layer` scales.
 
     Raises:
-        TypeError: it is no norm, convolution or linear layer, or a layer norm over several dimensions.
+        TypeError: it is not a norm, convolution or linear layer, or it is a layer norm over several dimensions.
     """
     layer = plain_layer(layer)
     if isinstance(layer, BatchNorm):
@@ -239,7 +243,7 @@ def _probe(layer: nn.Module) -> Tensor:
         shape = [2, layer.in_channels, *extent]
     elif isinstance(layer, nn.Linear):
         shape = [2, layer.in_features]
-    elif isinstance(layer, nn.LayerNorm):  # channels first or last: both ends are C
+    elif isinstance(layer, nn.LayerNorm):  # C at both ends, since a subclass may take channels first
         shape = [2, layer.normalized_shape[0], 1, layer.normalized_shape[0]]
     else:
         spatial = 0 if isinstance(layer, nn.BatchNorm1d) else 3 if isinstance(layer, nn.BatchNorm3d) else 2

@@ -1,9 +1,10 @@
 """The three ways to learn a constant for each gate: in the same network, beside its gates, or in a separate network.
 
-What is learned is compared in `asr.validation`. In the same network that is the gate's value itself. Elsewhere the
-network defines only the merged scale |gamma| v of the layer that ASR wraps, since gamma and v can be changed together
-without changing any output. How large that scale is as a whole says nothing about the stripe: gamma has no unit in
-common with a gate. So the two are compared up to one factor, common to all channels, and so are the random vectors.
+`asr.validation` compares what is learned with the stripe. In the same network, that is the gate's value itself. In the
+other two cases the network defines only the merged scale |gamma| v of the layer that ASR wraps, since gamma and v can
+be changed together without changing any output. The overall size of that scale says nothing about the stripe, because
+gamma and a gate have no common unit. So scale and stripe are compared up to one factor, common to all channels, and so
+are the random vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from stripe.stats.verdicts import aligned, energy_distance, shuffled_misalignmen
 from stripe.training import UNKNOWN_LABEL, logits_of
 
 PSI_RATE = 0.05  # Adam's learning rate for psi
-ATTENTION_RATE = 1e-3  # and for the attention's weights, where they are trained too
+ATTENTION_RATE = 1e-3  # and for the attention's weights, if they are trained too
 GRID = 4  # channels are matched on their maps, averaged over GRID fields along each dimension of space
 
 # ---- same ------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def same(task: Task) -> Fit:
 
 
 def _train(task: Task, network: nn.Module, psis: Mapping[str, Psi]) -> None:
-    """Train psi, and the attention's weights where the task says so."""
+    """Train psi, and the attention's weights if the task says so."""
     weights = _attention_weights(psis) if task.train_attention else []
     groups = {"params": [psi.vector for psi in psis.values()], "lr": PSI_RATE}
     optimizer = torch.optim.Adam([groups, {"params": weights, "lr": ATTENTION_RATE}])
@@ -71,7 +72,7 @@ def _train(task: Task, network: nn.Module, psis: Mapping[str, Psi]) -> None:
 
 
 def _controls(task: Task, gate: str, psi: Psi, start: Tensor) -> tuple[Array, Array]:
-    """Return the distances (draws,) of random psi's vectors from a gate's stripe, and the best vector of any psi."""
+    """Return the distances (draws,) of the vectors of random psi from a gate's stripe, and the best vector of any."""
     stripe, use = task.stripes[gate], task.uses[gate]
     draws = random_psis(task.squeezes[gate])
     distances = energy_distance(vectors_of(psi.attention_module, draws), stripe, use.energy, use.result)
@@ -80,7 +81,7 @@ def _controls(task: Task, gate: str, psi: Psi, start: Tensor) -> tuple[Array, Ar
 
 
 def _attention_weights(psis: Mapping[str, Psi]) -> list[nn.Parameter]:
-    """Let the weights that attention(psi) is computed with be trained, and return them."""
+    """Make the weights that attention(psi) depends on trainable, and return them."""
     weights = list({id(p): p for psi in psis.values() for p in psi.attention_module.parameters()}.values())
     for weight in weights:
         weight.requires_grad_()
@@ -97,7 +98,7 @@ def _attention_weights(psis: Mapping[str, Psi]) -> list[nn.Parameter]:
 def both(task: Task) -> Fit:
     """Take the merged scale of the ASR layer before each gate of the same network, aligned with the gate's stripe.
 
-    The energies go with the scale, which has made the map, so that the stripe is what is shuffled.
+    The energies depend on the scale, which has shaped the map, so it is the stripe that is shuffled.
     """
     learned: Vectors = {}
     random: Vectors = {}
@@ -110,7 +111,7 @@ def both(task: Task) -> Fit:
 
 @torch.no_grad()
 def merged_scale(layer: nn.Module) -> Array:
-    """Return |gamma| v of an ASR layer, |gamma| of a norm, the norms of the filters of another layer: (C,)."""
+    """Return |gamma| v of an ASR layer or |gamma| of a plain one, (C,); gamma is a norm's weight or a filter's norm."""
     plain = plain_layer(layer)
     scale = layer.learned_vector() if isinstance(layer, ASRLayer) else torch.ones(1)
     if plain.weight is not None:
@@ -120,14 +121,14 @@ def merged_scale(layer: nn.Module) -> Array:
 
 
 def _share(task: Task, gate: str) -> float:
-    """Return the share of the gate's result that its stripe alone would have: what a misalignment is a part of."""
+    """Return the stripe's own share of the result's energy, by which a misalignment becomes a distance."""
     use = task.uses[gate]
     return float(np.square(task.stripes[gate]) @ use.energy / use.result.sum()) if use.result.sum() > 0 else 0.0
 
 
 @torch.no_grad()
 def _asr_before(task: Task) -> dict[str, ASRLayer]:
-    """Return, by gate, the last ASR layer of as many channels that runs between the gate before and this one."""
+    """Return, by gate, the last ASR layer with as many channels that runs between the previous gate and this one."""
     layers, modules = dict(asr_layers(task.asr_model)), modules_by_path(task.model)
     if lost := [path for path in layers if path not in modules]:
         raise ValueError(
@@ -161,10 +162,11 @@ def _asr_before(task: Task) -> dict[str, ASRLayer]:
 
 
 def separate(task: Task) -> Fit:
-    """Take the merged scales of another network, its channels matched to the gated one's by how their maps correlate.
+    """Take the merged scales of another network, whose channels are matched by how their maps correlate.
 
-    They are compared with |gamma| times the stripe; what is returned is divided by the gated network's |gamma|, to be
-    in the gate's units. The energies go with the gated network, so that the other's scales are what is shuffled.
+    The scales are compared with |gamma| times the stripe; the returned vectors are divided by the gated network's
+    |gamma|, so that they are in the gate's units. The energies depend on the gated network, so it is the other
+    network's scales that are shuffled.
     """
     learned: Vectors = {}
     random: Vectors = {}
@@ -188,7 +190,7 @@ def separate(task: Task) -> Fit:
 
 
 def _scale_before(gate: Gate, modules: Mapping[str, nn.Module]) -> Array:
-    """Return the merged scale of the layer that made what the gate scales; ones where none is known."""
+    """Return the merged scale of the layer that made what the gate scales; ones if no such layer is known."""
     layer = modules.get(gate.before or "")
     weight = None if layer is None else getattr(plain_layer(layer), "weight", None)
     fits = isinstance(weight, Tensor) and len(weight) == gate.channels
@@ -197,7 +199,7 @@ def _scale_before(gate: Gate, modules: Mapping[str, nn.Module]) -> Array:
 
 @torch.no_grad()
 def _map_correlations(task: Task, layers: Mapping[str, ASRLayer]) -> Vectors:
-    """Correlate, by gate, what it scales with the ASR layer's map over images and fields: (C, C), rows the gate's."""
+    """Correlate what each gate scales (rows) with its ASR layer's map (columns) over images and fields: (C, C)."""
     ours: Vectors = {}
     theirs: Vectors = {}
     sums = {gate.name: np.zeros((1 + 2 * gate.channels,) * 2) for gate in task.gates}

@@ -1,4 +1,4 @@
-"""psi in a trained gate's place: the vector that its attention makes of psi, of random ones, and of the best one."""
+"""psi in a trained gate's place: the vectors that the gate's attention makes of psi, random psi and the best psi."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from stripe.stats.verdicts import DRAWS, energy_distance
 
 Array = npt.NDArray[np.floating[Any]]
 Attention = Callable[[Tensor], Tensor]  # psi (C,) in, vector (C,) out
-FIT_STEPS = 100  # at most, of fitting psi to the stripe itself, from each start
-NEAREST = 3  # random psi that the fit starts from, beside the learned and the untrained one
+FIT_STEPS = 100  # at most, for fitting psi to the stripe itself, from each start
+NEAREST = 3  # the nearest random psi, from which the fit also starts, beside the learned and the untrained psi
 EXACT = 1e-6  # the distance at which no further start is tried
-AT_ONCE = 100  # psi sent through the attention together
+AT_ONCE = 100  # how many psi are sent through the attention together
 
 
 class Psi(nn.Module):
@@ -38,12 +38,12 @@ class Psi(nn.Module):
 
 @torch.no_grad()
 def values(psis: Mapping[str, Psi]) -> dict[str, Array]:
-    """Return the vector of each psi as it is, (channels,) by gate."""
+    """Return the current vector of each psi, (channels,) by gate."""
     return {gate: psi.learned_vector().double().cpu().numpy() for gate, psi in psis.items()}
 
 
 def random_psis(squeezes: Tensor, draws: int = DRAWS, seed: int = SEED) -> Tensor:
-    """Return random psi (draws, C): recorded squeezes (images, C), drawn anew, each with its channels shuffled."""
+    """Return random psi (draws, C): draws from the recorded squeezes (images, C), each with its channels shuffled."""
     rng = np.random.default_rng(seed)
     rows = squeezes.cpu().numpy()[rng.integers(len(squeezes), size=draws)]
     return torch.from_numpy(rng.permuted(rows, axis=1)).to(squeezes)
@@ -51,10 +51,10 @@ def random_psis(squeezes: Tensor, draws: int = DRAWS, seed: int = SEED) -> Tenso
 
 @torch.no_grad()
 def vectors_of(attention: Attention, psis: Tensor) -> Array:
-    """Return what the attention makes of each of many psi (draws, C): (draws, C)."""
+    """Return the vectors (draws, C) that the attention makes of many psi (draws, C)."""
     try:
         vectors = torch.vmap(attention, chunk_size=AT_ONCE)(psis)
-    except Exception:  # an attention that cannot be computed for many at once, for whatever reason, goes one by one
+    except Exception:  # whatever the reason, an attention that cannot take many psi at once takes them one by one
         vectors = torch.stack([attention(psi) for psi in psis])
     found: Array = vectors.double().cpu().numpy()
     return found
@@ -63,7 +63,7 @@ def vectors_of(attention: Attention, psis: Tensor) -> Array:
 def best_fit(psi: Psi, stripe: Array, use: GateUse, starts: Tensor, *, enough: float = EXACT) -> Array:
     """Return the vector (C,) nearest to the stripe that the attention makes of any psi, searched from `starts` (n, C).
 
-    One start is not enough: ReLUs of the attention that are dead at a psi stay so. psi is as before afterwards.
+    One start is not enough: ReLUs of the attention that are dead at a start stay dead. `psi` keeps its value.
     """
     found = vectors_of(psi.attention_module, starts)
     distances = energy_distance(found, stripe, use.energy, use.result)

@@ -1,6 +1,6 @@
 """What a protocol works on, and what it finds: networks, images, gates, and what each gate scales.
 
-All give gates their values through `gates.replace_gates`.
+Values are put in a gate's place through `gates.replace_gates` alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Array = npt.NDArray[np.floating[Any]]
 Data = Batches
 Vectors = dict[str, Array]  # by gate, (channels,)
 IMAGES = 512  # images that show what a gate scales
-TOLERANCE = 1e-3  # of the outputs of the network with merged norms
-OUTPUT_IMAGES = 128  # images on which the outputs are compared, three forwards a gate
+TOLERANCE = 1e-3  # relative and absolute, for the outputs of the network with merged norms
+OUTPUT_IMAGES = 128  # images on which the outputs are compared, with three forward passes per gate
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Fit:
     """What a protocol learned, by gate, and what it is judged by.
 
     Attributes:
-        learned: what stands in the stripe's place, in the gate's units (channels,).
+        learned: the vector that stands in the stripe's place, in the gate's units, (channels,).
         random: the distances of random vectors from the stripe, (draws,).
         untrained: for "same", the vector of the psi that training began with.
         best: for "same", the vector nearest to the stripe that the attention makes of any psi.
         notes: further columns of the table.
-        left_out: of a gate, why nothing was learned for it.
+        left_out: why nothing was learned for a gate.
     """
 
     learned: Vectors
@@ -58,10 +58,10 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Frozen copies of the networks, which a protocol leaves as they are, data, and the gates with their stripes.
+    """Frozen copies of the networks, which a protocol leaves unchanged, the data, and the gates with their stripes.
 
-    `asr_model` is `model` itself but for "separate". `uses` and `squeezes` (images, channels) are by gate, over
-    `images`.
+    `asr_model` is `model` itself, except for "separate". `uses` and `squeezes` (images, channels) are keyed by gate and
+    measured on `images`.
     """
 
     model: nn.Module
@@ -89,13 +89,13 @@ class Task:
         quicken: bool,
         **options: object,
     ) -> Task:
-        """Copy the networks, take a run's `gates` as the network can be read by them, and measure what they scale.
+        """Copy the networks, locate a run's `gates` in the network, and measure what they scale.
 
-        Gates of older runs do not say where they are applied; the ones of their names are found again. With `quicken`
-        the network's norms are merged, for speed, once what the gates scale is measured.
+        Gates of older runs do not say where they are applied, so they are found again by name. With `quicken` the
+        network's norms are merged, for speed, after what the gates scale has been measured.
 
         Raises:
-            ValueError: the network has no gate of a name and number of channels.
+            ValueError: the network has no gate with the name and number of channels of one that is found again.
         """
         model = _frozen(model)
         asr_model = _frozen(asr_model) if asr_model else model
@@ -119,7 +119,7 @@ class Task:
 
     @property
     def precision(self) -> torch.autocast:
-        """The context that forwards of training and of the accuracies run in."""
+        """The autocast context in which the network is run for training and for the accuracies."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16")
 
     def start(self, gate: Gate) -> Tensor:
@@ -134,7 +134,10 @@ class Task:
             yield images.to(self.device), labels.to(self.device)
 
     def accuracies(self, learned: Vectors, data: Data) -> dict[str, float]:
-        """Return accuracies in percent by what the gates give; gates without a learned vector keep their attention."""
+        """Return accuracies in percent, by what the gates apply; without a learned vector a gate keeps its attention.
+
+        The separate ASR network is added, as it is ("asr") and deployed.
+        """
         constants = {"attention": {}, "learned": learned, "stripe": self.stripes, "removed": self._removed}
         found = {}
         for name, vectors in constants.items():
@@ -149,10 +152,10 @@ class Task:
 
     @torch.inference_mode()
     def divergences(self, learned: Vectors) -> dict[str, dict[str, float]]:
-        """Return, by gate with a learned vector, how far the outputs go with one value in this gate alone.
+        """Return, by gate with a learned vector, how far the outputs move with a vector in this gate alone.
 
-        Columns kl_learned, kl_stripe and kl_removed: the Kullback-Leibler divergence of the class probabilities from
-        the network's own, in nats, averaged over OUTPUT_IMAGES images.
+        The columns kl_learned, kl_stripe and kl_removed hold the Kullback-Leibler divergence of the class probabilities
+        from the network's own, in nats, averaged over OUTPUT_IMAGES images.
         """
         images = self.images[:OUTPUT_IMAGES]
         own = logits_of(self.model(images)).double().log_softmax(1)
@@ -167,7 +170,7 @@ class Task:
 
     @property
     def _removed(self) -> Vectors:
-        """By gate, what does nothing: 1 where it scales, 0 where it adds, equal weights where it weighs maps."""
+        """By gate, values with which it does nothing: 1 if it scales, 0 if it adds, equal weights if it weighs maps."""
         neutral = {"additive": 0.0, "multiplicative": 1.0, "affine": 1.0}
         stripes = {gate: self.stripes[gate.name] for gate in self.gates}
         return {gate.name: np.full_like(s, neutral.get(gate.form, s.mean())) for gate, s in stripes.items()}
@@ -203,14 +206,14 @@ def _readable(model: nn.Module, gates: Sequence[Gate], probe: Tensor) -> Sequenc
 
 
 def _quicker(model: nn.Module, gates: Sequence[Gate], stripes: Vectors, images: Tensor) -> nn.Module:
-    """Return the network with its norms merged and channels last, or as it is where that changes what it computes."""
+    """Return the network with its norms merged and channels last, or unchanged if its outputs would differ."""
     constants = {gate: torch.from_numpy(stripe) for gate, stripe in stripes.items()}
     try:
         quick = fuse_norms(model, images)[0].requires_grad_(False).to(memory_format=torch.channels_last)
         for values in ({}, constants):
             with torch.no_grad(), replace_gates(model, gates, values), replace_gates(quick, gates, values):
                 torch.testing.assert_close(quick(images), model(images), rtol=TOLERANCE, atol=TOLERANCE)
-    except Exception:  # not every network can be traced, merged and laid out anew: then it stays as it is
+    except Exception:  # a network that cannot be traced, merged or laid out anew stays as it is
         return model
     return quick
 
@@ -218,7 +221,7 @@ def _quicker(model: nn.Module, gates: Sequence[Gate], stripes: Vectors, images: 
 def measured(
     model: nn.Module, gates: Sequence[Gate], loader: Iterable[Sequence[Any]]
 ) -> tuple[dict[str, GateUse], dict[str, Tensor]]:
-    """Return by gate what it does and the squeezes (images, channels), from one pass over batches (images, ...)."""
+    """Return, by gate, its use and its squeezes (images, channels), from one pass over batches (images, ...)."""
     squeezes: dict[str, list[Tensor]] = {gate.name: [] for gate in gates}
 
     def keep(gate: Gate, kind: Kind, values: Tensor) -> None:

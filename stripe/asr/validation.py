@@ -1,8 +1,9 @@
-"""Do learned vectors match observed stripes? Every answer stands beside its controls.
+"""Do learned vectors match observed stripes? Every answer is shown with its controls.
 
-A vector is judged by the energy that is wrong where it stands in the stripe's place (`stats.verdicts`), against what
-the images themselves are off by, against random vectors, and against the best that the attention can reach. Beside the
-verdict stands what the outputs say: a network whose outputs hardly depend on a gate cannot teach it anything.
+A vector is judged by the error that it causes in the stripe's place, as a share of the scaled map's energy
+(`stats.verdicts`). This distance is compared with the images' own distance from the stripe, with random vectors, and
+with the best vector that the attention can reach. The divergence of the outputs is shown beside the verdict: psi cannot
+learn anything in a gate on which the outputs hardly depend.
 """
 
 import html
@@ -55,9 +56,9 @@ _WITH |= {"asr": "of the ASR network", "asr deployed": "of it deployed"}
 class Validation:
     """Learned vectors against observed stripes: `table` has a row per gate, `accuracies` are in percent.
 
-    Accuracies are by what the gates give: "attention", what was "learned" (gates left out keep their attention), the
-    "stripe" that was observed, and "removed", attention that changes nothing. `learned` holds what stands in the
-    stripe's place: for "both" and "separate" the merged scale, brought to the gate's units.
+    Accuracies are keyed by what the gates apply: their own "attention", the "learned" vectors (gates left out keep
+    their attention), the observed "stripe", or "removed", attention that changes nothing. `learned` holds the vectors
+    that stand in the stripe's place; for "both" and "separate" these are merged scales, in the gate's units.
     """
 
     protocol: str
@@ -71,7 +72,7 @@ class Validation:
 
     @property
     def matched(self) -> bool:
-        """Whether every gate that something was learned for matches or is trivial, and one matches."""
+        """Whether every gate with a learned vector is a match or trivial, and at least one is a match."""
         verdicts = set(self.table["verdict"]) - {"left out"}
         return "match" in verdicts and verdicts <= {"match", "trivial"}
 
@@ -82,12 +83,12 @@ class Validation:
         return pd.DataFrame(about | columns | {"verdict": self.table["verdict"]})
 
     def legend(self) -> list[str]:
-        """Return a line for every column of `summary`, and for every verdict that is in it."""
+        """Return a line for every column of `summary`, and for every verdict in it."""
         columns = [f"{name}: {LEGEND[name]}" for name in self._shown()]
         return [*columns, *(f'verdict "{word}": {meaning}' for word, meaning in self._verdicts().items())]
 
     def _shown(self) -> dict[str, str]:
-        """Return which columns of the table the summary shows, by the names that it gives them."""
+        """Return the columns of the table that the summary shows, by their names in the summary."""
         known = {name: column for name, column in _COLUMNS.items() if column in self.table}
         return {name: column for name, column in known.items() if self.table[column].notna().any()}
 
@@ -104,7 +105,7 @@ class Validation:
         return " ".join(parts)
 
     def _drift(self) -> list[str]:
-        """Say where training moved psi away from a stripe that it had at the start, and whether the outputs care."""
+        """Say where training moved psi away from a stripe that it began at, and whether this changes the outputs."""
         away = (self.table["distance_untrained"] <= self.table["limit"]) & (
             self.table["distance"] > self.table["limit"]
         )
@@ -157,23 +158,25 @@ def validate(
 
     Args:
         model: the network whose attention `run` recorded.
-        run: its records. Gates that no gradient can reach are left out of training; the table says so.
+        run: the records of that attention. Gates that no gradient can reach are left out of training, which the table
+            says.
         loader: training batches (images, labels, sample ids), repeated as often as needed.
         steps: training steps of psi for "same", batches to match channels on for "separate"; "both" takes none.
         protocol: "same" freezes the network and trains psi in each gate's place; "both" takes the vectors that
-            `model` learned beside its gates; "separate" those of `asr_model`, channel matched to channel.
+            `model` learned beside its gates; "separate" takes those of `asr_model`, with its channels matched to
+            those of `model`.
         asr_model: for "separate", the same network trained with ASR alone, in training form.
         train_attention: for "same", train the attention's weights along with psi.
-        test_loader: batches for the accuracies; the first images show what each gate scales, and how far the outputs
-            go with one gate at a constant; default `loader`.
+        test_loader: batches for the accuracies; what each gate scales, and how far the outputs move with one gate at
+            a constant, is measured on the first images; default `loader`.
         epoch: the run's epoch that belongs to `model`; default the last one.
-        amp: "bf16" trains psi and measures the accuracies in bfloat16, where the processor or the card has it: several
-            times as fast, on other rounding. psi, its vectors and every distance stay in full precision.
+        amp: "bf16" trains psi and measures the accuracies in bfloat16, with coarser rounding but several times as fast
+            on a processor or GPU that supports it. psi, its vectors and every distance stay in full precision.
         progress: wraps the iterator over the steps.
 
     Raises:
         ValueError: unknown protocol, epoch or `amp`, an argument of another protocol, a gate of the run that the model
-            does not have, or one without an ASR layer before it.
+            does not have, or, for "both" and "separate", a gate without an ASR layer before it.
     """
     _check_request(protocol, steps, asr_model is not None, train_attention)
     if amp not in ("no", "bf16"):
@@ -217,9 +220,9 @@ def _check_request(protocol: str, steps: int, asr_model: bool, train_attention: 
 
 
 def tabulate(fit: Fit, observed: Observed, task: Task) -> pd.DataFrame:
-    """Compare what was learned with attention (N, C) gate by gate, controls beside it: the Validation's table.
+    """Return the Validation's table: what was learned compared with attention (N, C) gate by gate, and the controls.
 
-    Where nothing was learned for a gate, the controls that there are stand alone, `verdict` is "left out" and the
+    If nothing was learned for a gate, its row holds only the controls that exist, `verdict` is "left out", and the
     column `left_out` says why.
     """
     outputs = task.divergences(fit.learned)

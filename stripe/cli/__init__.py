@@ -1,6 +1,6 @@
-"""Every command once. A module here parses one command's words and calls the rooms; libraries load after parsing.
+"""The commands: each module parses one command's arguments and calls the packages; libraries load after parsing.
 
-What errors become is written in `process`.
+`process` says what becomes of errors.
 """
 
 import argparse
@@ -27,11 +27,11 @@ class Command(Protocol):
         """Add the command's arguments."""
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Do it; return the exit code."""
+        """Run the command; return its exit code."""
 
 
 SHELLS = ("bash", "zsh", "tcsh")
-"""What shtab writes completion for."""
+"""Shells for which shtab writes completion."""
 
 PLACES = ("DIR", "FILE", "PATH", "RUN")
 """Metavars of arguments that name a file or a folder."""
@@ -53,7 +53,7 @@ _SubParsers = argparse._SubParsersAction
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses wrong words like any other bad input, in one line; `process` prints it."""
+    """Reports wrong arguments in one line, like any other bad input; `process` prints it."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError."""
@@ -61,13 +61,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `argv` (default: the process's), a command's name first; return the exit code. Without words, show help."""
+    """Run the command that `argv` begins with and return its exit code; without arguments, show help.
+
+    `argv` defaults to the command line of the process.
+    """
     start = dispatch_process if argv is None else dispatch
     return start(lambda: build_parser().parse_args(argv), _run)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of every command; it loads no library."""
+    """Return the parser of all commands, without loading any library."""
     parser = Parser(
         prog="stripe",
         description="Record, measure and use the stripes of channel attention.",
@@ -79,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--completion",
         action=_Completion,
         choices=SHELLS,
-        help="print the lines that let this shell complete commands on Tab",
+        help="print a script that makes this shell complete commands on Tab",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -99,7 +102,7 @@ def script(command: str) -> int:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults as they would be typed, where there is one to show."""
+    """Shows each default as it would be typed, unless there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
@@ -112,7 +115,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Completion(argparse.Action):
-    """Prints a shell's completion script and ends."""
+    """Prints a shell's completion script and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         import shtab
@@ -145,7 +148,7 @@ def _show_help(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Run the command; with `--json -` its figures alone go to stdout, and all that it prints otherwise to stderr."""
+    """Run the command; with `--json -`, only its JSON goes to stdout, and everything else it prints goes to stderr."""
     if getattr(arguments, "json", None) != Path("-"):
         return int(arguments.run(arguments))
     with TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""`check`: tell epoch by epoch what of a run is whole; repair it."""
+"""`check`: report which epochs of a run are whole; repair the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stripe.cli import options
 if TYPE_CHECKING:
     from stripe.store import EpochCheck
 
-SUMMARY = "read every byte of a run and tell epoch by epoch what is whole: exit code 0, or 1 where something is damaged"
+SUMMARY = "read every byte of a run and report whether each epoch is whole; the exit code is 1 if anything is damaged"
 EXAMPLE = "runs/probe --repair"
 
 
@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="take damaged epochs out of the run, rebuild an unreadable run.json and missing or damaged moments, clear "
-        "what is unfinished; files are moved to RUN/.damaged, none that was recorded is deleted",
+        help="remove damaged epochs from the run, rebuild an unreadable run.json and missing or damaged moments, and "
+        "clear what interrupted recordings left; other files that leave the run are moved to RUN/.damaged, not deleted",
     )
     options.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, and with --repair repair; return 1 where something is damaged."""
+    """Check the run and, with --repair, repair it; return 1 if something is damaged."""
     from stripe.store import check_run, repair_run
 
     found = check_run(arguments.run_path)

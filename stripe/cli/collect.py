@@ -1,4 +1,4 @@
-"""`collect`: record the attention of trained networks into a run, many checkpoints as its epochs; or list gates."""
+"""`collect`: record the attention of trained networks into a run, an epoch per checkpoint; or list gates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from stripe.models import Checkpoint
     from stripe.store import Run
 
-SUMMARY = "record per-sample channel attention of trained networks into Parquet; many checkpoints become epochs"
+SUMMARY = "record the channel attention of trained networks for every sample into Parquet, an epoch per checkpoint"
 EXAMPLE = "--ckpt runs/se/checkpoints/epoch=*.pt --dataset hf:../shared/data/cifar10 --samples 1000 --out runs/probe"
 
 SEARCHED = 3  # images on which gates are searched
-SIZE = 224  # pixels, of a network that does not tell its input's, where gates are listed without a data set
+SIZE = 224  # pixels: side of the images for listing gates where neither a data set nor the network says it
 DTYPES = ("float32", "float16")
-REASONS = 5  # most frequent reasons told where a network has no gate
+REASONS = 5  # number of the most frequent reasons reported for a network without gates
 COLUMNS = ("name", "channels", "form", "layout", "source", "before", "after")  # of --list-gates
 REJECTED = ("site", "op", "shape", "scaled", "reason")  # of --explain
 
@@ -37,18 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help=f"files, ONNX too, or {options.NETWORKS}",
+        help=f"checkpoint or ONNX files, or {options.NETWORKS}",
     )
     network.add_argument(
-        "--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME, ...:FACTORY"
+        "--arch", help="network of a file that does not name it: timm:NAME, torchvision:NAME, ...:FACTORY"
     )
     options.add_gates(network, "all")
     network.add_argument("--list-gates", action="store_true", help="print the gates and record nothing")
-    network.add_argument("--explain", action="store_true", help="print as well what was rejected, with the reason")
+    network.add_argument("--explain", action="store_true", help="like --list-gates, with what was rejected and why")
     options.add_normalisers(network)
     data = parser.add_argument_group("data")
     options.add_data(data, split="test")
-    data.add_argument("--size", type=options.positive, metavar="N", help="side of the images (default: the network's)")
+    data.add_argument("--size", type=options.positive, metavar="N", help="pixels a side (default: the network's own)")
     data.add_argument("--samples", type=options.positive, metavar="N", help="images to record (default: all)")
     data.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be decoded, and say so")
     options.add_loading(data)
@@ -56,22 +56,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     graphs.add_arguments(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--out", metavar="RUN", help="directory of the run, or s3://BUCKET/RUN")
-    files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
-    files.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="float16 takes half the size")
+    files.add_argument("--squeeze", action="store_true", help="also record what the gates scale, averaged over space")
+    files.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="float16 halves the size of the run")
     files.add_argument(
-        "--moments-only", action="store_true", help="no row per sample: what all statistics but the rank need"
+        "--moments-only",
+        action="store_true",
+        help="store moments, which every statistic but the rank needs, and no row per sample",
     )
-    files.add_argument("--by-label", action="store_true", help="with --moments-only: the mean of every class as well")
+    files.add_argument("--by-label", action="store_true", help="with --moments-only: also store the mean of each class")
     files.add_argument(
-        "--allow-mixed", action="store_true", help="record other networks or images into one run, which then says so"
+        "--allow-mixed",
+        action="store_true",
+        help="allow epochs of different networks or images in one run, which then says so",
     )
     held = files.add_mutually_exclusive_group()
     held.add_argument("--overwrite", action="store_true", help="replace epochs that the run holds already")
-    held.add_argument("--resume", action="store_true", help="skip them: go on with an interrupted recording")
+    held.add_argument("--resume", action="store_true", help="skip these epochs, to continue an interrupted recording")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record every checkpoint as an epoch of one run; under torchrun each process records its share of the images."""
+    """Record each checkpoint as an epoch of one run; under torchrun, each process records its share of the images."""
     if arguments.list_gates or arguments.explain:
         return _list(arguments)
     if arguments.out is None:
@@ -121,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _described(checkpoint: Checkpoint, arch: str | None) -> Mapping[str, Any]:
-    """Describe the network, the same for all checkpoints of a training."""
+    """Return a description of the network that is the same for all checkpoints of a training."""
     from stripe.models import ResNet
 
     if "model" in checkpoint.description:
@@ -133,7 +137,7 @@ def _described(checkpoint: Checkpoint, arch: str | None) -> Mapping[str, Any]:
 
 
 def _begun(arguments: argparse.Namespace) -> Run | None:
-    """Return the run that --resume goes on with, if anything was recorded yet."""
+    """Return the run that --resume continues, or None if nothing has been recorded yet."""
     from stripe.store import open_run
 
     with suppress(FileNotFoundError):
@@ -142,8 +146,8 @@ def _begun(arguments: argparse.Namespace) -> Run | None:
 
 
 def _require_samples(arguments: argparse.Namespace, begun: Run, samples: int) -> None:
-    """Refuse to go on with another number of images than the run's epochs hold (ValueError)."""
-    for epoch in begun.manifest.epochs if begun.has_samples else ():  # rows of moments are gates, not samples
+    """Raise ValueError if the epochs that the run holds have another number of images than this recording."""
+    for epoch in begun.manifest.epochs if begun.has_samples else ():  # a row of moments is a gate, not a sample
         rows = sum(part.rows for part in epoch.parts)
         if rows != samples:
             raise ValueError(
@@ -153,7 +157,7 @@ def _require_samples(arguments: argparse.Namespace, begun: Run, samples: int) ->
 
 
 def _unrecorded(arguments: argparse.Namespace, begun: Run | None, *, tell: bool) -> list[tuple[int, str]]:
-    """Return epochs and checkpoints, ascending, without those that the run holds."""
+    """Return the epochs that the run does not hold yet, ascending, with their checkpoints."""
     held = begun.epochs if begun else []
     epochs = sorted(_epochs(arguments).items())
     for epoch, spec in epochs:
@@ -169,7 +173,7 @@ def _contents(arguments: argparse.Namespace) -> str:
 
 
 def _epochs(arguments: argparse.Namespace) -> dict[int, str]:
-    """Return every checkpoint by its epoch: what the file or its name says, else its position."""
+    """Return every checkpoint by its epoch: the one that the file or its name gives, else its position."""
     from stripe.models import read_epoch
 
     epochs: dict[int, str] = {}
@@ -184,7 +188,7 @@ def _epochs(arguments: argparse.Namespace) -> dict[int, str]:
 
 # ---- images ----
 def _preprocessing(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the network's own size, mean and std, with --size in place of the first."""
+    """Return the preprocessing of the network's images, with --size in place of the network's own size."""
     return options.preprocessing(checkpoint.description) | ({"size": arguments.size} if arguments.size else {})
 
 
@@ -202,9 +206,9 @@ def _images(arguments: argparse.Namespace, uri: str, samples: int | None, prepro
 
 
 def _searched(arguments: argparse.Namespace, spec: str, checkpoint: Checkpoint) -> Tensor:
-    """Return the images on which gates are listed: of the data set, or noise of the network's size where none is named.
+    """Return the images on which gates are listed: from the data set, or noise of the network's size without one.
 
-    Which gates there are does not depend on what the images show.
+    The gates of a network do not depend on what the images show.
     """
     import torch
 
@@ -220,17 +224,17 @@ def _searched(arguments: argparse.Namespace, spec: str, checkpoint: Checkpoint) 
 
 # ---- gates ----
 def _candidates(arguments: argparse.Namespace, checkpoint: Checkpoint, batch: Tensor) -> list[Candidate]:
-    """Look for gates on a few images; a warning names those that these are too small for, ValueError if all are."""
+    """Search for gates on a few images; warn of gates for which these are too small, ValueError if that is all."""
     from stripe.gates import explain_gates, find_gates
 
     candidates = explain_gates(checkpoint.model, batch, normalisers=arguments.normaliser)
     if any(candidate.hidden for candidate in candidates):
-        find_gates(checkpoint.model, batch, normalisers=arguments.normaliser)  # which says what to do
+        find_gates(checkpoint.model, batch, normalisers=arguments.normaliser)  # its warning or error says what to do
     return candidates
 
 
 def _gates(arguments: argparse.Namespace, spec: str, candidates: Sequence[Candidate]) -> list[Gate]:
-    """Return the gates that --gates chooses; ValueError, with what there is, where there is none."""
+    """Return the gates that --gates chooses; ValueError, with what was rejected, for a network without gates."""
     gates = [candidate.gate for candidate in candidates if candidate.gate]
     if not gates:
         reasons = Counter(candidate.reason for candidate in candidates).most_common(REASONS)
@@ -243,7 +247,7 @@ def _gates(arguments: argparse.Namespace, spec: str, candidates: Sequence[Candid
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    """Print the gates of every checkpoint, and with --explain what was rejected."""
+    """Print the gates of every checkpoint and, with --explain, what was rejected."""
     for spec in arguments.ckpt:
         candidates = graphs.candidates(arguments, spec) if graphs.is_graph(spec) else _read_candidates(arguments, spec)
         if arguments.explain:

@@ -1,4 +1,4 @@
-"""`demo`: the whole path on the embedded digits, in minutes: train and record, measure, draw, ASR, validate."""
+"""`demo`: every step on the embedded digits, in minutes: train and record, measure, draw, train ASR, validate."""
 
 import argparse
 import shutil
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--epochs", type=options.positive, default=10, metavar="N", help="epochs of the SE network")
     parser.add_argument("--asr-epochs", type=options.positive, default=3, metavar="N", help="epochs of ASR after it")
-    parser.add_argument("--steps", type=options.positive, default=100, metavar="N", help="steps of validation")
+    parser.add_argument("--steps", type=options.positive, default=100, metavar="N", help="training steps of psi")
     parser.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
     parser.add_argument(
         "--out", type=options.path, default=Path("runs/demo"), metavar="RUN", help="directory of the run; replaced"
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the main job end to end and print its table."""
+    """Run every step of the demo and print its tables."""
     import torch
 
     from stripe import asr, figures, stats
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_results(accuracies: dict[str, float], speeds: dict[Any, float], cv: Any) -> None:
-    """Print accuracies and speeds, and in a sentence what was shown."""
+    """Print the accuracies, the speeds and a short conclusion."""
     print()
     for name, accuracy in accuracies.items():
         speed = f", {speeds[name]:.0f} images/s" if name in speeds else ""
@@ -111,7 +111,7 @@ def _print_results(accuracies: dict[str, float], speeds: dict[Any, float], cv: A
 
 
 def _remove_trainings(*directories: Path) -> None:
-    """Remove an earlier demo's files, and nothing that is not one."""
+    """Remove the directories of an earlier demo; a directory that holds no training is left alone."""
     for directory in directories:
         if (directory / "metrics.csv").is_file():
             shutil.rmtree(directory)

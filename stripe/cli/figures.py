@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=options.path, metavar="DIR", help="where figures go (default: figures/ and a run's name)"
     )
     parser.add_argument("--epoch", type=int, metavar="E", help="epoch of the stripe figure (default: the last)")
-    options.add_gates(parser, "6 from first to last")
+    options.add_gates(parser, "up to 6, spread from first to last")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"], help="file formats")
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stripe.store import open_run
 
     for path in arguments.runs or [load_example().path]:
-        name = PurePosixPath(path)  # also of an object store's address
+        name = PurePosixPath(path)  # works for an address such as s3://BUCKET/RUN too
         out = arguments.out or Path("figures") / name.stem
         out = out / name.stem if len(arguments.runs) > 1 and arguments.out else out
         if (log := options.path(path)).is_file():

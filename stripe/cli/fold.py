@@ -1,4 +1,4 @@
-"""`fold`: put constants in place of a trained network's gates, merge them into its weights, and say what it costs."""
+"""`fold`: replace a trained network's gates by constants, merge these into its weights, and measure what it costs."""
 
 from __future__ import annotations
 
@@ -21,61 +21,64 @@ if TYPE_CHECKING:
     from stripe.folding import Recovery
     from stripe.models import Checkpoint
 
-SUMMARY = "fold the attention out of a trained network: constants for its gates, merged into plain layers"
+SUMMARY = "fold the attention out of a trained network: replace its gates by constants merged into plain layers"
 EXAMPLE = (
     "--ckpt runs/se/checkpoints/last.pt --dataset hf:../shared/data/cifar10 --max-drop 0.5 --onnx --out runs/folded"
 )
 
 LEGENDS: dict[str, dict[str, str]] = {
     "gates": {
-        "place": "when the gate is folded: 1 is folded first, being the least sensitive",
-        "1 - strength": "what of the gate's variance is not stripes",
+        "place": "position in the order of folding: 1 is folded first, being the least sensitive",
+        "1 - strength": "share of the gate's variance that is not stripes",
         "within": "variance over images, the mean over channels",
         "CV": "how far the gate is from constant, relative to its mean vector",
-        "energy error": "share of the scaled map's energy that the constant gets wrong",
-        "damage": "what folding this gate alone costs by --val-samples",
+        "energy error": "error left by the constant, as a share of the scaled map's energy",
+        "foretold": "the damage that one backward pass predicts",
+        "damage": "divergence that folding this gate alone causes on the held-out images",
         "direction": "back: merged into the layer before the gate; forward: into the layers after it",
         "into": "the parameters that took the constant",
-        "through": "the layers that it passed on its way there",
-        "reason": "why one multiplication by the constant is left, where no layer could take it",
-        "weight_growth": "largest weight after merging over largest before",
+        "through": "the layers between the gate and these parameters",
+        "reason": "why a multiplication by the constant is left, where no layer could take the constant",
+        "weight_growth": "largest weight after merging over the largest before",
     },
     "variants": {
         "folded": "how many gates are folded",
         "last": "the gate folded last",
-        "weighting": "which constants stand for the gates",
-        "recovery": "what was done to the network after folding",
-        "validation": "percent on the images held out to choose by",
+        "weighting": "which constants replace the gates",
+        "recovery": "how the network was improved after folding",
+        "divergence": "from the original's outputs on the images held out to choose by",
+        "validation": "percent on these images",
+        "test_divergence": "from the original's outputs on the test images",
         "test": "percent on the test images",
-        "error": "largest difference to the network with constant gates, relative to its output; 0 is exact",
+        "error": "largest difference from the network with constant gates, relative to its output; 0 is exact",
     },
     "predictors": {
         "predictor": "a column of the table of gates",
         "rho": "Spearman's rank correlation with the damage",
-        "p": "how often chance alone gives as much",
-        "gates": "of how many gates",
+        "p": "probability that chance alone gives a correlation as strong",
+        "gates": "number of gates that were compared",
     },
     "ranks": {
         "k": "scores per gate; 0: all gates folded",
-        "source": "the gate whose map gives the scores of all; empty: each gate has its own",
-        "numbers": "per image in place of the attention, of all gates together",
-        "parameters": "of the whole network",
+        "source": "the gate whose map gives the scores of all gates; empty: each gate has its own",
+        "numbers": "numbers per image in place of the attention, over all gates",
+        "parameters": "number of parameters of the whole network",
         "divergence": "from the original's outputs on the test images; _low and _high: its 95 % interval over images",
         "worth": "percent on the test images",
-        "drop": "points less than the original, image by image; _low and _high likewise",
+        "drop": "points lost against the original, image by image; _low and _high likewise",
         "validation_drop": "the same on the images held out to choose by",
     },
     "latency": {
         "milliseconds": "median time of a batch",
-        "low": "fastest round",
-        "high": "slowest round",
-        "speedup": "time of the unfolded network over this one's",
+        "low": "time in the fastest round",
+        "high": "time in the slowest round",
+        "speedup": "time of the unfolded network over that of this one",
     },
     "onnx": {
         "nodes": "operators in the file",
         "max_abs_error": "largest difference between onnxruntime's output and torch's",
         "relative_error": "the same, relative to the largest output",
-        "operators": "which, and how many of each",
+        "operators": "the number of operators of each kind",
     },
 }
 """What the columns of the printed tables mean."""
@@ -86,8 +89,10 @@ TRACED = 3  # images on which the network is traced and exported
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     network = parser.add_argument_group("network")
-    network.add_argument("--ckpt", required=True, metavar="PATH", help=f"a file, ONNX too, or {options.NETWORKS}")
-    network.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
+    network.add_argument(
+        "--ckpt", required=True, metavar="PATH", help=f"checkpoint or ONNX file, or {options.NETWORKS}"
+    )
+    network.add_argument("--arch", help="network of a file that does not name it: timm:NAME, torchvision:NAME")
     network.add_argument(
         "--run", dest="run_path", metavar="RUN", help="take the mean constants from this run's stripes"
     )
@@ -99,10 +104,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", metavar="DEVICE", help="where to measure and recover: cpu, cuda, cuda:1, mps"
     )
     data.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
-    data.add_argument("--val-samples", type=options.positive, metavar="N", help="of them to choose by (default: 1/10)")
+    data.add_argument(
+        "--val-samples",
+        type=options.positive,
+        metavar="N",
+        help="training images held out to choose by (default: 1/10)",
+    )
     data.add_argument("--test-samples", type=options.positive, metavar="N", help="images to test on (default: all)")
     data.add_argument("--samples", type=options.positive, default=2000, metavar="N", help="images to measure gates on")
-    data.add_argument("--manualSeed", type=int, metavar="SEED", help="of the split (default: the checkpoint's, else 0)")
+    data.add_argument(
+        "--manualSeed",
+        type=int,
+        metavar="SEED",
+        help="seed by which images are held out (default: the checkpoint's, else 0)",
+    )
     graphs.add_arguments(parser)
     _add_choice(parser)
     _add_recovery(parser)
@@ -110,12 +125,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--out", type=options.path, required=True, metavar="DIR", help="where tables, figure and networks go"
     )
-    files.add_argument("--onnx", action="store_true", help="write ONNX too, checked against onnxruntime")
+    files.add_argument("--onnx", action="store_true", help="also write ONNX files, checked under onnxruntime")
     files.add_argument(
-        "--opset", type=options.positive, metavar="N", help="of the ONNX files (default: the exporter's)"
+        "--opset", type=options.positive, metavar="N", help="opset of the ONNX files (default: the exporter's)"
     )
-    files.add_argument("--onnx-batch", default="free", metavar="N", help="images that the ONNX files take: free, or N")
-    files.add_argument("--backends", nargs="*", default=["eager"], help="to time: eager, compile, onnxruntime")
+    files.add_argument("--onnx-batch", default="free", metavar="N", help="batch size of the ONNX files: free, or N")
+    files.add_argument("--backends", nargs="*", default=["eager"], help="what to time: eager, compile, onnxruntime")
     options.add_json(files)
 
 
@@ -123,42 +138,50 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_argument_group("what to fold")
     choice.add_argument("--keep", type=int, metavar="K", help="leave the K most sensitive gates as they are")
     choice.add_argument(
-        "--max-drop", type=float, metavar="D", help="fold as many as cost at most D points by --val-samples"
+        "--max-drop",
+        type=float,
+        metavar="D",
+        help="fold as many gates as possible at a cost of at most D points on the held-out images",
     )
     choice.add_argument(
         "--order",
         choices=("single", "greedy", "foretold"),
         default="single",
-        help="single: by each gate's own damage; greedy: beside those before; foretold: by one backward pass",
+        help="order of folding. single: by the damage of each gate alone; greedy: by its damage beside the gates "
+        "before it; foretold: by the damage that one backward pass predicts",
     )
     choice.add_argument(
         "--rank",
         type=int,
         nargs="+",
         metavar="K",
-        help="leave every gate K scores per image; each K is tried (0: fold all)",
+        help="instead of folding a gate, leave it K scores per image; try each K given (0: fold all)",
     )
     choice.add_argument(
         "--shared",
         nargs="?",
         const="",
         metavar="GATE",
-        help="with --rank: also let GATE give all gates their scores (default: the one that tells most)",
+        help="with --rank: also try GATE as the source of all gates' scores (default: the gate that explains most)",
     )
-    choice.add_argument("--counts", type=int, nargs="+", metavar="K", help="numbers of folded gates in the table")
+    choice.add_argument("--counts", type=int, nargs="+", metavar="K", help="numbers of folded gates to try")
     choice.add_argument(
         "--weightings",
         nargs="+",
         default=CONSTANTS,
         metavar="KIND",
-        help=f"constants to compare, of {', '.join(CONSTANTS)}",
+        help=f"kinds of constants to compare, out of {', '.join(CONSTANTS)}",
     )
     choice.add_argument(
-        "--learning-steps", type=options.positive, default=LEARNING_STEPS, metavar="N", help="of learned constants"
+        "--learning-steps",
+        type=options.positive,
+        default=LEARNING_STEPS,
+        metavar="N",
+        help="batches on which learned constants are trained",
     )
     choice.add_argument(
         "--outputs",
-        help="what the network gives: classes or values (default: classes where it gives one score per class)",
+        help="what the network puts out: classes or values (default: classes if it gives one score per class)",
     )
 
 
@@ -167,23 +190,29 @@ def _add_recovery(parser: argparse.ArgumentParser) -> None:
     recovery.add_argument(
         "--recover-each",
         action="store_true",
-        help="recover, and time, every number of folded gates, not just the chosen",
+        help="recover and time networks of every number of folded gates, not just of the chosen one",
     )
     recovery.add_argument(
-        "--distill-steps", type=int, default=0, metavar="N", help="then distil to the original; 0: do not"
+        "--distill-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps of distillation from the original network after folding; 0: none",
     )
     recovery.add_argument(
         "--distill-lr", type=float, default=DISTILL_LR, help="highest learning rate of the distillation"
     )
     recovery.add_argument(
-        "--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="images per step"
+        "--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="images per batch of recovery"
     )
-    recovery.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="of the distillation")
+    recovery.add_argument(
+        "--weight-decay", type=float, default=Recipe.weight_decay, help="weight decay of the distillation"
+    )
     recovery.add_argument("--amp", choices=("no", "bf16"), default=Recipe.amp, help="precision of the distillation")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Study what folding costs; print and write what was found, and the network that was chosen."""
+    """Study what folding costs; print and write the tables, and write the chosen network."""
     if graphs.is_graph(arguments.ckpt):
         return graphs.fold(arguments)
     from stripe import figures, folding, plots
@@ -239,7 +268,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compact(arguments: argparse.Namespace, checkpoint: Checkpoint, data: Data, measured: ImageSet) -> int:
-    """Compare networks of a few scores per image; print and write what was found, and the one that was chosen."""
+    """Compare networks with a few scores per image; print and write the tables, and write the chosen network."""
     from stripe import figures, folding, plots
     from stripe.folding.studying import MAX_DROP
 
@@ -275,7 +304,7 @@ def _compact(arguments: argparse.Namespace, checkpoint: Checkpoint, data: Data, 
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, what would be refused only after a long measurement."""
+    """Raise ValueError, before anything is loaded, for choices that would otherwise fail after a long measurement."""
     from stripe.folding.latency import BACKENDS
 
     if unknown := set(arguments.backends) - set(BACKENDS):
@@ -290,7 +319,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_ranks(arguments: argparse.Namespace) -> None:
-    """Refuse choices that have no meaning with --rank, or none without it."""
+    """Raise ValueError for choices that have a meaning only with --rank, or only without it."""
     if arguments.shared is not None and not any(arguments.rank or ()):
         raise ValueError("--shared says where scores come from: give --rank with a number above 0 too")
     if arguments.rank and min(arguments.rank) < 0:
@@ -303,7 +332,10 @@ def _check_ranks(arguments: argparse.Namespace) -> None:
 # ---- what the study is given -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Data:
-    """The images to measure, recover, choose and test on; `measure` is "agreement" where the classes are not theirs."""
+    """The images to measure, recover, choose and test on.
+
+    `measure` is "agreement" where the network's classes are not those of the images.
+    """
 
     arguments: argparse.Namespace
     training: ImageSet
@@ -313,7 +345,7 @@ class Data:
     measure: str | None
 
     def loader(self, images: ImageSet, train: bool = False) -> Loader:
-        """Return batches, for recovery shuffled and augmented."""
+        """Return batches of the images; for recovery (`train`), shuffled and augmented."""
         from stripe.data import Loader
 
         size = self.arguments.train_batch if train else self.arguments.batch
@@ -321,7 +353,7 @@ class Data:
 
 
 def _load(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Data:
-    """Load the data; the images held out are those of the training, where the checkpoint records its seed."""
+    """Load the data; where the checkpoint records its seed, the images held out are those held out in training."""
     from stripe.data import Loader, load_images
 
     where = {"data_dir": arguments.data_dir, **options.preprocessing(checkpoint.description)}
@@ -335,7 +367,7 @@ def _load(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Data:
 
 
 def _measure(arguments: argparse.Namespace, model: nn.Module, traced: Tensor, images: ImageSet) -> str | None:
-    """Return "agreement" where the network gives scores of other classes than those of the images, else None."""
+    """Return "agreement" where the network's class scores are not for the classes of the images, else None."""
     import torch
 
     from stripe.folding.divergence import CLASSES, KINDS, kind_of
@@ -351,7 +383,7 @@ def _measure(arguments: argparse.Namespace, model: nn.Module, traced: Tensor, im
 
 
 def _means(path: str | None) -> Mapping[str, Any] | None:
-    """Return the stripes of the run that was given, if one was."""
+    """Return the stripes of the run at `path` as mean constants; None without a path."""
     from stripe.folding import mean_constants
     from stripe.store import open_run
 
@@ -388,7 +420,7 @@ def _print_variant(row: Mapping[str, Any]) -> None:
 
 
 def _save(arguments: argparse.Namespace, checkpoint: Checkpoint, folded: nn.Module, traced: Tensor) -> list[Path]:
-    """Write the chosen network: weights, program and, where it is this project's plain ResNet, a checkpoint."""
+    """Write the chosen network as weights, as a program and, if it is this project's plain ResNet, as a checkpoint."""
     from stripe.checkpoints import write_tensors
     from stripe.folding import save_program, save_weights
     from stripe.models import ResNet

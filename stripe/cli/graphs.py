@@ -1,4 +1,4 @@
-"""ONNX files in `collect` and `fold`: what the two commands do without torch."""
+"""ONNX files in `collect` and `fold`: how the two commands handle them without torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from stripe.graphs import Batch, GraphFile
 
 ENDING = ".onnx"
-WEIGHTINGS = ("mean", "energy", "learned")  # constants of a file
-HELD_OUT = 5  # every so many-th sample is not measured on, but compared on
+WEIGHTINGS = ("mean", "energy", "learned")  # kinds of constants for the gates of a file
+HELD_OUT = 5  # every fifth sample is held out of the measurement, to compare outputs on
 
 Choose = Callable[[argparse.Namespace, str, "Sequence[Candidate]"], "list[Gate]"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what an ONNX file does not tell."""
+    """Add --inputs, --mean and --std, which an ONNX file does not hold."""
     group = parser.add_argument_group("ONNX files")
     group.add_argument("--inputs", metavar="PATH", help=".npz or .npy file of inputs, or a folder of such files")
     for name in ("mean", "std"):
@@ -45,7 +45,7 @@ def are_graphs(specs: Sequence[str]) -> bool:
     """Whether all checkpoints are ONNX files.
 
     Raises:
-        ValueError: some are.
+        ValueError: only some of them are.
     """
     if any(map(is_graph, specs)) and not all(map(is_graph, specs)):
         raise ValueError("--ckpt names ONNX files beside other checkpoints: record them as runs of their own")
@@ -53,18 +53,18 @@ def are_graphs(specs: Sequence[str]) -> bool:
 
 
 def candidates(arguments: argparse.Namespace, spec: str) -> list[Candidate]:
-    """Look for gates on the first samples; ValueError where these are too small to tell."""
+    """Search for gates on the first samples; warn of gates for which these are too small, ValueError if that is all."""
     from stripe.graphs import explain_gates, find_gates, open_graph
 
     file = open_graph(spec)
     found = explain_gates(file, _batches(arguments, file))
     if any(candidate.hidden for candidate in found):
-        find_gates(file, _batches(arguments, file))  # which says what to do
+        find_gates(file, _batches(arguments, file))  # its warning or error says what to do
     return found
 
 
 def collect(arguments: argparse.Namespace, contents: str, choose: Choose) -> int:
-    """Record every file as an epoch of one run, in the order in which they are named."""
+    """Record each file as an epoch of one run, in the order in which the files are given."""
     from stripe.graphs import open_graph, record
 
     if arguments.resume:
@@ -93,7 +93,7 @@ def collect(arguments: argparse.Namespace, contents: str, choose: Choose) -> int
 
 
 def fold(arguments: argparse.Namespace) -> int:
-    """Fold a file by each weighting, print what it costs on samples held out, and name the one that costs least."""
+    """Fold a file by each weighting; print what each costs on held-out samples, and which file costs least."""
     import pandas as pd
 
     from stripe import graphs
@@ -136,8 +136,8 @@ def _choices(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the constants to compare, by weighting, for gates that are folded together.
 
-    Means are a run's where one was given. Unless learned ones were asked for by name, a network that they cannot be
-    learned from goes without them.
+    The means are those of the run, if --run names one. A file from which no constants can be learned is folded without
+    learned ones, unless --weightings names them.
     """
     from stripe import graphs
     from stripe.folding import mean_constants
@@ -167,7 +167,7 @@ def _choices(
 def _fold_by(
     arguments: argparse.Namespace, file: GraphFile, weighting: str, constants: Mapping[str, Any]
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Write the file folded by a weighting; return what it costs, and what became of each gate."""
+    """Write the file folded by one weighting; return what this costs, and what became of each gate."""
     from stripe import graphs
 
     path, compared = arguments.out / f"folded-{weighting}{ENDING}", _Part(arguments, file, held_out=True)
@@ -179,7 +179,7 @@ def _fold_by(
 
 
 def _require_known(arguments: argparse.Namespace) -> None:
-    """Refuse what asks for the training of weights, for other constants, or for several numbers of folded gates."""
+    """Raise ValueError for options that no ONNX file takes: training, other constants, several numbers of gates."""
     unknown = set(arguments.weightings) - {*WEIGHTINGS} if set(arguments.weightings) != set(CONSTANTS) else set()
     if unknown:
         raise ValueError(f"--weightings {min(unknown)}: an ONNX file is folded by some of {', '.join(WEIGHTINGS)}")
@@ -202,7 +202,7 @@ def _batches(arguments: argparse.Namespace, file: GraphFile) -> Iterable[Batch]:
 
 
 class _Images:
-    """Batches of a data set, and the names of its files by sample id; its readers are torch's."""
+    """Batches of a data set, and the names of its files by sample id; torch reads the images."""
 
     def __init__(self, arguments: argparse.Namespace, file: GraphFile) -> None:
         from stripe.data import Loader, load_images
@@ -234,7 +234,7 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Part:
-    """The samples to measure on, or those to compare on, read anew each time; batches of a fixed size stay whole."""
+    """The samples to measure on, or those to compare on; read anew by each loop. Batches of a fixed size stay whole."""
 
     arguments: argparse.Namespace
     file: GraphFile

@@ -1,4 +1,4 @@
-"""Arguments that several commands take, each described once."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
-LINE = 110  # letters of a line of a legend
+LINE = 110  # characters per line of a legend
 OF_STUDY: Mapping[str, object] = {
     "counts": None, "recover_each": False, "distill_steps": 0, "order": "single", "outputs": None,
 }  # fmt: skip
-"""What only the study of a network's folds takes, and its usual values."""
+"""Arguments that only `stripe.folding.study` takes, with their defaults."""
 
 NETWORKS = (
     "timm:NAME[:pretrained], torchvision:NAME[:pretrained], hf:NAME_OR_DIR, package.module:FACTORY (its code runs)"
@@ -41,10 +41,10 @@ def add_data(parser: Parser, split: str | None = None, default: str = "the one t
     """Add --dataset and --data-dir, and --split when `split` gives its default."""
     parser.add_argument("--dataset", metavar="URI", help=f"{DATASETS} (default: {default})")
     parser.add_argument(
-        "--data-dir", type=path, default=Path("data"), metavar="DIR", help="where torchvision's sets lie"
+        "--data-dir", type=path, default=Path("data"), metavar="DIR", help="folder of torchvision's data sets"
     )
     if split is not None:
-        parser.add_argument("--split", default=split, help="which split of the data set")
+        parser.add_argument("--split", default=split, help="split of the data set")
 
 
 def add_loading(parser: Parser) -> None:
@@ -62,16 +62,16 @@ def add_normalisers(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="ATen functions, such as relu or softplus, to be taken as bounded where gates are looked for",
+        help="ATen functions, such as relu or softplus, to treat as bounded when gates are searched",
     )
 
 
 def dataset(arguments: argparse.Namespace, network: object, description: Mapping[str, Any]) -> str:
-    """Return the data set to use: the one that was asked for, else the one that a checkpoint's description names.
+    """Return the data set to use: the one that --dataset names, else the one that a checkpoint's description names.
 
     Raises:
-        ValueError: neither names one, or the checkpoint's is not on this machine. None is taken unasked, since a
-            network fed with the wrong images gives figures that look right; and no file may start a download.
+        ValueError: neither names one, or the checkpoint's is not on this machine. There is no other default, since a
+            network fed with the wrong images gives numbers that look right, and a checkpoint must not start a download.
     """
     if arguments.dataset is not None:
         return str(arguments.dataset)
@@ -100,21 +100,21 @@ def told(network: object, *sets: ImageSet) -> str:
 
 
 def told_run(run: Run) -> str:
-    """Return the line in which a command says which run it reads, and what that recorded."""
+    """Return the line in which a command says which run it reads, and which network and data the run recorded."""
     data = run.data.get("uri", "of unknown source")
     split = f", split {run.data['split']}" if "split" in run.data else ""
     return f"run {run.path}; network {network_name(run.model)}; data {data}{split}"
 
 
 def network_name(description: Mapping[str, Any]) -> str:
-    """Write create_model's arguments, or what else describes a network, in one line."""
+    """Return a network's description, such as the arguments of `create_model`, as one line."""
     chosen = {key: value for key, value in description.items() if value is not None and value is not False}
     return ", ".join(str(value) if key == "arch" else f"{key} {value}" for key, value in chosen.items()) or "unknown"
 
 
 # ---- networks --------------------------------------------------------------------------------------------
 def read_network(spec: object, arch: str | None = None) -> Checkpoint:
-    """Read a network as `stripe.models.read_checkpoint` does, and say of a factory that its code runs."""
+    """Read a network as `stripe.models.read_checkpoint` does; where a factory builds it, say that its code runs."""
     from stripe.models import is_factory, read_checkpoint
 
     for named in (str(spec), arch or ""):
@@ -123,11 +123,11 @@ def read_network(spec: object, arch: str | None = None) -> Checkpoint:
     return read_checkpoint(str(spec), arch)
 
 
-# ---- what several commands share -------------------------------------------------------------------------
+# ---- devices, gates and output ---------------------------------------------------------------------------
 def add_device(parser: Parser) -> None:
     """Add --device."""
     parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: an accelerator where there is one)"
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)"
     )
 
 
@@ -135,7 +135,7 @@ def device(arguments: argparse.Namespace) -> torch.device:
     """Return the device that --device names, else the one that belongs to this process.
 
     Raises:
-        ValueError: no such device, or this machine has none.
+        ValueError: unknown device, or one that this machine does not have.
     """
     import torch
 
@@ -164,12 +164,12 @@ def add_gates(parser: Parser, default: str) -> None:
         "--gates",
         nargs="+",
         metavar="PATTERN",
-        help=f"gates of these names, * stands for any text (default: {default})",
+        help=f"names of gates; * matches any text (default: {default})",
     )
 
 
 def chosen_gates(gates: Sequence[Gate], patterns: Iterable[str], where: object) -> list[Gate]:
-    """Return the gates that match any of the patterns, in their own order; ValueError for a pattern that none does."""
+    """Return the gates that match any pattern, in their own order; ValueError for a pattern that matches no gate."""
     patterns = list(patterns)
     for pattern in patterns:
         if not any(fnmatchcase(gate.name, pattern) for gate in gates):
@@ -184,7 +184,7 @@ def add_json(parser: Parser) -> None:
         "--json",
         type=path,
         metavar="FILE",
-        help="write the printed figures there too; -: print them, the rest to stderr",
+        help="also write the printed numbers to FILE; -: print them as JSON, and all other output to stderr",
     )
 
 
@@ -194,7 +194,7 @@ def path(text: str) -> Path:
 
 
 def legend(meanings: Mapping[str, str]) -> str:
-    """Return what the columns of a table mean, a line each, broken where a terminal would break words."""
+    """Return the meaning of each column of a table on a line of its own, wrapped between words."""
     width = max(map(len, meanings))
     return "\n".join(
         textwrap.fill(f"{name:{width}}  {meaning}", LINE, subsequent_indent=" " * (width + 2))
@@ -203,7 +203,7 @@ def legend(meanings: Mapping[str, str]) -> str:
 
 
 def refuse(arguments: argparse.Namespace, usual: Mapping[str, object], why: str) -> None:
-    """Refuse options that do not have their usual values, given by their attributes' names (ValueError)."""
+    """Raise ValueError for options that differ from their usual values, which are given by attribute name."""
     given = [name for name, value in usual.items() if getattr(arguments, name) != value]
     if given:
         named = ", ".join(f"--{name.removesuffix('_path').replace('_', '-')}" for name in given)
@@ -225,7 +225,7 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
 
 
 def preprocessing(description: dict[str, Any]) -> dict[str, Any]:
-    """Return size, channels, mean and std of a network's images, as far as they are known, for load_images."""
+    """Return for `load_images` the size, channels, mean and std of a network's images, as far as they are known."""
     data = description.get("data", {})
     return {key: data[key] for key in ("size", "channels", "mean", "std") if key in data}
 

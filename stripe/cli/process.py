@@ -1,7 +1,7 @@
-"""A command as a process: what its errors and Ctrl-C become, what reaches the terminal, how memory is kept.
+"""A command as a process: how it reports errors and Ctrl-C, what reaches the terminal, how memory is kept.
 
-Exit codes: what the command returns; 2 for bad input, after one line on stderr; 1 for a bug, after its traceback; 130
-after Ctrl-C; 141, silently, when the reader of stdout has gone, as in `stripe stats RUN | head -1`.
+The exit code is the one that the command returns; 2 for bad input, after one line on stderr; 1 for a bug, after its
+traceback; 130 after Ctrl-C; 141, silently, when the reader of stdout has gone, as in `stripe stats RUN | head -1`.
 """
 
 import _thread
@@ -26,7 +26,7 @@ from stripe.messages import SCREEN, one_line, printable, shortened
 INTERRUPTED = "interrupted: what was finished is valid and kept"
 REFUSALS = (ArithmeticError, ModuleNotFoundError, RuntimeError, TypeError, ValueError)
 LONGEST_TRACEBACK = 20_000  # characters
-LONGEST_IMPORT = 10.0  # seconds after Ctrl-C in which modules are still imported to their end
+LONGEST_IMPORT = 10.0  # seconds after Ctrl-C during which an import may still run to its end
 BUG = (
     "this is a bug in stripe: it should have done what was asked, or said what is wrong with it; "
     "please report it with the lines above"
@@ -46,14 +46,14 @@ def dispatch(
     interrupted: str = INTERRUPTED,
     interrupts: Sequence[float] = (),
 ) -> int:
-    """Parse the command line and run the command; return the exit code, see above.
+    """Parse the command line and run the command; return the exit code, which the module's docstring explains.
 
     Args:
-        parse: reads the command line; `traceback` among its arguments asks for tracebacks of bad input too.
-        run: does the work and returns the exit code; None is 0.
-        packages: whose `raise` statements refuse bad input.
-        interrupted: what to say after Ctrl-C.
-        interrupts: holds something once there was a Ctrl-C, which libraries may lose or turn into an error of theirs.
+        parse: reads the command line; with `traceback` among its arguments, bad input gives a traceback too.
+        run: does the work and returns the exit code; None counts as 0.
+        packages: packages in which a `raise` statement means that the input is bad.
+        interrupted: the message after Ctrl-C.
+        interrupts: not empty after a Ctrl-C, even if a library swallowed it or turned it into another error.
     """
     arguments = argparse.Namespace()
     try:
@@ -81,17 +81,18 @@ def dispatch(
 
 
 def dispatch_process(*words: Any, **choices: Any) -> int:
-    """`dispatch` as all that this process does; one process of several ends here, with the exit code.
+    """Call `dispatch` as the whole work of this process; return the exit code.
 
-    Threads of gloo, which a group's end does not join, now and then need Python while it shuts down: the process
-    aborts, and the job, whose work is done, counts as failed.
+    One of several processes (torch.distributed) does not return but exits here, without Python's shutdown. The end of a
+    process group does not join the threads of gloo; if one of them needs Python during the shutdown, the process
+    aborts, and a job whose work is done counts as failed.
     """
     interrupts: list[float] = []  # when, in seconds
 
     def interrupt(_: int, frame: FrameType | None) -> None:
         interrupts.append(time.monotonic())
         patient = interrupts[-1] - interrupts[0] < LONGEST_IMPORT
-        if patient and _imports(frame):  # which, where it is interrupted, may abort the process
+        if patient and _imports(frame):  # interrupting an import may abort the process
             _interrupt_soon()
         else:
             raise KeyboardInterrupt
@@ -104,13 +105,13 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
 
     sys.unraisablehook = not_raised
     try:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not of a job in the background
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores Ctrl-C
             signal.signal(signal.SIGINT, interrupt)
         keep_memory()
         warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
         code = dispatch(*words, interrupts=interrupts, **choices)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C has nothing left to interrupt
-    except KeyboardInterrupt:  # between two of these lines
+    except KeyboardInterrupt:  # outside `dispatch`, between two of the lines above
         print(choices.get("interrupted", INTERRUPTED), file=sys.stderr)
         code = 130
     distributed = sys.modules.get("torch.distributed")
@@ -122,7 +123,7 @@ def dispatch_process(*words: Any, **choices: Any) -> int:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Tell whether a module is being imported in this frame or in one that called it."""
+    """Return whether a module is being imported in this frame or in one of its callers."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True
@@ -137,9 +138,9 @@ def _interrupt_soon() -> None:
 def refusal(error: Exception, packages: tuple[str, ...] = ("stripe",)) -> str | None:
     """Return the line that says what is wrong with the input, or what the machine lacks; None for a bug.
 
-    Bad input is refused by a `raise` statement in `packages`, by files, network and memory, or by a network that fails
-    on what it is given. An error that an expression in `packages` runs into is a bug, and so is one that a library
-    raised and nobody translated.
+    The input is at fault, or the machine, if a `raise` statement in `packages` raised the error, if files, connections
+    or memory failed, or if a neural network failed on its input. Any other error of the code in `packages` is a bug,
+    and so is an error of a library that this code did not translate.
     """
     steps = list(_steps(error.__traceback__))
     innermost = _package(steps[-1])
@@ -169,11 +170,11 @@ def _package(step: TracebackType) -> str:
 
 
 def _reader_has_gone() -> bool:
-    """Tell whether it is stdout that broke; if so, let it write to nowhere, or Python would complain at its end."""
+    """Return whether stdout is the broken pipe; if so, send it to /dev/null, or Python would complain on exit."""
     reader = select.poll()
     try:
         reader.register(sys.stdout, select.POLLOUT)
-    except (OSError, ValueError):  # no file: a notebook's, or a test's
+    except (OSError, ValueError):  # not a file: the stdout of a notebook or a test
         return False
     if not any(events & (select.POLLERR | select.POLLHUP) for _, events in reader.poll(0)):
         return False

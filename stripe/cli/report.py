@@ -9,7 +9,7 @@ from stripe.recipe import SETTLED_DRIFT
 SUMMARY = "write one HTML page of a run, or of two compared: gates, heatmaps, curves, learned vectors, fold tables"
 EXAMPLE = "runs/se --out report.html"
 FILES = {"validation": "validate_asr.py", "fold": "fold.py"}
-"""Files that the page shows, and the scripts that write them."""
+"""JSON files that the page shows, and the scripts that write them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}",
             type=options.path,
             metavar="FILE",
-            help=f"{name}.json of {made_by} (default: the first run's own, if any)",
+            help=f"the {name}.json that {made_by} wrote (default: the one in the first run, if any)",
         )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=SETTLED_DRIFT,
         metavar="D",
-        help="a gate has settled once its drift stays below",
+        help="a gate has settled once its drift stays below D",
     )
 
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _command(arguments: argparse.Namespace, runs: list[str]) -> str:
-    """Return the words that make this page, without what gives access to a store."""
+    """Return the command that makes this page, without credentials for an object store."""
     words = ["stripe", "report", *runs, "--out", str(arguments.out)]
     for name in FILES:
         if (path := getattr(arguments, name)) is not None:

@@ -1,4 +1,4 @@
-"""`stats`: print how constant a run's attention is, a row per epoch and gate."""
+"""`stats`: print how constant the attention of a run is, in a row per epoch and gate."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_path", metavar="RUN", help="directory of a run, or s3://BUCKET/RUN")
     options.add_gates(parser, "all")
     parser.add_argument("--epoch", type=int, nargs="+", metavar="E", help="epochs of the table (default: all)")
-    parser.add_argument("--rank", action="store_true", help="the effective rank too, for which all rows are read")
+    parser.add_argument("--rank", action="store_true", help="add the effective rank, for which all rows are read")
     parser.add_argument(
         "--dask",
         metavar="ADDRESS",
-        help="read rows, where rows must be read, on the cluster of the scheduler at tcp://HOST:PORT",
+        help="read whatever rows are needed on a Dask cluster, whose scheduler is at tcp://HOST:PORT",
     )
-    parser.add_argument("--csv", type=options.path, metavar="FILE", help="write the table there")
+    parser.add_argument("--csv", type=options.path, metavar="FILE", help="also write the table to FILE")
     options.add_json(parser)
 
 
@@ -58,6 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measured(recorded: Sequence[int], shown: Sequence[int]) -> list[int]:
-    """Return the epochs to measure: those to show, each with the one before it, from which its drift is taken."""
+    """Return the epochs to measure: the shown ones, and the one before each of them, which its drift needs."""
     before = {epoch: earlier for earlier, epoch in pairwise(recorded)}
     return sorted({*shown, *(before[epoch] for epoch in shown if epoch in before)})

@@ -26,82 +26,102 @@ EXAMPLE = "--depth 20 --module senet --dataset hf:../shared/data/cifar10 --epoch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments; those of the ASR reference code keep its names."""
+    """Add the command's arguments; those that the ASR reference code has too keep their names."""
     network = parser.add_argument_group("network")
     network.add_argument("--arch", default="resnet", help="resnet, timm:NAME or torchvision:NAME")
     network.add_argument("--depth", type=int, default=164, help="of the resnet: 9n+2 (bottleneck), 6n+2 (basicblock)")
-    network.add_argument("--block-name", choices=BLOCKS, default=BLOCKS[0], help="of the resnet")
+    network.add_argument("--block-name", choices=BLOCKS, default=BLOCKS[0], help="residual block of the resnet")
     network.add_argument("--module", default="none", help="attention module: senet, eca, ..., timm:NAME, or none")
-    network.add_argument("--use-asr", action="store_true", help="attention of a learned vector, merged into the norm")
+    network.add_argument(
+        "--use-asr", action="store_true", help="attention of a trained input psi instead of the image (ASR)"
+    )
     network.add_argument(
         "--asr-repeats", type=options.positive, default=1, metavar="N", help="learned vectors per block"
     )
-    network.add_argument("--use-both", action="store_true", help="with --use-asr: attention of the image as well")
+    network.add_argument("--use-both", action="store_true", help="with --use-asr: keep attention of the image too")
     data = parser.add_argument_group("data")
     options.add_data(data, default="none; with --resume, the one that the checkpoint names")
     options.add_device(data)
     data.add_argument("--train-samples", type=options.positive, metavar="N", help="training images (default: all)")
-    data.add_argument("--val-samples", type=int, metavar="N", help="of them held out for validation (default: 1/10)")
-    data.add_argument("--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="training batch")
-    data.add_argument("--test-batch", type=options.positive, default=BATCH, metavar="N", help="evaluation batch")
+    data.add_argument(
+        "--val-samples", type=int, metavar="N", help="training images held out for validation (default: 1/10)"
+    )
+    data.add_argument(
+        "--train-batch", type=options.positive, default=TRAIN_BATCH, metavar="N", help="images per batch of training"
+    )
+    data.add_argument(
+        "--test-batch", type=options.positive, default=BATCH, metavar="N", help="images per batch of evaluation"
+    )
     data.add_argument(
         "--workers", type=int, default=WORKERS, metavar="N", help="processes that decode images from disk"
     )
     _add_recipe(parser)
     files = parser.add_argument_group("files")
     files.add_argument(
-        "-c", "--checkpoint", type=options.path, metavar="DIR", help="the run (default: checkpoints/NAME)"
+        "-c", "--checkpoint", type=options.path, metavar="DIR", help="directory of the run (default: checkpoints/NAME)"
     )
     files.add_argument("--use-timestamp", action="store_true", help="append the time to the directory's name")
     files.add_argument(
         "--save-every", type=int, default=1, metavar="N", help="keep every N-th epoch's weights; 0: none"
     )
-    files.add_argument("--resume", type=options.path, metavar="PATH", help="go on from this .../checkpoints/last.pt")
+    files.add_argument(
+        "--resume", type=options.path, metavar="PATH", help="continue from this checkpoint: RUN/checkpoints/last.pt"
+    )
     files.add_argument(
         "--allow-changed",
         action="store_true",
-        help="resume also with another network, seed, data set or split; images held out now may have been trained on",
+        help="resume even with another network, seed, data set or split; images that are now held out may have been "
+        "trained on before",
     )
     files.add_argument(
         "-e",
         "--evaluate",
         action="store_true",
-        help=f"only test the network of --resume, which may be {options.NETWORKS} too",
+        help=f"only test the network of --resume, which may then also be {options.NETWORKS}",
     )
-    files.add_argument("--record", type=options.positive, metavar="N", help="record N images' attention every epoch")
-    files.add_argument("--record-split", default="test", help="the split those images come from")
-    files.add_argument("--squeeze", action="store_true", help="record what the gates scale as well")
-    files.add_argument("--tensorboard", action="store_true", help="write metrics and attention for TensorBoard too")
+    files.add_argument(
+        "--record", type=options.positive, metavar="N", help="record the attention of N images after every epoch"
+    )
+    files.add_argument("--record-split", default="test", help="split from which the images of --record come")
+    files.add_argument("--squeeze", action="store_true", help="also record what the gates scale, averaged over space")
+    files.add_argument("--tensorboard", action="store_true", help="also write metrics and attention for TensorBoard")
     options.add_json(files)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=options.positive, default=Recipe.epochs, metavar="N", help="epochs in all")
-    recipe.add_argument("--scheduler", choices=tuple(SCHEDULES), default=Recipe.scheduler, help="of the learning rate")
     recipe.add_argument(
-        "--schedule", type=int, nargs="*", default=list(Recipe.milestones), metavar="E", help="epochs of the steps"
+        "--scheduler", choices=tuple(SCHEDULES), default=Recipe.scheduler, help="schedule of the learning rate"
     )
-    recipe.add_argument("--gamma", type=float, default=Recipe.gamma, help="factor of each step")
+    recipe.add_argument(
+        "--schedule",
+        type=int,
+        nargs="*",
+        default=list(Recipe.milestones),
+        metavar="E",
+        help="epochs after which the step schedule multiplies the learning rate by --gamma",
+    )
+    recipe.add_argument("--gamma", type=float, default=Recipe.gamma, help="factor of the step schedule")
     recipe.add_argument(
         "--lr", type=float, default=Recipe.lr, help="learning rate (the highest, for cosine and onecycle)"
     )
     recipe.add_argument("--momentum", type=float, default=Recipe.momentum, help="SGD's momentum")
     recipe.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="weight decay of all weights")
-    recipe.add_argument("--psi-no-decay", action="store_true", help="no weight decay on ASR's learned vectors")
+    recipe.add_argument("--psi-no-decay", action="store_true", help="no weight decay on ASR's psi")
     recipe.add_argument(
-        "--psi-init", type=_psi, default=PSI_INIT, metavar="X", help="psi starts at this number, or normal"
+        "--psi-init", type=_psi, default=PSI_INIT, metavar="X", help="start of psi: a number, or normal (random)"
     )
     recipe.add_argument("--amp", choices=tuple(PRECISIONS), default=Recipe.amp, help="mixed precision")
     recipe.add_argument("--compile", action="store_true", help="torch.compile the training: slow start, faster epochs")
     recipe.add_argument(
-        "--manualSeed", type=int, default=Recipe.seed, metavar="SEED", help="of weights, order, crops, split"
+        "--manualSeed", type=int, default=Recipe.seed, metavar="SEED", help="seed of weights, order, crops and split"
     )
     recipe.add_argument("--gpu-id", metavar="ID", help="CUDA device to use, as CUDA_VISIBLE_DEVICES takes it")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, or with -e only test."""
+    """Train the network, or only test it with -e."""
     if arguments.gpu_id is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpu_id
     if arguments.evaluate and arguments.resume is None:
@@ -111,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _dataset(arguments: argparse.Namespace) -> str:
-    """Return the data set to train or test on; ValueError, with what a training needs, where none is named."""
+    """Return the data set to train or test on; where there is none, raise ValueError that shows a whole command."""
     if arguments.dataset is None and arguments.resume is None:
         raise ValueError(
             f"nothing to train on: name a data set with --dataset ({options.DATASETS}), and best the network and the "
@@ -184,7 +204,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _boards(arguments: argparse.Namespace, directory: Path, closing: ExitStack) -> list[TensorBoard]:
-    """Open TensorBoard's files in the first process, where they are asked for."""
+    """Open TensorBoard's files in the first process, if --tensorboard is given."""
     from stripe.training import TensorBoard, processes
 
     if not (arguments.tensorboard and processes().is_main_process):
@@ -209,7 +229,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _tell_changes(arguments: argparse.Namespace, recipe: Recipe, description: dict[str, Any]) -> None:
-    """Say in one line how the training will go on in another way than it began."""
+    """Print in one line what differs between the resumed training and the one that began, if anything does."""
     from stripe.resuming import changes, read_resumable
 
     found = changes(read_resumable(arguments.resume), recipe, description)
@@ -233,7 +253,7 @@ def _test(arguments: argparse.Namespace) -> int:
 
 
 class _EpochLine:
-    """A callback that prints how well the network does after every epoch."""
+    """A callback that prints loss and accuracy after every epoch."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
@@ -272,7 +292,7 @@ def _network(arguments: argparse.Namespace, classes: int) -> dict[str, Any]:
 
 
 def _directory(arguments: argparse.Namespace) -> Path:
-    """Return the run's directory."""
+    """Return the run's directory: the one of -c, else one named after data set and network."""
     data = re.split("[/:]", arguments.dataset.rstrip("/"))[-1]
     network = f"resnet{arguments.depth}" if arguments.arch == "resnet" else arguments.arch.replace(":", "-")
     module = "" if arguments.module == "none" else arguments.module.replace(":", "-")

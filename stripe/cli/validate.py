@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from stripe.asr.validation import Validation
 
 PROTOCOLS = ("same", "both", "separate")
-SUMMARY = "compare constant vectors, learned for a network or with ASR, with the stripes that its run observed"
+SUMMARY = "compare constant vectors, learned in place of attention or by ASR, with the stripes observed in a run"
 EXAMPLE = "--ckpt runs/se/checkpoints/last.pt --run runs/probe --dataset hf:../shared/data/cifar10 --out figures/match"
 
 
@@ -23,8 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=f"the trained network that the run recorded: a file, or {options.NETWORKS}",
     )
-    parser.add_argument("--arch", help="network of a file that does not tell: timm:NAME, torchvision:NAME")
-    parser.add_argument("--run", dest="run_path", required=True, metavar="RUN", help="directory of its run")
+    parser.add_argument("--arch", help="network of a file that does not name it: timm:NAME, torchvision:NAME")
+    parser.add_argument(
+        "--run", dest="run_path", required=True, metavar="RUN", help="directory of the run that recorded the network"
+    )
     options.add_data(parser)
     options.add_loading(parser)
     options.add_device(parser)
@@ -35,21 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         default=PSI_STEPS,
         metavar="N",
-        help="training steps of psi (separate: batches that channels are matched on)",
+        help="training steps of psi (separate: batches on which channels are matched)",
     )
     parser.add_argument(
         "--protocol",
         choices=PROTOCOLS,
         default=PROTOCOLS[0],
-        help="same: psi in each gate's place in the frozen network; both: the vectors of a network with gates and ASR; "
-        "separate: those of --asr-ckpt, channel matched to channel",
+        help="where the learned vectors come from. same: train psi at each gate of the frozen network; both: the "
+        "network has ASR beside its gates; separate: the network of --asr-ckpt, its channels matched to those here",
     )
-    parser.add_argument("--asr-ckpt", metavar="PATH", help="for separate: the network trained with ASR alone")
-    parser.add_argument("--train-attention", action="store_true", help="for same: train the attention with psi")
     parser.add_argument(
-        "--amp", choices=("no", "bf16"), default=Recipe.amp, help="precision of training psi and of the accuracies"
+        "--asr-ckpt", metavar="PATH", help="with --protocol separate: the same network trained with ASR alone"
     )
-    parser.add_argument("--epoch", type=int, metavar="E", help="of the run (default: the checkpoint's, else the last)")
+    parser.add_argument(
+        "--train-attention", action="store_true", help="with --protocol same: train the attention's weights with psi"
+    )
+    parser.add_argument(
+        "--amp", choices=("no", "bf16"), default=Recipe.amp, help="precision for training psi and for the accuracies"
+    )
+    parser.add_argument(
+        "--epoch", type=int, metavar="E", help="epoch of the run (default: the checkpoint's, else the last)"
+    )
     parser.add_argument("--manualSeed", type=int, default=0, metavar="SEED", help="seed of the images' order")
     parser.add_argument(
         "--out", type=options.path, required=True, metavar="DIR", help="where table, JSON and figures go"
@@ -59,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Validate; print and write what was found."""
+    """Compare the vectors; print and write the table, its JSON and its figures."""
     from stripe import figures
     from stripe.asr.validation import validate
     from stripe.data import Loader, load_images
@@ -100,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_validation(validation: "Validation") -> None:
-    """Print the table per gate, what its columns and verdicts mean, and what was found."""
+    """Print the table of gates, what its columns and verdicts mean, and the conclusion."""
     print(validation.summary().to_string(index=False, float_format="{:.2g}".format, na_rep="-"))
     print(*(f"  {line}" for line in validation.legend()), sep="\n")
     print(validation.conclusion())

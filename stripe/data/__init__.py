@@ -1,4 +1,4 @@
-"""Images, labels and sample ids from a data URI; a URI, split and seed give the same samples in the same order.
+"""Images, labels and sample ids from a data URI; the same URI, split and seed give the same samples in the same order.
 
 `load_images` opens a data set as an `ImageSet`; a `Loader` turns that into normalised batches.
 """

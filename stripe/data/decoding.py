@@ -1,4 +1,4 @@
-"""Images that wait encoded or at their own size, and how they become pixels: all at once or batch by batch."""
+"""Images kept encoded or at their own size, and how they are decoded or resized: all at once or batch by batch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images held in memory; larger sets are decoded batch by batch
 DECODED_AT_ONCE = 256  # images a thread decodes before it hands them over
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that runs another program
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no format whose decoder runs another program
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow refuses what is twice as large by itself
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses only what is twice as large
 
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+MODES = {1: "L", 3: "RGB"}  # Pillow's modes, by the number of channels
 
-Reader = Callable[[Tensor], list[tuple[str, str | BytesIO]]]  # rows to the names and files of their images
+Reader = Callable[[Tensor], list[tuple[str, str | BytesIO]]]  # from rows to the names and files of their images
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Encoded:
         A broken image raises ValueError with its name.
         """
         mode = MODES[self.channels]
-        strip = Image.new(mode, (self.size, self.size * len(self.rows)))  # one below the other
+        strip = Image.new(mode, (self.size, self.size * len(self.rows)))  # images one below the other
         for number, (name, file) in enumerate(self.read(self.rows)):
             with open_image(name, file) as image:
                 strip.paste(_square(_eight_bits(image, mode), self.size), (0, self.size * number))
@@ -102,7 +102,7 @@ Images = Tensor | Encoded | Resized  # uint8 (N, channels, H, W), in memory or t
 
 
 def sized(stored: Tensor | Reader, rows: Tensor, size: int, channels: int = 3) -> Images:
-    """Take the images of some rows as (N, channels, size, size), where need be by decoding."""
+    """Return the images of some rows as (N, channels, size, size), to be decoded or resized later where necessary."""
     if not isinstance(stored, Tensor):
         return Encoded(stored, rows, size, channels)
     images = stored[rows] if channels == 3 else _grey(stored[rows])
@@ -132,7 +132,7 @@ def decode_all(images: Images, uri: str) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def decode_ahead(images: Images, batches: list[Tensor], workers: int) -> Iterator[Tensor]:
-    """Yield uint8 (n, 3, H, W) for each batch of positions; threads decode up to `workers` batches ahead."""
+    """Yield uint8 (n, channels, H, W) for each batch of positions; threads decode up to `workers` batches ahead."""
     if isinstance(images, Tensor):
         yield from (images[rows] for rows in batches)
         return
@@ -151,7 +151,7 @@ def open_image(name: str, file: str | BytesIO) -> Iterator[Image.Image]:
     """Open an image and name it in whatever error its decoding raises (Pillow's decoders raise many types)."""
     try:
         if isinstance(file, str) and not os.path.isfile(file):
-            raise ValueError("no regular file")  # a pipe would be waited for
+            raise ValueError("no regular file")  # opening a pipe would wait for its writer
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             yield image
     except Exception as error:
@@ -168,13 +168,13 @@ def _is_whole(named: tuple[str, str | BytesIO]) -> bool:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Return uint8 (N, 1, H, W) of images in colour, by the weights of ITU-R 601, rounded as Pillow does."""
+    """Convert colour images to grey uint8 (N, 1, H, W) by the weights of ITU-R 601, rounded as Pillow does."""
     weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(1, 3, 1, 1)
     return (((images * weights).sum(1, keepdim=True) + 2**15) >> 16).to(torch.uint8)
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
-    """Return an image in a mode of 8 bits a channel: of 16-bit grey, which `convert` clips, the higher 8."""
+    """Convert an image to a mode of 8 bits a channel; 16-bit grey, which `convert` would clip, keeps its higher 8."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):

@@ -1,4 +1,4 @@
-"""ImageSet and load_images: the labelled images of one split, whole or a part of them."""
+"""ImageSet and load_images: the labelled images of one split, all or some of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stripe.data.normalisation import checked_mean_std, statistics
 from stripe.data.sources import Split, open_source
 from stripe.messages import listing
 
-LARGEST_SIZE = 2048  # pixels; a side beyond is no network's input
+LARGEST_SIZE = 2048  # pixels a side; no network takes larger images
 LARGEST_NATURAL_SIZE = 224  # encoded images are shrunk to this side unless the caller says otherwise
 MEASURED_IMAGES = 64  # images opened to learn the size of an encoded set
 
@@ -32,13 +32,13 @@ class ImageSet:
         uri: where the images come from.
         split: their split.
         images: uint8 (N, channels, H, W), or `Encoded` or `Resized` when they are too many to hold in memory.
-        labels: int64 (N,), -1 where the source does not know.
+        labels: int64 (N,), -1 where the label is unknown.
         sample_ids: int64 (N,), each sample's position in the whole split, the same in every subset.
         classes: class names by label.
         mean: per channel, for pixels in 0..1.
         std: per channel, for pixels in 0..1.
         flip: whether a mirrored image still belongs to its class.
-        files: of a folder of images, the file of each sample id, relative to the folder; else nothing.
+        files: for a folder of images, the file of each sample id, relative to the folder; otherwise empty.
         skipped: names of the images that were left out because they are broken.
     """
 
@@ -71,7 +71,7 @@ class ImageSet:
         return self._select(kept), self._select(held_out)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a checkpoint or run must know to feed a network the same way, as plain values."""
+        """Return, as plain values, what a checkpoint or run must store to feed a network in the same way."""
         return {
             "uri": self.uri,
             "split": self.split,
@@ -102,25 +102,25 @@ def load_images(
     channels: int | None = None,
     skip_broken: bool = False,
 ) -> ImageSet:
-    """Load a split of a data set, small ones into memory.
+    """Load a split of a data set; a small one is held in memory.
 
     Args:
         uri: `digits`, `cifar10`, `cifar100`, `stl10`, `imagefolder:DIR` or `hf:NAME_OR_DIR`.
-        split: one of the set's splits, such as train or test. A set without "test" is tested on its "val" or
+        split: one of the set's splits, such as train or test. Where a set has no "test", this means its "val" or
             "validation", which are two names for one thing.
-        size: side of the images in pixels; by default their own, for encoded ones 224 at most.
-        samples: how many to load, spread evenly over the split; by default all.
+        size: side of the images in pixels; by default their own, for encoded images at most 224.
+        samples: how many images to load, spread evenly over the split; by default all.
         data_dir: folder of torchvision's data sets.
         mean: with `std`, another network's normalisation, per channel in 0..1; by default CIFAR's published
-            ones or those of the set's own training split.
+            values or those of the set's own training split.
         std: see `mean`.
-        channels: 3 for colour, 1 for grey, into which images in colour are turned; by default as many as `mean` has.
-        skip_broken: leave out images that cannot be decoded, for which all are decoded first, and warn of their number.
+        channels: 3 for colour, or 1 for grey, to which colour images are converted; by default as `mean`, or 3.
+        skip_broken: leave out images that cannot be decoded, and warn how many; all are decoded once to find them.
 
     Raises:
         FileNotFoundError: the data are not there.
         ModuleNotFoundError: `hf:` without the package `datasets`.
-        ValueError: unknown URI or split, too few samples, a broken image, unusable size, labels, mean and std.
+        ValueError: unknown URI or split, too few samples, a broken image, or unusable size, labels, mean or std.
 
     Example:
         >>> images = load_images("digits", "test", samples=100)
@@ -164,7 +164,7 @@ def seeded_generator(*numbers: int) -> torch.Generator:
 
 
 def _existing(split: str, splits: Sequence[str], uri: str) -> str:
-    """Return the name that a set has for a split."""
+    """Return the set's own name for a split."""
     names = {"test": ("test", "val", "validation"), "val": ("val", "validation"), "validation": ("validation", "val")}
     for name in names.get(split, (split,)):
         if name in splits:
@@ -173,7 +173,7 @@ def _existing(split: str, splits: Sequence[str], uri: str) -> str:
 
 
 def _usable(part: Split, uri: str, split: str, *, skip_broken: bool) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the rows to choose from, with `skip_broken` those of images that can be decoded, and what is left out."""
+    """Return the rows to choose from (with `skip_broken`, of decodable images only) and the names of broken images."""
     rows = torch.arange(len(part.labels))
     if isinstance(part.stored, Tensor) or not skip_broken:
         return rows, ()
@@ -196,7 +196,7 @@ def _check_count(available: int, asked: int, uri: str, split: str) -> None:
 
 
 def _check_labels(part: Split, uri: str, split: str) -> None:
-    """Refuse labels that name no class; -1 is an unknown one."""
+    """Raise ValueError for labels that name no class, except -1, which stands for an unknown class."""
     if len(part.labels) and not -1 <= part.labels.min() <= part.labels.max() < len(part.classes):
         raise ValueError(
             f"'{uri}' has labels {part.labels.min()} to {part.labels.max()} in split '{split}': expected -1 (unknown) "
@@ -212,7 +212,7 @@ def _spread(total: int, samples: int | None, uri: str, split: str) -> Tensor:
 
 
 def _natural_size(part: Split, uri: str, split: str, *, skip_broken: bool) -> int:
-    """Return the median shorter side of some of the encoded images, LARGEST_NATURAL_SIZE at most."""
+    """Return the median of the shorter sides of some encoded images, at most LARGEST_NATURAL_SIZE."""
     total = len(part.labels)
     assert not isinstance(part.stored, Tensor)
     sides = []

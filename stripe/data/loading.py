@@ -1,4 +1,4 @@
-"""Loader: an ImageSet as normalised batches, in training shuffled and augmented, shared among processes."""
+"""Loader: normalised batches of an ImageSet, shuffled and augmented in training, and shared among processes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Loader:
     """Batches of (images float32 (n, channels, H, W) normalised, labels int64 (n,), sample ids int64 (n,)).
 
     In training the order and the augmentation (random crop, mirroring where the set allows) follow from the
-    seed and epoch alone, so neither a resumed run nor another number of processes changes what a sample looks
+    seed and epoch alone, so neither resuming nor another number of processes changes what a sample looks
     like. Otherwise every sample comes once, as it is, in order.
 
     Several processes share the work. In training each takes `batch_size` samples of every global batch; the
-    last, smaller one is shared equally and left out where it would give a process a single sample, since
-    batch norm cannot train on one. Otherwise the batches are those of one process, dealt out in contiguous runs,
-    so that a network gives each sample the very same values; fewer batches than processes are cut into even
-    shares. Nothing is padded or repeated.
+    last, smaller batch is shared equally, or left out where it would give a process a single sample, since
+    batch norm cannot train on one. Otherwise the batches are those of one process, dealt out in contiguous
+    sequences, so that a network gives each sample the very same values; if there are fewer batches than processes,
+    the samples are cut into even shares. Nothing is padded or repeated.
 
-    On an accelerator, images that are in memory are held there as uint8, and cropped, mirrored and normalised there;
-    the batches are the same, bit for bit, as on the processor. Sample ids stay on the processor.
+    With a GPU, images that are in memory are copied to the device as uint8 if they fit, and cropped, mirrored and
+    normalised there; the batches are the same, bit for bit, as on the CPU. Sample ids stay on the CPU.
 
     Attributes:
         samples: how many samples an epoch yields to this process.
@@ -86,7 +86,7 @@ class Loader:
         return len(self._parts)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next training pass takes."""
+        """Choose the epoch whose order and augmentation the next training pass uses."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -144,7 +144,7 @@ def _ordered_parts(total: int, batch_size: int, rank: int, world_size: int) -> I
 
 
 def _augment(pixels: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
-    """Crop padded uint8 images (n, 3, H, W) at `corners` (n, 2) and mirror those in `mirrored` (n,)."""
+    """Pad uint8 images (n, channels, H, W), crop them at `corners` (n, 2), and mirror those in `mirrored` (n,)."""
     count, channels, height, width = pixels.shape
     along = torch.arange(width, device=pixels.device)
     y = corners[:, :1] + torch.arange(height, device=pixels.device)

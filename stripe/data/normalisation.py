@@ -11,7 +11,7 @@ import torch
 from stripe.data import decoding
 from stripe.data.decoding import Images, decode_all
 
-MeanStd = tuple[tuple[float, ...], tuple[float, ...]]  # of each channel, for pixels in 0..1
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, for pixels in 0..1
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -20,8 +20,8 @@ CIFAR_STD = (0.2023, 0.1994, 0.2010)
 def statistics(images: Images, uri: str) -> MeanStd:
     """Return each channel's mean and std over all pixels, in 0..1; a std of 1 where all pixels are equal.
 
-    Counts how often each of the 256 values occurs, so the result does not depend on the order of the sum. Of
-    a set beyond MEMORY_LIMIT it takes as many images as fit, spread evenly.
+    Counts how often each of the 256 values occurs, so the result does not depend on the order of the sum. For
+    a set larger than MEMORY_LIMIT it uses as many images as fit, spread evenly.
     """
     total, *shape = images.shape
     fitting = min(total, decoding.MEMORY_LIMIT // math.prod(shape))
@@ -37,7 +37,7 @@ def statistics(images: Images, uri: str) -> MeanStd:
 
 
 def checked_mean_std(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> MeanStd:
-    """Return a given mean and std if they can normalise so many channels."""
+    """Return a given mean and std as tuples; ValueError if they cannot normalise images of `channels` channels."""
     given = [*(mean or ()), *(std or ())]
     usable = len(given) == 2 * channels and all(isinstance(x, Real) and math.isfinite(x) for x in given)
     if mean is None or std is None or len(mean) != channels or not usable or not min(std) > 0:

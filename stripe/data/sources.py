@@ -1,4 +1,4 @@
-"""Where a data URI leads: scikit-learn's digits, torchvision's sets, a folder of images or a Hugging Face data set."""
+"""What a data URI names: scikit-learn's digits, torchvision's sets, a folder of images or a Hugging Face data set."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before any image is read; `size` is None where the images must be asked."""
+    """A data set before any image is read; `size` is None where only the images tell it."""
 
     splits: tuple[str, ...]
     open: Callable[[str], Split]
@@ -95,7 +95,7 @@ def _open_torchvision(uri: str, data_dir: str) -> Source:
 
 
 def _open_folder(uri: str, data_dir: str) -> Source:
-    """Open DIR/SPLIT/CLASS/image, or DIR/CLASS/image, which then serves as every split; without CLASS, unlabelled."""
+    """Open DIR/SPLIT/CLASS/image, or DIR/CLASS/image, which serves as every split; without CLASS, unlabelled images."""
     root = Path(uri.partition(":")[2]).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"'{uri}': there is no folder '{root}'; expected DIR/SPLIT/CLASS/image")
@@ -124,9 +124,9 @@ def _open_folder(uri: str, data_dir: str) -> Source:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of splits: those that hold folders, or all of them where there is nothing else.
+    """Return the folders named as splits: all of them if there are no other folders, else those that hold folders.
 
-    A folder named train among others that hold images as it does is a class, of trains.
+    Among other folders, one named train that holds images directly is a class, of trains.
     """
     named = {split: root / split for split in FOLDER_SPLITS if (root / split).is_dir()}
     if len(named) == len(_subfolders(root)):
@@ -139,7 +139,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _open_hub(uri: str, data_dir: str) -> Source:
-    """Open a Hugging Face data set, a folder of Parquet files without their package; feature types tell the columns."""
+    """Open a Hugging Face data set, whose feature types tell the columns; Parquet files do not need their package."""
     target = uri.partition(":")[2]
     folder = Path(target).expanduser()
     if target.startswith((".", "/", "~")) and not folder.is_dir():
@@ -151,7 +151,7 @@ def _open_hub(uri: str, data_dir: str) -> Source:
 
 @contextmanager
 def _loading(uri: str) -> Iterator[None]:
-    """Say in one line what could not be loaded: files that are not what they say fail in many ways."""
+    """Turn any error into one line that names what could not be loaded: malformed files fail in many ways."""
     try:
         yield
     except Exception as error:
@@ -205,13 +205,13 @@ def _from_datasets(uri: str, target: str) -> Source:
 
 
 def _encoded(uri: str, split: str, row: int, stored: tuple[bytes | None, str | None]) -> tuple[str, str | BytesIO]:
-    """Name an image of a row, and return its content, or else its path."""
+    """Return a name for the image of a row, and its content or else its path."""
     content, path = stored
     return f"{uri} {split} row {row}", BytesIO(content) if content else path or ""
 
 
 def _column(kinds: Mapping[str, str | None], wanted: str, uri: str) -> str:
-    """Return the first column of a kind."""
+    """Return the first column of the wanted kind."""
     for name, kind in kinds.items():
         if kind == wanted:
             return name

@@ -1,19 +1,20 @@
 """Fold the attention out of a trained network: constants for its gates, merged into its weights where that is exact.
 
-`measure_gates`, `foretell`, `learn_constants` and `fit_matrices` give the constants, `sensitivity` and `greedy_order`
-what they cost, `fold` the network without gates, `compact` one with a few numbers per image in their place, `tradeoff`
-how many it needs, `damage` how far that is from the original, `reestimate_norms` and `distill` win back accuracy,
-`latencies` and the `save_` functions take it to its use; `study` does all of this and chooses how many gates to fold.
+`measure_gates`, `foretell`, `learn_constants` and `fit_matrices` find the constants; `sensitivity` and `greedy_order`
+measure what they cost. `fold` returns the network without gates, `compact` one with a few numbers per image in their
+place, and `tradeoff` measures how many numbers it needs. `damage` says how far a network is from the original,
+`reestimate_norms` and `distill` win back accuracy, `latencies` times networks and the `save_` functions export them.
+`study` goes from finding constants to choosing how many gates to fold.
 
-The four conversions answer alike. `asr.insert`, `asr.deploy` and `asr.fuse` return a new network and `fold` returns one
-with a report; `fuse_norms` is `asr.fuse` with the same kind of report. None changes its argument, except where
-`inplace=True` asks for it. None refuses a network in train mode: `insert` and `deploy` hold in both modes and leave
-every module in its own; `fuse` and `fold` hold for inference, take the network as it is in eval mode, and return one in
-eval mode. Put back into train mode, a folded network does there what it did before, but for its gates.
+The four conversions behave alike. `asr.insert`, `asr.deploy` and `asr.fuse` return a new network; `fold` returns a new
+network and a report; `fuse_norms` is `asr.fuse` with the same kind of report. None changes its argument unless
+`inplace=True` is given. All accept a network in train mode: `insert` and `deploy` are exact in both modes and leave
+every module in its mode; `fuse` and `fold` are exact for inference only, treat the network as if it were in eval mode,
+and return one in eval mode. Put back into train mode, a folded network behaves as before, except for its gates.
 
-How it is decided: `fields` and `maps` say what of a graph is an affine map per channel, `merging` where it goes, all
-without torch; `source` takes it out of the modules' own methods, and `building` puts together and compares. Names are
-imported on first use, so that what needs no torch is there without it.
+How merges are decided: `fields` and `maps` find the affine maps per channel in a graph and `merging` decides where each
+one goes, all without torch; `source` removes them from the modules' own methods, and `building` assembles the new
+network and compares it with the original. Names are imported on first use, so that parts without torch work without it.
 """
 
 from importlib import import_module
@@ -63,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home."""
+    """Import a public name from the module that defines it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'stripe.folding' has no attribute '{name}'; expected one of {', '.join(__all__)}")
     return getattr(import_module(f"stripe.folding.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The network with maps merged: weights changed, operations taken out of the forwards that apply them, all compared."""
+"""Build the network with merged maps: change weights, take operations out of forwards, and compare the outputs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ChannelScale(nn.Module):
-    """Multiply a feature map by a constant per channel and add another: what no layer can take of a gate.
+    """Multiply a feature map by a constant per channel and add another, in place of gates that no layer can take.
 
-    `gates` names the gates in whose place it stands.
+    `gates` names the gates that it replaces.
     """
 
     def __init__(self, scale: Tensor | None, shift: Tensor | None = None, gates: tuple[str, ...] = ()) -> None:
@@ -47,9 +47,9 @@ class ChannelScale(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """Multiply the channels of a feature map (N, C, *space) by a matrix and add a constant: what no layer can take.
+    """Multiply the channels of a feature map (N, C, *space) by a matrix and add a constant, where no layer can.
 
-    `gates` names the gate in whose place it stands.
+    `gates` names the gate that it replaces.
     """
 
     def __init__(self, matrix: Tensor, shift: Tensor, gates: tuple[str, ...] = ()) -> None:
@@ -67,24 +67,24 @@ class ChannelMix(nn.Module):
 
 
 class Original:
-    """A network in float64 with its graph: what merges are made in copies of, and compared with."""
+    """A network in float64 with its graph; merges are made in copies of it, which are compared with it."""
 
     def __init__(
         self, model: nn.Module, graph: Trace, images: Images, at_constants: AbstractContextManager[None]
     ) -> None:
-        """Keep the network and what it was traced on; inside `at_constants` its gates are constant."""
+        """Keep the network, its graph and the images that were traced; inside `at_constants` its gates are constant."""
         self.model = model
         self.graph = graph
         self._images = images
         self._at_constants = at_constants
 
     def merged(self, merges: list[Merge]) -> tuple[nn.Module, list[Merge], float]:
-        """Return the network with the merges made, all those that are exact, and its relative error.
+        """Return the network with all exact merges made, what became of each merge, and the network's relative error.
 
         Raises:
-            ValueError: a map cannot be taken out of the module that applies it, no tensor is seen in the output, or
-                the network differs from itself.
-            ArithmeticError: the network differs even with nothing merged.
+            ValueError: a map cannot be taken out of the module that applies it, the output holds no tensor or numbers
+                that are not finite, or it differs between two runs.
+            ArithmeticError: the new network differs even with nothing merged.
         """
         probes = self._probes(merges)
         with self._at_constants:
@@ -101,7 +101,7 @@ class Original:
             built = self._built(tried)
             try:
                 return built, _error(self._observed(built, probes), expected)
-            except Exception:  # a forward changed by trial: anything may come
+            except Exception:  # a forward changed on trial may raise anything
                 return built, float("inf")
 
         built, error = attempt(merges)
@@ -121,22 +121,22 @@ class Original:
         return built.eval(), merges, error
 
     def _probes(self, merges: Sequence[Merge]) -> list[str]:
-        """Return the modules whose outputs must be what they were, with all the merges made."""
+        """Return the modules whose outputs must be the same as before, once all merges are made."""
         touched = frozenset[Value]().union(*(merge.touched for merge in merges))
         ports = [port for ports in self.graph.ports.values() for port in ports if port.side == "output"]
         changed = {port.call.path for port in ports if port.value in touched}
         return list(dict.fromkeys(path for merge in merges for path in merge.probes if path not in changed))
 
     def _observed(self, model: nn.Module, paths: Iterable[str]) -> dict[str, list[Tensor]]:
-        """Run a network; return the tensors of its output as "", and those of the modules that give out a single one.
+        """Run a network; return the tensors of its output as "", and those of the modules that return a single tensor.
 
-        What else a module gives out need not be what it was: attention that is returned beside the product, say.
+        Other outputs of modules may change, such as attention that is returned beside the product.
         """
         seen: dict[str, list[Tensor]] = {}
 
         def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                seen[path] = [*seen.get(path, []), output.clone()]  # what comes next may write it
+                seen[path] = [*seen.get(path, []), output.clone()]  # later operations may overwrite it
 
         modules = dict(model.named_modules(remove_duplicate=False))
         handles = [modules[path].register_forward_hook(partial(leave, path)) for path in paths if path in modules]
@@ -208,7 +208,7 @@ class Original:
         )
 
     def _removal(self, op: Op, operand: int, scale: nn.Module | None) -> tuple[str, Removal]:
-        """Find the expression that runs an operation; where its module does nothing else, what calls the module."""
+        """Find the expression that runs an operation or, where its module does nothing else, the call of the module."""
         call, place = op.call, op.place
         name: str | None = op.name
         while True:
@@ -239,13 +239,13 @@ class Original:
 
 
 def _error(found: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]]) -> float:
-    """Return the relative error of the outputs, and of those modules that are still there."""
+    """Return the largest relative error, of the outputs and of those modules that still exist."""
     paths = [path for path in expected if path in found]
     return max(relative_error(found[path], expected[path]) for path in paths)
 
 
 def _replaced(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Return `model` with `module` in the place of the one at `path`, which may be the root or stand in several."""
+    """Return `model` with `module` in the place of the one at `path`, which may be the root or occur more than once."""
     old = model.get_submodule(path)
     for place in [name for name, each in model.named_modules(remove_duplicate=False) if each is old and name]:
         model.set_submodule(place, module)
@@ -263,7 +263,7 @@ def _as_module(map: AffineMap, images: Images) -> nn.Module:
 
 
 def _make(edit: Edit, model: nn.Module) -> None:
-    """Make one change of the weights."""
+    """Make one change to the weights of `model`."""
     module, name = model.get_submodule(edit.path), edit.name.rpartition(".")[2]
     if edit.new and getattr(module, name) is None:
         like: Any = module.weight

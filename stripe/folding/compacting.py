@@ -24,15 +24,15 @@ from stripe.gates.trace import Images
 from stripe.messages import Progress
 from stripe.recipe import LEARNING_STEPS
 
-RATE = 0.01  # of learning, in units of the root mean square of what is learned
-RIDGE = 1e-3  # of least squares, in units of the mean square of a squeeze's channels
+RATE = 0.01  # learning rate, in units of the root mean square of what is learned
+RIDGE = 1e-3  # penalty of least squares, in units of the mean square of a squeeze's channels
 FORMS = ("multiplicative", "additive")
 
 
 class Scores(nn.Module):
     """A few numbers for each image: a linear map of the average of a feature map over space.
 
-    What was computed last is kept until the next image, for the gates behind that take the same scores.
+    The last scores are kept until the next batch, for the later gates that take the same scores.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, channel: int) -> None:
@@ -53,23 +53,23 @@ class Scores(nn.Module):
         return self._kept[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was computed last."""
+        """Leave out the last scores."""
         return {**self.__dict__, "_kept": []}
 
 
 class CompactGate(nn.Module):
-    """A gate whose attention is c + s U for k scores s of the image, held between two bounds.
+    """A gate whose attention is c + s U for k scores s of the image, clamped to two bounds.
 
     Attributes:
         constant: c, (C,).
         directions: U, (k, C).
-        scores: what gives s: of the map that the gate scales, or, with `takes`, of the one an earlier gate scaled.
+        scores: the module that computes s, from the map that the gate scales or, with `takes`, an earlier gate's map.
         takes: whether the scores are an earlier gate's.
         gate: the gate's name.
     """
 
     def __init__(self, gate: Gate, fit: _Fit, scores: Scores, takes: bool, bounds: tuple[float, float]) -> None:
-        """Begin at a least-squares fit."""
+        """Initialise the gate from a least-squares fit."""
         super().__init__()
         like = scores.weight
         self.constant, self.directions = (
@@ -79,7 +79,7 @@ class CompactGate(nn.Module):
         self._adds, self._channel, (self._low, self._high) = gate.form == "additive", gate.layout.index("C"), bounds
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale a feature map, or add to it."""
+        """Scale a feature map by the attention, or add the attention to it."""
         scores = self.scores.last if self.takes else self.scores(x)
         attention = (self.constant + scores @ self.directions).clamp(self._low, self._high)
         shape = [1] * x.ndim
@@ -99,12 +99,12 @@ class _Fit:
     """A least-squares fit of attention by k scores of a squeeze, which have variance 1 over the images.
 
     Attributes:
-        constant: what is left without the scores, (C,).
+        constant: the attention where the scores are 0, (C,).
         directions: (k, C).
-        weight: of the squeeze's channels in the scores, (k, channels of the squeeze).
-        bias: of the scores, (k,).
-        explained: the part of the attention's variance, weighted by what it scales, that the scores explain.
-        wrong: what the constant alone gets wrong, of the energy of the scaled map.
+        weight: the weights of the squeeze's channels in the scores, (k, channels of the squeeze).
+        bias: the bias of the scores, (k,).
+        explained: the share of the attention's variance, weighted by what it scales, that the scores explain.
+        wrong: the error left by the constant alone, as a share of the scaled map's energy.
     """
 
     constant: Array
@@ -120,10 +120,10 @@ class CompactReport:
     """What was done with each gate.
 
     Attributes:
-        table: a row per gate: gate, channels, scores (k; 0: a constant, merged), source (the gate whose map the scores
-            are of; empty for constants) and explained (the part of the attention's variance over images, weighted by
-            what it scales, that the scores explained before they were refined).
-        parameters: how many numbers the scores and directions of all gates hold together.
+        table: a row per gate: gate, channels, scores (k; 0: a constant, merged), source (the gate from whose map the
+            scores come; empty for constants) and explained (the share of the attention's variance over images, weighted
+            by what it scales, that the scores explained before they were refined).
+        parameters: how many numbers the constants, directions and scores of the compact gates hold together.
     """
 
     table: pd.DataFrame
@@ -141,30 +141,31 @@ def compact(
     rate: float = RATE,
     progress: Progress = iter,
 ) -> tuple[nn.Module, CompactReport]:
-    """Give every gate of a network k scores per image in place of its attention; no label is used.
+    """Replace the attention of a network's gates by k scores per image; no labels are used.
 
-    A gate becomes c + s U, held between the least and the greatest value it had. The scores s are a linear map of the
-    squeeze: of the gate's own, or, where `source` names a gate, of that one's for it and all behind it, so that one
-    pooling and one small map serve them all; gates before it become constants. Both begin at the reduced-rank least
-    squares of the attention on the squeeze (Izenman 1975), weighted by what the gate scales, and are then trained
-    together towards the original's outputs. Gates with k = 0 get learned constants and are merged as `fold` merges.
+    A gate's attention becomes c + s U, clamped to the range of the original attention on `calibration`. The scores s
+    are a linear map of the gate's own squeeze. Where `source` names a gate, they are a linear map of that gate's
+    squeeze, for it and all gates after it, so that one pooling and one small map serve them all; gates before it become
+    constants. Scores and directions start from the reduced-rank least-squares fit of the attention on the squeeze
+    (Izenman 1975), weighted by what the gate scales; c, U and the scores are then trained together towards the
+    original's outputs. Gates with k = 0 get learned constants, which are merged as in `fold`.
 
     Args:
         model: the network, in eval mode; it is left as it is.
         images: a small batch as `find_gates` takes it.
-        calibration: batches (images, ...), run through as often as the steps need; the squeezes of all are held in
-            memory, and there must be more images than a gate has channels for the first fit to say much.
-        k: scores per gate, or by the gates' names (0 for those not named).
-        source: the gate whose squeeze gives the scores of all.
-        steps: of training, a batch each; 0 leaves the least squares as they are.
-        rate: first learning rate, in units of the root mean square of what is learned; falls linearly to 0.
+        calibration: batches (images, ...), read as often as the steps need; the squeezes of all images are held in
+            memory, and the first fit says little unless there are more images than a gate has channels.
+        k: scores per gate, or a mapping from the gates' names to their scores (0 for gates not named).
+        source: the gate whose squeeze gives the scores of all gates (default: each gate has its own).
+        steps: number of training steps, of one batch each; 0 keeps the least-squares fit.
+        rate: initial learning rate, in units of the root mean square of what is learned; falls linearly to 0.
         progress: wraps the steps.
 
     Returns:
         The new network in eval mode, made of plain modules and `CompactGate`, and the report.
 
     Raises:
-        ValueError: no gates, an unknown gate, a negative k, or a gate of another form than multiplicative or additive.
+        ValueError: no gates, an unknown gate, a negative k, or a gate that is neither multiplicative nor additive.
         FloatingPointError: the divergence is no longer finite.
 
     Example:
@@ -202,13 +203,14 @@ def compact(
 
 
 def choose_source(model: nn.Module, images: Images, calibration: Iterable[Sequence[Any]], *, k: int) -> str:
-    """Return the gate whose squeeze, by k scores, tells most of the attention of all, as `source` for `compact`.
+    """Return the gate whose squeeze, by k scores, best predicts the attention of all gates, as `source` for `compact`.
 
-    Of each gate it counts what a constant gets wrong in the gates before it, and least squares by its scores in it and
-    those behind: the share of the scaled map's energy. Nothing is learned, and no label is used.
+    A gate is judged by the sum of the errors that constants leave in the gates before it and that least squares on its
+    scores leave in itself and the gates after it, each as a share of the scaled map's energy. Nothing is learned, and
+    no labels are used.
 
     Raises:
-        ValueError: no gates, or one of another form than multiplicative or additive.
+        ValueError: no gates, or a gate that is neither multiplicative nor additive.
     """
     gates = find_gates(model, images)
     _counts(gates, k, None)
@@ -224,7 +226,7 @@ def choose_source(model: nn.Module, images: Images, calibration: Iterable[Sequen
 
 
 def _counts(gates: Sequence[Gate], k: int | Mapping[str, int], source: str | None) -> dict[str, int]:
-    """Return how many scores each gate gets, 0 for those before the source."""
+    """Return how many scores each gate gets; gates before the source get none."""
     names = [gate.name for gate in gates]
     if not gates:
         raise ValueError("the network has no gates: see stripe.gates.explain_gates for what was looked at")
@@ -257,7 +259,7 @@ def _compacted(
     images: Images,
     calibration: Iterable[Sequence[Any]],
 ) -> tuple[nn.Module, dict[str, _Fit]]:
-    """Return a copy of the network with compact gates at their least squares, and these."""
+    """Return a copy of the network with compact gates at their least-squares fits, and the fits."""
     seen = _seen(model, gates, calibration)
     fits: dict[str, _Fit] = {}
     if source:
@@ -341,7 +343,7 @@ def _refine(
     rate: float,
     progress: Progress,
 ) -> None:
-    """Train the compact gates alone, towards the original's outputs."""
+    """Train only the compact gates, towards the original's outputs."""
     kind, device = kind_of(original, images), device_of(original)
     network.requires_grad_(False)
     gates = [module for module in network.modules() if isinstance(module, CompactGate)]

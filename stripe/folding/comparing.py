@@ -13,17 +13,17 @@ from stripe.folding.uses import Constants
 from stripe.gates.trace import Images
 
 Recovery = Callable[[nn.Module], nn.Module]
-"""Makes a better network of a folded one, such as `reestimate_norms` or `distill` with their loaders."""
+"""Makes a better network of a folded one, such as `reestimate_norms` or `distill` with its loader bound."""
 
 NONE = "none"  # the weighting of a network without folded gates
-AS_IS = "none"  # the recovery that is none
+AS_IS = "none"  # the name for no recovery
 AS_FOLDED: Mapping[str, Recovery] = {AS_IS: lambda network: network}
-"""The recovery that is none."""
+"""No recovery: the network stays as it was folded."""
 
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A network with the first `folded` gates of an order folded; `report` is None where there are none."""
+    """A network with the first `folded` gates of an order folded; `report` is None if none is folded."""
 
     folded: int
     weighting: str
@@ -44,8 +44,8 @@ def variants(
 ) -> Iterator[Variant]:
     """Yield a variant for each count of folded gates, each weighting in `constants`, and each recovery.
 
-    `images` and `normalisers` are as `fold` takes them. A count of 0 is `model` itself, as weighting "none": with a
-    recovery it tells what this gives a network of which nothing is folded.
+    `images` and `normalisers` are as `fold` takes them. A count of 0 is `model` itself, with the weighting "none":
+    together with a recovery, it shows what the recovery does to a network with nothing folded.
     """
     for count in counts:
         for weighting in constants if count else [NONE]:

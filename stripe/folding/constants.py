@@ -1,4 +1,4 @@
-"""Which constant stands for a gate, found by running the network: averages, matrices, Fisher's weights, learned."""
+"""Find the constants of gates by running the network: averages, matrices, Fisher-weighted and learned ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stripe.gates.trace import Images
 from stripe.messages import Progress
 from stripe.recipe import LEARNING_STEPS
 
-RIDGE = 1e-4  # of least squares, in units of the mean square of a map's channels
+RIDGE = 1e-4  # penalty of least squares, in units of the mean square of a map's channels
 PIECE = 32  # samples whose gradients are computed at once, which bounds the memory
 
 
@@ -64,16 +64,17 @@ def fit_matrices(
 ) -> dict[str, Array]:
     """Fit a matrix and a shift to each of some gates that are constant together; returns (C, C + 1) by gate.
 
-    One gate after another, least squares over all positions of all samples: of what the gate gives in the network as
-    it is, on the map that it takes behind those before it. The matrix is drawn a little towards the "energy" constants
-    on its diagonal. It tells samples apart by what their channels hold, which no constant per channel can. A gate for
-    which no matrix can stand, such as one that adds, has its "energy" constant (C,).
+    The gates are fitted one after another, by least squares over all positions of all samples: from the map that
+    reaches the gate when those before it are already replaced, to what the gate gives in the original network. A ridge
+    penalty draws the matrix a little towards a diagonal of the "energy" constants. Unlike a constant per channel, a
+    matrix can treat samples differently, by what their channels hold. A gate that no matrix can replace, such as one
+    that adds, gets its "energy" constant (C,).
 
     Args:
         model: the network, in eval mode; it is left as it is.
-        gates: those that will be folded, in order of execution; the others go on as they are.
+        gates: the gates that will be folded, in order of execution; all others stay as they are.
         uses: what these gates did, as `measure_gates` gives it.
-        loader: batches (images, ...), of many more positions than a gate has channels; run through once for each gate.
+        loader: batches (images, ...) with many more positions than a gate has channels; read once for each gate.
         progress: wraps the gates.
     """
     fitted: dict[str, Array] = {}
@@ -108,7 +109,7 @@ def _at_gate(model: nn.Module, gate: Gate, images: Tensor) -> dict[str, Tensor]:
 
 
 def _least_squares(sums: Array, start: Array) -> Array:
-    """Return matrix and shift (C, C + 1) from the products of (x, 1) and what is wanted with (x, 1)."""
+    """Return matrix and shift (C, C + 1) from the products of (x, 1), and of the target, with (x, 1)."""
     c = len(start)
     gram, wanted = sums[: c + 1], sums[c + 1 :]
     at_start = np.hstack([np.diag(start), np.zeros((c, 1))])
@@ -120,12 +121,13 @@ def _least_squares(sums: Array, start: Array) -> Array:
 # ---- the divergence's gradient ----
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What the divergence from the original will be, foretold for one gate from its gradient v on the attention.
+    """The predicted divergence from the original for one gate, from a gradient v with respect to the attention g.
 
     Attributes:
-        constant: the "fisher" one (C,), E[v^2 g] / E[v^2], which leaves the least of it where channels do not interact.
-        divergence: E[(v . (g - c))^2] at the constant c that was given: the divergence with this gate alone constant,
-            to second order, in nats; of values, its root, the relative error.
+        constant: the "fisher" constant (C,), E[v^2 g] / E[v^2], which leaves the least divergence if channels do not
+            interact.
+        divergence: E[(v . (g - c))^2] at the given constant c: to second order, the divergence with this gate alone
+            constant, in nats; for values its root, the relative error.
     """
 
     constant: Array
@@ -144,17 +146,17 @@ def foretell(
     seed: int = 0,
     progress: Progress = iter,
 ) -> dict[str, Forecast]:
-    """Foretell from one pass forwards and backwards what each gate's constant costs, and find its Fisher constant.
+    """Predict what each gate's constant costs from one pass over the batches, and find its Fisher constant.
 
     Args:
         model: the network, in eval mode; it is left as it is.
         gates: its gates, all of which can be folded.
-        constants: of every gate, (C,).
+        constants: the constant of every gate, (C,).
         images: a small batch as `find_gates` takes it.
         loader: batches (images, ...).
-        kind: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
+        kind: the kind of the network's output, "classes" or "values" (default: found by `kind_of`).
         normalisers: as `find_gates` takes them.
-        seed: of the random signs.
+        seed: seed of the random signs.
         progress: wraps the batches.
     """
     kind = kind or kind_of(model, images)
@@ -184,7 +186,7 @@ def _gradients(
     generator: torch.Generator,
     progress: Progress,
 ) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
-    """Yield, per batch, every gate's values (n, C) and the gradient of what `sounding` gives on them."""
+    """Yield, per piece of a batch, every gate's values (n, C) and the gradient of `sounding` with respect to them."""
     device = device_of(model)
     for images in (piece for batch, *_ in progress(loader) for piece in batch.to(device).split(PIECE)):
         seen = dict[tuple[str, str], Tensor]()
@@ -206,7 +208,7 @@ def _array(tensor: Tensor) -> Array:
 
 
 class Scaled:
-    """A copy of a network whose gates are given from outside, per channel or per sample and channel, with gradients."""
+    """A copy of a network whose attention the caller gives, per channel or per sample and channel, with gradients."""
 
     def __init__(
         self, model: nn.Module, gates: Sequence[Gate], images: Images, normalisers: Collection[str] = ()
@@ -226,7 +228,7 @@ class Scaled:
         self.model.requires_grad_(False)
 
     def run(self, images: Tensor, values: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> Outputs:
-        """Run the copy with `values` in place of the gates and `shifts` added to what they give, (C,) or (n, C)."""
+        """Run the copy with `values` in place of the attention and `shifts` added to the products, (C,) or (n, C)."""
         for gate in self.gates:
             if gate.name in self._scales:
                 self._set(self._scales[gate.name], gate, values[gate.name], shifts.get(gate.name))
@@ -265,18 +267,19 @@ def learn_constants(
 ) -> dict[str, Array]:
     """Learn a scale and a shift per channel for gates that are constant together; returns (2, C) by gate, for `fold`.
 
-    They begin at the "energy" constants without a shift, and follow the divergence from what `model` gives, without
-    any label: Adam, its rate falling linearly to 0. Nothing else is trained.
+    They start at the "energy" constants without a shift and are trained to minimise the divergence from the outputs of
+    `model`, without labels, by Adam with a rate that falls linearly to 0. Nothing else is trained.
 
     Args:
         model: the network, in eval mode; it is left as it is.
-        gates: those that will be folded; the others go on as they are.
+        gates: the gates that will be folded; all others stay as they are.
         uses: what these gates did, as `measure_gates` gives it.
         images: a small batch as `find_gates` takes it.
-        loader: batches (images, ...), run through as often as the steps need.
-        steps: how many, a batch each.
-        rate: the first learning rate, in units of a gate's root mean square constant, and of what it gives.
-        kind: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
+        loader: batches (images, ...), read as often as the steps need.
+        steps: number of training steps, of one batch each.
+        rate: the initial learning rate, in units of the root mean square of a gate's constants and, for shifts, of
+            its products.
+        kind: the kind of the network's output, "classes" or "values" (default: found by `kind_of`).
         normalisers: as `find_gates` takes them.
         progress: wraps the steps.
 
@@ -300,7 +303,7 @@ def learn_constants(
 
 
 def follow(kind: str, original: nn.Module, run: Callable[[Tensor], Outputs], batch: Tensor, step: int) -> None:
-    """Add up the gradients of the divergence of what `run` gives from the original's outputs, piece by piece.
+    """Accumulate the gradients of the divergence of the outputs of `run` from the original's, piece by piece.
 
     Raises:
         FloatingPointError: the divergence is no longer finite.
@@ -315,7 +318,7 @@ def follow(kind: str, original: nn.Module, run: Callable[[Tensor], Outputs], bat
 
 
 def endless(loader: Iterable[Sequence[Any]]) -> Iterator[Any]:
-    """Yield images, epoch after epoch; a loader that has `set_epoch` is told which.
+    """Yield images, epoch after epoch; a loader that has `set_epoch` is told the epoch.
 
     Raises:
         ValueError: the loader is empty.

@@ -23,7 +23,7 @@ Outputs = Sequence[Tensor]
 
 
 def kind_of(model: nn.Module, images: Images) -> str:
-    """Return what a network gives out: scores of "classes" where it is one tensor (N, K >= 2), else "values"."""
+    """Return the kind of a network's output: "classes" if it is one tensor of scores (N, K >= 2), else "values"."""
     with torch.inference_mode():
         outputs = outputs_of(model, images)
     one = len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1 and outputs[0].is_floating_point()
@@ -31,10 +31,11 @@ def kind_of(model: nn.Module, images: Images) -> str:
 
 
 def divergence(kind: str, found: Outputs, wanted: Outputs) -> Tensor:
-    """Return how far outputs are from those wanted, as a scalar that gradients pass; 0 where they are equal.
+    """Return how far outputs are from the wanted ones, as a differentiable scalar; 0 if they are equal.
 
-    Of "classes" it is the Kullback-Leibler divergence of the class probabilities from those wanted, in nats, averaged
-    over the samples; of "values" the squared error over the squared value, averaged over the floating-point tensors.
+    For "classes" it is the Kullback-Leibler divergence of the class probabilities from the wanted ones, in nats,
+    averaged over the samples; for "values" the squared error over the squared value, averaged over the floating-point
+    tensors.
     """
     if kind == CLASSES:
         return _leibler(found[0], wanted[0]).sum() / len(found[0])
@@ -44,8 +45,8 @@ def divergence(kind: str, found: Outputs, wanted: Outputs) -> Tensor:
 def of_each(kind: str, found: Outputs, wanted: Outputs) -> tuple[Tensor, Tensor]:
     """Return each sample's divergence and likeness (1: the same), (N,) each, in float64.
 
-    Of "values" these are of all tensors of a sample together; the likeness is the cosine. Of "classes" it is whether
-    the most likely class is the same.
+    For "values" all tensors of a sample are taken together, and the likeness is the cosine. For "classes" the likeness
+    is whether the most likely class is the same.
     """
     if kind == CLASSES:
         same = found[0].argmax(1) == wanted[0].argmax(1)
@@ -56,13 +57,13 @@ def of_each(kind: str, found: Outputs, wanted: Outputs) -> tuple[Tensor, Tensor]
 
 
 def _leibler(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return what each class adds to the Kullback-Leibler divergence of a sample, (N, K), from two outputs' scores."""
+    """Return what each class adds to a sample's Kullback-Leibler divergence, (N, K), from two outputs' scores."""
     ours, theirs = log_probabilities(found), log_probabilities(wanted)
     return theirs.exp() * (theirs - ours)
 
 
 def log_probabilities(scores: Tensor) -> Tensor:
-    """Return the log of class probabilities (N, K) from logits, from their logs, or from the probabilities."""
+    """Return log-probabilities of classes (N, K) from logits, log-probabilities or probabilities."""
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     with torch.no_grad():
         are_probabilities = bool((scores >= 0).all() and ((scores.sum(1) - 1).abs() < 1e-3).all())
@@ -70,10 +71,10 @@ def log_probabilities(scores: Tensor) -> Tensor:
 
 
 def sounding(kind: str, outputs: Outputs, generator: torch.Generator) -> Tensor:
-    """Return a scalar whose gradient v, taken per sample, foretells the divergence: a change d gives E[(v . d)^2].
+    """Return a scalar whose gradient v, taken per sample, predicts the divergence: a change d causes E[(v . d)^2].
 
-    It is what the outputs' scores give against random signs, so that one pass backwards stands for all of them
-    (Hutchinson 1990); of classes, E[v v'] is half the Fisher information, the second-order term of the divergence.
+    The scalar weights the outputs by random signs, so that one backward pass stands for one per output (Hutchinson
+    1990); for classes, E[v v'] is half the Fisher information, the second-order term of the divergence.
     """
 
     def signs(like: Tensor) -> Tensor:
@@ -103,12 +104,12 @@ class Damage:
     """How far a network is from the original over some samples.
 
     Attributes:
-        divergence: of classes in nats, as `divergence`; of values the relative error |f - o| / |o|, the mean over the
-            output's tensors.
+        divergence: for classes in nats, as in `divergence`; for values the relative error |f - o| / |o|, averaged over
+            the output's tensors.
         fidelity: in percent: the share of samples whose most likely class is the original's, or the mean cosine
             between a sample's values and the original's.
-        accuracy: the share of labels predicted, in percent; None where the labels are none of the classes.
-        samples: how many there were.
+        accuracy: the share of labels predicted, in percent; None where labels are missing or name no class.
+        samples: the number of samples.
     """
 
     divergence: float
@@ -122,10 +123,10 @@ def damage(
 ) -> Damage:
     """Compare a network with the original over batches (images, labels, ...); memory stays at one batch.
 
-    `kind` is "classes" or "values" (default: as `kind_of` sees it). Labels are optional.
+    `kind` is "classes" or "values" (default: found by `kind_of`). Labels are optional.
 
     Raises:
-        ValueError: no batch, or an unknown kind.
+        ValueError: no batches, or an unknown kind.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"outputs '{kind}': expected one of {', '.join(KINDS)}")
@@ -151,7 +152,7 @@ class _Sums:
         self._labelled = True
 
     def add(self, kind: str, found: Outputs, wanted: Outputs, labels: Tensor | None) -> None:
-        """Take a batch."""
+        """Add a batch."""
         away, alike = of_each(kind, found, wanted)
         self.samples += len(away)
         self._away += float(away.sum())
@@ -176,7 +177,7 @@ class _Sums:
 
 
 def are_classes(labels: Any, scores: Tensor) -> bool:
-    """Whether labels name one of the classes of scores (N, K) for each sample."""
+    """Return whether labels name one of the classes of scores (N, K) for each sample."""
     if not isinstance(labels, Tensor) or labels.shape != scores.shape[:1] or labels.is_floating_point():
         return False
     return bool(((labels >= 0) & (labels < scores.shape[1])).all())

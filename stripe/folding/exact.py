@@ -1,4 +1,4 @@
-"""fold: constants in place of a trained network's gates, merged into its weights. What is not exact is not merged."""
+"""fold: replace a trained network's gates by constants, and merge these into its weights wherever that is exact."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def fold(
     """Replace the gates in `constants` by its vectors (C,), and merge these into the network's weights.
 
     The keys of `constants` are gates or their names. A value of shape (2, C) holds the constant and a shift: where the
-    gate multiplies a map x, the new network goes on with x * value[0] + value[1]. One of shape (C, C + 1) holds a
-    matrix and a shift: at every position it goes on with value[:, :-1] @ x + value[:, -1]. `images` and `normalisers`
-    are as `find_gates` takes them. Returns a new network, in eval mode, and the report. A gate without an exact merge
-    becomes a ChannelScale or, for a matrix, a ChannelMix. What the network does in train mode is otherwise as it was,
-    except where a matrix went back through a batch norm, whose statistics are no longer those of what it takes.
+    gate multiplies a map x, the new network computes x * value[0] + value[1]. One of shape (C, C + 1) holds a matrix
+    and a shift: at every position the network computes value[:, :-1] @ x + value[:, -1]. `images` and `normalisers` are
+    as `find_gates` takes them. Returns a new network, in eval mode, and the report. A gate without an exact merge
+    becomes a ChannelScale or, for a matrix, a ChannelMix. In train mode the network otherwise does what it did before,
+    except where a matrix was merged back through a batch norm: the norm's running statistics no longer match its input.
 
     Raises:
         ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a gate that cannot be
-            taken out of the module that applies it, an output in which no tensor is seen, a network that differs
-            from itself, or one that is scripted, quantised to int8, sharded by FSDP or on the meta device.
-        ArithmeticError: the folded network differs, even with nothing merged.
+            taken out of the module that applies it, an output that holds no tensor, a network whose output
+            differs between two runs, or one that is scripted, quantised to int8, sharded by FSDP or on the meta device.
+        ArithmeticError: the folded network differs from the original at constants, even with nothing merged.
     """
     model = uncompiled(model)
     require_foldable(model)
@@ -68,7 +68,7 @@ def scaled_copy(
     images: Images,
     normalisers: Collection[str] = (),
 ) -> tuple[nn.Module, dict[str, ChannelScale]]:
-    """Return a copy in which each gate in `constants` is a ChannelScale of its own, and these by the gates' names.
+    """Return a copy with a ChannelScale in place of each gate in `constants`, and these modules by the gates' names.
 
     Nothing is merged, so that the scales can be trained, or differ from sample to sample. A gate that the output does
     not need is left out. Raises what `fold` raises.
@@ -90,7 +90,7 @@ def scaled_copy(
 def _at_constants(
     exact: nn.Module, found: Sequence[Gate], constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], images: Images
 ) -> tuple[Original, Constants, Weights]:
-    """Return a network in float64 as it is with some of its gates constant, those gates in its graph, its weights."""
+    """Return a float64 network with some gates at constants, those gates in its graph, and the network's weights."""
     vectors = _checked(found, constants, tensors_in(images)[0])
     gates = [gate for gate in found if gate.name in vectors]
     graph, weights = trace(exact, images), weights_of(exact)
@@ -110,14 +110,14 @@ def _at_constants(
 def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Module, FoldReport]:
     """Merge each batch norm into the layers before it, or after it, where that is exact; for inference.
 
-    `images` is a small batch as the network takes it; without it, batches are tried that the first layer could take.
+    `images` is a small batch as the network takes it; without it, batches that the first layer could take are tried.
     What is exact is decided on the path that these images take. Returns a new network, in eval mode, in which merged
-    norms are nn.Identity, and the report: its column "norm" names them, norms that stay are "kept" with the reason.
+    norms are nn.Identity, and the report: its column "norm" names all norms; those that stay are "kept", with a reason.
 
     Raises:
-        ValueError: no `images` were given and no batch that was tried passes, no tensor is seen in the output, or the
-            network differs from itself.
-        ArithmeticError: the new network differs, even with nothing merged.
+        ValueError: no `images` were given and the network takes none of the batches tried, the output holds no tensor,
+            or it differs between two runs.
+        ArithmeticError: the new network differs from the original, even with nothing merged.
     """
     model = uncompiled(model)
     require_foldable(model)
@@ -139,24 +139,24 @@ def fuse_norms(model: nn.Module, images: Images | None = None) -> tuple[nn.Modul
 
 
 def example_for(model: nn.Module) -> Tensor:
-    """Return the first batch of two that a network in float64 takes, of those that its first layer could.
+    """Return a batch of two images that a float64 network takes, of the first shape that passes.
 
     Raises:
-        ValueError: none passes.
+        ValueError: no shape passes.
     """
     device = device_of(model)
     for shape in _shapes(model):
         images = torch.randn(2, *shape, device=device)
         try:
             model(images)
-        except Exception:  # the network's own forward, tried: anything may come
+        except Exception:  # the network's own forward may raise anything
             continue
         return images
     raise ValueError(f"no batch that was tried passes through {type(model).__name__}: give one as `images`")
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Yield shapes of a sample that fit what timm and transformers note, or the first layer."""
+    """Yield shapes that a sample could have: the one that timm notes, then those that fit the first layer."""
     noted = getattr(model, "pretrained_cfg", None)
     if isinstance(noted, Mapping) and "input_size" in noted:
         yield tuple(noted["input_size"])
@@ -174,7 +174,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
 def _checked(
     gates: Sequence[Gate], constants: Mapping[Any, Tensor | np.ndarray[Any, Any]], like: Tensor
 ) -> dict[str, Tensor]:
-    """Return the constants on the device and of the type of `like`."""
+    """Check the constants, and return them on the device and of the type of `like`."""
     if not gates:
         raise ValueError("the network has no gates to fold: see stripe.gates.explain_gates for what was looked at")
     tensors = {
@@ -187,7 +187,7 @@ def _checked(
 
 
 def cast_like(new: nn.Module, model: nn.Module) -> None:
-    """Give tensors the types of the original's; what is new takes its layer's, or the type of most of the weights."""
+    """Cast tensors to the original's types; a new one gets its layer's type, or the most common one of the weights."""
     types = {name: tensor.dtype for name, tensor in named_tensors(model).items()}
     usual = Counter(kind for kind in types.values() if kind.is_floating_point).most_common(1)
     for name, tensor in named_tensors(new).items():

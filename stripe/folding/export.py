@@ -1,4 +1,4 @@
-"""A network as files that need no Python class of it: safetensors, torch.export, ONNX checked against onnxruntime."""
+"""Save a network without pickling its class: as safetensors, torch.export program, or ONNX checked in onnxruntime."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def save_weights(model: nn.Module, path: Path) -> Path:
     with replaced(path) as partial:
         try:
             save_model(model, str(partial))
-        except SafetensorError as error:  # a failed write too comes as this, without its number
+        except SafetensorError as error:  # a failed write is reported as this too, without its errno
             raise OSError(one_line(error)) from error
     return path
 
@@ -66,7 +66,8 @@ def save_onnx(
 ) -> OnnxFile:
     """Write the network as ONNX, and compare every output of onnxruntime on `images` with the network's.
 
-    Every tensor of the output becomes an output of the file: named as in a mapping or dataclass, else by its place.
+    Every tensor of the network's output becomes an output of the file, named by its key or field where the network
+    returns a mapping or dataclass, else by its position.
 
     Args:
         model: the network, in eval mode.
@@ -76,8 +77,8 @@ def save_onnx(
         batch: how many images the file takes at a time (default: any number).
 
     Raises:
-        ModuleNotFoundError: without the extra `onnx`.
-        ValueError: the exporter has no ONNX for an operation, which the message names, or for this opset.
+        ModuleNotFoundError: the extra `onnx` is not installed.
+        ValueError: the exporter cannot translate an operation, which the message names, or cannot write this opset.
         ArithmeticError: onnxruntime's output is off by more than ONNX_TOLERANCE.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
@@ -121,7 +122,7 @@ def _write_onnx(
         program.save(str(path), external_data=False)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # of the exporter or its converters, which raise many kinds
+    except Exception as error:  # the exporter and its converters raise many kinds
         raise ValueError(f"this network cannot be written as ONNX: {_cause(error)}") from error
     if opset is not None and (found := _opset(path)) != opset:
         raise ValueError(f"this network cannot be written in ONNX's opset {opset}; the exporter gives opset {found}")
@@ -135,7 +136,7 @@ def _opset(path: Path) -> int:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the operation that stopped an export, where the chain of errors names one, else what it says first."""
+    """Return which operation stopped an export, if the chain of errors names one, else the first error's message."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -146,7 +147,7 @@ def _cause(error: BaseException) -> str:
 
 
 class _Flat(nn.Module):
-    """A network that takes its arguments by position and gives out every tensor of its output in one tuple."""
+    """A network that takes its arguments by position and returns every tensor of its output in one tuple."""
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -159,7 +160,7 @@ class _Flat(nn.Module):
 
 
 def _names(output: Any, count: int) -> list[str]:
-    """Name the tensors of an output: by its own names where it has one for each, else by their places."""
+    """Name the tensors of an output: by its keys or fields where each tensor has one, else by their positions."""
     fields = vars(output) if is_dataclass(output) and not isinstance(output, Mapping) else output
     if isinstance(fields, Mapping):
         tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
@@ -169,7 +170,7 @@ def _names(output: Any, count: int) -> list[str]:
 
 
 def _of_size(item: Any, batch: int) -> Any:
-    """Repeat or cut the samples of a tensor to a number of them."""
+    """Repeat or cut the samples of a tensor so that it has `batch` of them."""
     if not isinstance(item, Tensor) or not item.ndim:
         return item
     return item.repeat(-(-batch // len(item)), *[1] * (item.ndim - 1))[:batch]
@@ -187,7 +188,7 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _exported(model: nn.Module, images: Images, *, free: bool = True) -> torch.export.ExportedProgram:
-    """Export for any batch size, where the network allows it and `free` asks for it."""
+    """Export the network, with `free` for any batch size."""
     args, kwargs, _ = _arguments(images)
     shapes: Any = None
     if free:
@@ -197,12 +198,12 @@ def _exported(model: nn.Module, images: Images, *, free: bool = True) -> torch.e
         )
         shapes = by_name or ((by_place,) if isinstance(model, _Flat) else by_place)
     with _quiet():
-        # From torch 2.7 on this is the default; before, dynamo reads the code itself and cannot follow all of it.
+        # strict=False is the default from torch 2.7 on; with True, dynamo reads the code and cannot follow all of it.
         return torch.export.export(model.eval(), args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def onnx_session(path: Path, *, threads: int | None = None) -> Any:
-    """Open an ONNX file under onnxruntime with so many threads (default: as many as torch uses)."""
+    """Open an ONNX file in onnxruntime with this many threads (default: as many as torch uses)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -213,7 +214,7 @@ def onnx_session(path: Path, *, threads: int | None = None) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters' own notes off the screen."""
+    """Silence the exporters' log messages and warnings."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,6 +1,6 @@
-"""Numbers on a graph: its weights by name, values computed again from others, and vectors spread over a map and back.
+"""Numbers on a graph: its weights by name, values recomputed from others, and vectors spread over a map and back.
 
-A field is an array in the shape of a value that says what every entry is multiplied by, or what is added to it.
+A field is an array in the shape of a value; it holds what every entry is multiplied by, or what is added to it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Run = Callable[[Op, Callable[[Value], Array]], list[Array]]
 
 
 class Blocked(Exception):
-    """No exact merge on this side; the message says what is in the way."""
+    """There is no exact merge on this side; the message says what is in the way."""
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
     """The parameters and buffers of a network in float64, by name.
 
-    `empty` names the parameters that a layer could have and has not, such as the bias of a convolution without one.
+    `empty` names the parameters that a layer could have but lacks, such as the bias of a convolution without one.
     `tied` holds, by name, all the names of a tensor that has several.
     """
 
@@ -39,10 +39,10 @@ class Weights:
     def compute(
         self, value: Value, known: Mapping[Value, Array] | None = None, tensors: Mapping[str, Array] | None = None
     ) -> Array:
-        """Compute a value again from `known` ones and from `tensors`, by default the weights as they are.
+        """Recompute a value from `known` values and from `tensors`, by default the weights as they are.
 
         Raises:
-            Blocked: something else than arithmetic on these makes it.
+            Blocked: it takes more than moving and arithmetic to get from these to the value.
         """
         known, tensors = known or {}, self.tensors if tensors is None else tensors
         if value in known:
@@ -55,18 +55,18 @@ class Weights:
         return self.run(op, lambda v: self.compute(v, known, tensors))[op.outputs.index(value)]
 
     def pushed(self, op: Op, value: Value, field: Array, fill: float) -> list[Array]:
-        """Move a field as `op` moves what it is for; `fill` is that of everything else."""
+        """Move the field of `value` as `op` moves the value; the field of every other input is `fill`."""
         return self.run(op, lambda v: field if v is value else np.full(v.shape, fill))
 
     def pulled(self, op: Op, output: Value, field: Array, fill: float) -> dict[Value, Array]:
-        """Return the fields of an operation's inputs that it moves to `field`.
+        """Return the fields of an operation's inputs that the operation moves to `field` at its output.
 
-        Every entry of the inputs gets a number, and the operation is run on the numbers: where each one comes out
-        says what its entry's field is. A second run, on the fields so found, sees that they do give `field`. Numbers
-        in float64 are exact up to 2 ** 53 entries.
+        Every entry of the inputs gets a number, and the operation is run on the numbers: the place where a number comes
+        out gives the field of its entry. A second run, on the fields found in this way, checks that they do give
+        `field`. Numbers in float64 are exact up to 2 ** 53 entries.
 
         Raises:
-            Blocked: no such fields, or an entry that does not depend on the input would need one.
+            Blocked: there are no such fields, or an entry that does not depend on the network's input would need one.
         """
         values = list(dict.fromkeys(values_in((op.args, op.kwargs))))
         sizes = [int(np.prod(value.shape)) for value in values]
@@ -96,7 +96,7 @@ def along(field: Array, dim: int) -> Array:
     """Return the vector that a field is made of, (C,) along `dim`.
 
     Raises:
-        Blocked: it differs along other dimensions too.
+        Blocked: the field differs along other dimensions too.
     """
     rows = np.moveaxis(field, dim, 0).reshape(field.shape[dim], -1)
     if (rows != rows[:, :1]).any():
@@ -105,10 +105,10 @@ def along(field: Array, dim: int) -> Array:
 
 
 def spread_like(field: Array, value: Value) -> Array:
-    """Return what a field is made of in the shape of a value that is spread over it, as a parameter that is added is.
+    """Reduce a field to the shape of a value that broadcasts to it, as an added parameter does.
 
     Raises:
-        Blocked: the field differs where the value is the same.
+        Blocked: the field differs along a dimension over which the value is broadcast.
     """
     lead = len(field.shape) - len(value.shape)
     if lead < 0:
@@ -120,7 +120,7 @@ def spread_like(field: Array, value: Value) -> Array:
 
 
 def per_input(op: Op, weight: Value, vector: Array) -> Array:
-    """Shape a vector over a layer's input channels to broadcast with its weight; each group has its own."""
+    """Shape a vector over a layer's input channels to broadcast with its weight; each group has its own part."""
     if op.name != "convolution":
         return vector[:, None]
     outputs, per_group = weight.shape[:2]

@@ -18,7 +18,7 @@ from stripe.timing import interleave
 
 ROUNDS = 15
 BATCHES = (1, 64)
-SHORTEST = 0.02  # seconds that one timing takes at least, by repetition
+SHORTEST = 0.02  # seconds that one timing takes at least; forwards are repeated to reach it
 
 
 def latencies(
@@ -31,8 +31,8 @@ def latencies(
 ) -> pd.DataFrame:
     """Time the networks in turn on repetitions of `images` (N, ...), by backend and batch size.
 
-    Columns network, backend, batch, milliseconds (median of a forward), low, high (over the rounds) and speedup,
-    the first network's median over this one's.
+    The columns are network, backend, batch, milliseconds (the median time of a forward), low, high (over the rounds)
+    and speedup, the first network's median over this one's.
 
     Raises:
         ValueError: an unknown backend.
@@ -99,4 +99,4 @@ BACKENDS: dict[str, Callable[[nn.Module, Tensor, Path], Forward]] = {
     "compile": _compiled,
     "onnxruntime": _onnxruntime,
 }
-"""What runs a network, by name: makes a forward of it, with a path for a temporary file."""
+"""By name, a function that turns a network into a forward; it is given a path for a temporary file."""

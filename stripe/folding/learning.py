@@ -1,4 +1,4 @@
-"""Constants while they are learned: Adam, in units of what each gate does. NumPy alone: gradients come from outside."""
+"""Learn constants by Adam, in units of what each gate does. NumPy alone: the caller computes the gradients."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 from stripe.folding.uses import Array, GateUse
 from stripe.gate import Gate
 
-RATE = 0.01  # of learning, in units of a gate's usual value, and of what it usually gives
+RATE = 0.01  # learning rate, in units of a gate's usual value and, for shifts, of its usual product
 DECAYS = (0.9, 0.999)  # of Adam's two averages
 TINY = 1e-8
 
 
 class Learner:
-    """The scale and shift per channel of some gates, which begin at the "energy" constants without a shift.
+    """The scale and shift per channel of some gates, which start at the "energy" constants without a shift.
 
-    A scale moves in units of the root mean square of its gate's constants, a shift in units of what the channel usually
-    gives; the shift of a gate that adds stays 0, since its constant is one. The rate falls linearly to 0 over `steps`.
+    A scale moves in units of the root mean square of its gate's constants, a shift in units of its channel's usual
+    product; the shift of a gate that adds stays 0, since its constant is a shift already. The rate falls linearly to 0
+    over `steps`.
     """
 
     def __init__(self, gates: Sequence[Gate], uses: Mapping[str, GateUse], steps: int, rate: float = RATE) -> None:
@@ -41,7 +42,7 @@ class Learner:
         return {name: start + self._units[name] * self._moved[name] for name, start in self._start.items()}
 
     def step(self, gradients: Mapping[str, Array]) -> None:
-        """Follow the gradients (2, C) of what is to fall, one step of Adam (Kingma and Ba 2015)."""
+        """Take one step of Adam (Kingma and Ba 2015) against the gradients (2, C) of the loss."""
         rate = self._rate * (1 - self._taken / self._steps)
         self._taken += 1
         for name, gradient in gradients.items():

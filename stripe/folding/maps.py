@@ -1,4 +1,4 @@
-"""What of a network is an affine map per channel: gates at constants, with what is added to them, and batch norms."""
+"""The affine maps per channel in a network: gates at constants, with what is added to them, and batch norms."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
-    """The operations `ops`, which map `x` to y = scale * x + shift; `names` are the gates, or the norm, that they are.
+    """The operations `ops`, which map `x` to y = scale * x + shift; `names` are their gates, or the norm's name.
 
-    The map is taken out where each operation in `steps`, from y towards x, gives back its argument at the position
-    beside it. `scale` and `shift` broadcast to y. With `mix` (C, C) y = mix @ x + shift instead, along dimension 1.
+    To take the map out, each operation in `steps`, from y towards x, is replaced by its argument at the position given
+    with it. `scale` and `shift` broadcast to y. With `mix` (C, C), y = mix @ x + shift instead, along dimension 1.
     """
 
     names: tuple[str, ...]
@@ -52,7 +52,7 @@ class Constants:
         self.needed = self._reached()
 
     def maps(self, weights: Weights) -> Iterator[AffineMap]:
-        """Yield the affine map of every gate, in order of execution; those that one map holds go together."""
+        """Yield the affine map of every gate, in order of execution; one map may hold several gates."""
         taken = set[Op]()
         for op in self._products:
             if op not in taken:
@@ -114,7 +114,7 @@ class Constants:
         return x
 
     def _ending(self, product: Op, x: Value, end: Op, weights: Weights) -> AffineMap | None:
-        """Return the map from `x` to what `end` makes, if it is affine and nothing else takes what lies between."""
+        """Return the map from `x` to the output of `end`, if it is affine and nothing else takes a value in between."""
         ops = self._between(x, end)
         y, gate = end.outputs[0], self._products[product]
         users = {
@@ -139,7 +139,7 @@ class Constants:
         return AffineMap(names, x, y, scale, shift, frozenset(ops), self._steps(x, end))
 
     def _computed(self, y: Value, known: dict[Value, Array], products: Sequence[Op], weights: Weights) -> Array:
-        """Compute `y` from what is known, with these products, in order of execution, at their constants."""
+        """Compute `y` from `known` values, with `products`, which are in order of execution, at their constants."""
         for op in products:
             scale, shift = self._placed[op]
             known[op.outputs[0]] = scale * weights.compute(self._scaled(op), known) + shift
@@ -149,7 +149,7 @@ class Constants:
         return any(output in values for output in self._graph.outputs)
 
     def _between(self, x: Value, end: Op) -> set[Op]:
-        """Return the operations that `end` needs to make its output of `x`, the constants given."""
+        """Return the operations that `end` needs to make its output from `x`, given the constants."""
         queue, found = [end], set[Op]()
         while queue:
             op = queue.pop()
@@ -159,7 +159,7 @@ class Constants:
         return found
 
     def _steps(self, x: Value, end: Op) -> tuple[tuple[Op, int], ...]:
-        """Return the shortest way from `end` to `x`: operations, and the position of the argument to go on with."""
+        """Return a path from `end` to `x`: its operations, each with the position of the argument to go on with."""
         steps, op = [], end
         while True:
             live = {i: v for i, v in enumerate(op.args) if isinstance(v, Value) and v.live}
@@ -173,7 +173,7 @@ class Constants:
 
 
 def _waves(shape: Sequence[int]) -> Array:
-    """Return numbers of either sign that differ from entry to entry."""
+    """Return numbers of both signs that differ from entry to entry."""
     return np.cos(np.arange(int(np.prod(shape)), dtype=np.float64)).reshape(shape)
 
 
@@ -192,7 +192,7 @@ def product_op(graph: Trace, gate: Gate) -> Op:
 
 
 def require_fitting(gates: Sequence[Gate], constants: Mapping[str, Array], *, mixing: bool) -> None:
-    """Refuse what `fold` cannot take (ValueError); with `mixing` a constant may be a matrix where its gate can mix."""
+    """Raise ValueError for constants that `fold` cannot take; with `mixing`, gates that can mix may have matrices."""
     known = {gate.name: gate for gate in gates}
     for name, constant in constants.items():
         if name not in known:
@@ -208,18 +208,18 @@ def require_fitting(gates: Sequence[Gate], constants: Mapping[str, Array], *, mi
 
 
 def is_mix(gate: Gate, shape: Sequence[int]) -> bool:
-    """Whether a constant of this shape is a matrix and a shift, (C, C + 1)."""
+    """Return whether a constant of this shape is a matrix and a shift, (C, C + 1)."""
     return tuple(shape) == (gate.channels, gate.channels + 1)
 
 
 def can_mix(gate: Gate) -> bool:
-    """Whether a matrix can stand for a gate: it multiplies a map whose channels are in dimension 1."""
+    """Return whether a matrix can replace a gate: it must multiply a map whose channels are in dimension 1."""
     plain = gate.form == "multiplicative" and product_of(gate).op != "addcmul"
     return plain and gate.layout.index("C") == 1 and not {*gate.layout} & {*"RG"}
 
 
 def placed_map(gate: Gate, constant: Array, shape: Sequence[int]) -> tuple[Array, Array]:
-    """Return scale and shift of the map that a product of `shape` is at a constant (C,), or (2, C) with a shift."""
+    """Return scale and shift of a product of `shape` at a constant (C,), or (2, C) with a shift."""
     vector, shift = constant if constant.ndim == 2 else (constant, np.zeros_like(constant))
     scale, shift = (np.ones_like(vector), vector + shift) if gate.form == "additive" else (vector, shift)
     return placed(gate, scale, shape), placed(gate, shift, shape)
@@ -241,7 +241,7 @@ def corner(gate: Gate, field: Array) -> Array:
 
 # ---- batch norms ----
 def norm_maps(graph: Trace, weights: Weights) -> tuple[list[AffineMap], dict[str, str]]:
-    """Return the batch norms that are affine maps, in order of execution, and by name why others are none."""
+    """Return the batch norms that are affine maps, in order of execution, and why others are not, by name."""
     found: list[AffineMap] = []
     left: dict[str, str] = {}
     for op in graph.ops:

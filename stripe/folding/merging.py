@@ -1,7 +1,7 @@
-"""Where an affine map goes: decided on the graph of a forward pass, exactly or not at all. No torch.
+"""Decide where an affine map is merged, on the graph of a forward pass: exactly or not at all. No torch.
 
-A gate at a constant, or a batch norm in eval mode, is a map y = scale * x + shift per channel. It goes back into the
-layers that made x, or forward into every layer that takes y, through maps that commute with it.
+A gate at a constant, or a batch norm in eval mode, is a map y = scale * x + shift per channel. It is merged back into
+the layers that make x, or forward into every layer that takes y, through operations that commute with it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ POSITIVE = frozenset(
 """ATen operations f with f(c x) = c f(x) for c >= 0 alone."""
 
 LINEAR = frozenset("avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d mean neg".split())
-"""ATen operations that a scale per channel passes whatever its sign."""
+"""ATen operations that commute with a scale per channel, whatever its sign."""
 
-_MADE_BY = {  # layers: dimension of their output's channels, positions of weight and bias among the arguments
+_MADE_BY = {  # by layer: channel dimension of its output, positions of weight and bias among the arguments
     "convolution": (1, 1, 2),
     **dict.fromkeys(NORMS, (1, 1, 2)),
     "native_group_norm": (1, 1, 2),
@@ -35,16 +35,16 @@ _MADE_BY = {  # layers: dimension of their output's channels, positions of weigh
     "mm": (-1, 1, None),
     "addmm": (-1, 2, 0),
 }
-# of layers: positions of input, weight and bias among the arguments
+# by layer: positions of input, weight and bias among the arguments
 _TAKEN_BY: dict[str, tuple[int, int, int | None]] = {"convolution": (0, 1, 2), "mm": (0, 1, None), "addmm": (1, 2, 0)}
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A change of what the module at `path` uses: the tensor `name` times `factor`, plus `delta`.
+    """A change of a tensor that the module at `path` uses: `name` is multiplied by `factor`, and `delta` is added.
 
-    With `new` the network has no such tensor: it begins as zeros. Before anything else the matrix `mix` is applied
-    along the dimension `dim`.
+    With `new` the network does not have this tensor yet: it starts as zeros. A matrix `mix`, if there is one, is
+    applied first, along the dimension `dim`.
     """
 
     path: str
@@ -56,7 +56,7 @@ class Edit:
     dim: int = 0
 
     def applied(self, tensor: Array) -> Array:
-        """Return the tensor as it is afterwards."""
+        """Return the tensor after this change."""
         if self.mix is not None:
             tensor = np.moveaxis(np.tensordot(self.mix, tensor, (1, self.dim)), 0, self.dim)
         changed: Array = tensor * self.factor
@@ -65,9 +65,9 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """What is to become of one map: `direction` and the rest as in a report.
+    """The decision about one map; `direction`, `through`, `reason` and `growth` are as in a report.
 
-    `probes` are modules beyond the merge, whose outputs must not differ; `touched` are values on its way, which do.
+    `probes` are modules whose outputs must stay the same; `touched` are the values on the map's way, which change.
     """
 
     map: AffineMap
@@ -80,7 +80,7 @@ class Merge:
     touched: frozenset[Value] = frozenset()
 
     def keep(self, reason: str) -> Merge:
-        """Return the same map, not merged."""
+        """Return the decision not to merge the same map."""
         return Merge(self.map, reason=reason)
 
 
@@ -96,22 +96,22 @@ class Network:
         *,
         is_final: bool = False,
     ) -> None:
-        """Take a graph, the network's weights, what is needed, and by operation the operand that is constant.
+        """Take a graph, the network's weights, the needed operations and, by operation, the operand that is constant.
 
-        A network that `is_final` is never trained again, so that its batch norms are layers like others.
+        A network that `is_final` is never trained again, so that its batch norms can be changed like other layers.
         """
         self._is_final = is_final
         self._graph = graph
         self._weights = weights
         self._needed = needed
         self._constants = constants
-        self._gone: dict[Value, AffineMap] = {}  # maps that went back, by what they gave
-        self._made: set[str] = set()  # tensors that merges brought into being
-        self._touched: set[Value] = set()  # what the walk under way has come by
+        self._gone: dict[Value, AffineMap] = {}  # maps merged back, by their outputs
+        self._made: set[str] = set()  # names of tensors that merges created
+        self._touched: set[Value] = set()  # values that the current walk has passed
         self._has_norms = False
 
     def plan(self, maps: Sequence[AffineMap]) -> list[Merge]:
-        """Decide for every map, in order of execution: edits are to be made in this order."""
+        """Decide about every map, in order of execution; the edits must be made in this order."""
         self._has_norms = any(each.is_norm for each in maps)
         merges = []
         for each in maps:
@@ -123,7 +123,7 @@ class Network:
         return merges
 
     def _decide(self, map: AffineMap) -> Merge:
-        """Merge on the side where weights grow less, a norm back if it can be; keep where neither is exact."""
+        """Merge where the weights grow less, but a norm back if possible; keep the map where neither side is exact."""
         if not map.ops & self._needed:
             return Merge(map, "unused", reason="only the attention of other gates takes it")
         x, y = map.x, map.y
@@ -171,7 +171,7 @@ class Network:
     def _back(
         self, value: Value, scale: Array, shift: Array, users: Collection[Op], through: list[str]
     ) -> Iterator[Edit]:
-        """Yield the edits by which the layers that made `value` make scale * value + shift."""
+        """Yield the edits after which the layers that make `value` make scale * value + shift instead."""
         op = self._maker(value, users)
         if value in self._gone:
             yield from self._back(self._gone[value].x, scale, shift, self._gone[value].ops, through)
@@ -189,7 +189,7 @@ class Network:
             yield from self._back(source, *self._across(op, scale, shift, source, through), {op}, through)
 
     def _maker(self, value: Value, users: Collection[Op]) -> Op:
-        """Return the operation that made a value for these users alone."""
+        """Return the operation that makes a value, if only `users` take the value."""
         op = value.producer
         self._touched.add(value)
         if op is None or not op.live_inputs:
@@ -200,9 +200,9 @@ class Network:
         return op
 
     def _into_summands(self, op: Op, scale: Array, shift: Array, through: list[str]) -> Iterator[Edit]:
-        """Scale every branch of a sum, and shift the first; a zero that is added, as sum() does, is no branch.
+        """Scale every branch of a sum, and shift the first; an added zero, as in Python's sum(), is not a branch.
 
-        A parameter that is added is a branch of its own, which takes the shift.
+        A parameter that is added is scaled too, and takes the shift in place of the first branch.
         """
         first, second = op.args[:2]
         branches = [first] if second is first or not isinstance(second, Value) and second == 0 else [first, second]
@@ -247,14 +247,14 @@ class Network:
         return f"{op.call.path}.bias".removeprefix(".")
 
     def _new_bias(self, op: Op, factor: Array, delta: Array, where: str) -> Edit:
-        """Give a layer a bias where its module has none but could; the factor is for one that it was given before."""
+        """Give a layer the bias that its module lacks but could have; `factor` scales what earlier merges put there."""
         if self._bias(op) not in self._weights.empty:
             raise Blocked(f"{op.name} {where} it has no bias to take a shift")
         return Edit(op.call.path, self._bias(op), factor, delta, new=True)
 
     # forward
     def _forward(self, value: Value, scale: Array, shift: Array, through: list[str]) -> Iterator[Edit]:
-        """Yield the edits by which the layers that take `value` take it for scale * value + shift."""
+        """Yield the edits after which the layers that take `value` treat it as scale * value + shift."""
         for op in self._takers(value):
             if op.name in _TAKEN_BY:
                 yield from self._into_input(op, value, scale, shift)
@@ -289,7 +289,7 @@ class Network:
             yield self._shifted(op, weight, bias, offset)
 
     def _shifted(self, op: Op, weight: Value, bias: Value | None, offset: Array) -> Edit:
-        """Take what is added to a layer's input, broadcastable to its weight, into what is added to its output."""
+        """Turn an offset of a layer's input, broadcastable to its weight, into an offset of its output."""
         if op.name == "convolution" and any(op.args[4]):
             raise Blocked("the zero padding of convolution makes a shift inexact at the borders")
         added = self._weights.compute(weight) * offset
@@ -297,7 +297,7 @@ class Network:
         return self._added(op, bias, summed)
 
     def _into_norm(self, op: Op, value: Value, scale: Array, shift: Array) -> Iterator[Edit]:
-        """Let a batch norm do with x what it did with scale * x + shift, by its weight and bias, whatever the scale."""
+        """Change a batch norm's weight and bias to make of x what it made of scale * x + shift, for any scale."""
         if op.args[0] is not value:
             raise Blocked(f"{op.name} takes it as something other than its map")
         factor, offset = along(scale, 1), along(shift, 1)
@@ -315,7 +315,7 @@ class Network:
         return weights, means, np.sqrt(variances + op.args[7])
 
     def _added(self, op: Op, bias: Value | None, delta: Array) -> Edit:
-        """Add to a layer's output: at its bias, at what the next operation adds or subtracts, or at a new bias."""
+        """Offset a layer's output: in its bias, in what the next operation adds or subtracts, or in a new bias."""
         if bias is not None:
             return replace(self._edit(op, bias, np.ones_like(delta), True), delta=delta)
         output = op.outputs[0]
@@ -333,9 +333,9 @@ class Network:
 
     # maps that mix channels
     def _mix_back(self, value: Value, mix: Array, shift: Array, users: Collection[Op]) -> Iterator[Edit]:
-        """Yield the edits by which the convolution before, with a norm behind it, makes mix @ value + shift.
+        """Yield the edits after which the convolution before, perhaps with a norm after it, makes mix @ value + shift.
 
-        What the norm scales by goes into the convolution, where it may be 0; it stays with a scale of 1.
+        The norm's scale, which may be 0, moves into the convolution; the norm is left with a scale of 1.
         """
         op = self._maker(value, users)
         if value in self._gone:
@@ -355,7 +355,7 @@ class Network:
             yield replace(self._new_bias(op, np.ones_like(shift), shift, "before"), mix=mix)
 
     def _mix_forward(self, value: Value, mix: Array, shift: Array) -> Iterator[Edit]:
-        """Yield the edits by which every convolution that takes `value` takes it for mix @ value + shift."""
+        """Yield the edits after which every convolution that takes `value` treats it as mix @ value + shift."""
         for op in self._takers(value):
             self._require_mixing(op, "after")
             yield self._mixed(op, op.args[1], mix.T, dim=1)
@@ -369,9 +369,9 @@ class Network:
     def _mixed(self, op: Op, used: Value, mix: Array, *, dim: int = 0, delta: Array | None = None) -> Edit:
         return replace(self._edit(op, used, np.ones(()), True), mix=mix, dim=dim, delta=delta)
 
-    # maps between, and tensors to change
+    # operations on the way, and tensors to change
     def _scaled_input(self, op: Op) -> Value:
-        """Return the input that a map commuting with a scale is applied to."""
+        """Return the input of an operation that commutes with a scale."""
         if op.name in POSITIVE | LINEAR:
             return op.args[0]  # type: ignore[no-any-return]
         if op.name == "constant_pad_nd" and not any(op.args[2:]):
@@ -383,7 +383,7 @@ class Network:
         raise Blocked(f"{op.name} is in between")
 
     def _across(self, op: Op, scale: Array, shift: Array, beyond: Value, through: list[str]) -> tuple[Array, Array]:
-        """Return scale and shift on the other side of a map, at `beyond`."""
+        """Return scale and shift on the other side of an operation, at `beyond`."""
         if shift.any():
             raise Blocked(f"a shift does not pass {op.name}")
         if op.name in POSITIVE and (scale < 0).any():
@@ -401,7 +401,7 @@ class Network:
         return scale, np.zeros_like(scale)
 
     def _edit(self, op: Op, used: Value, factor: Array, direct: bool = False) -> Edit:
-        """Return the change of one parameter that multiplies by `factor` what `op` uses, and nothing else."""
+        """Return the change of one parameter that multiplies what `op` uses by `factor` and affects nothing else."""
         if used.live:
             raise Blocked(f"the weight of {op.name} depends on the input")
         found = self._carrier(op.call.path, used, factor)
@@ -414,11 +414,11 @@ class Network:
         return found
 
     def _carrier(self, path: str, used: Value, factor: Array) -> Edit | None:
-        """Find the parameter to change: what is used itself, or what it is computed from, by trying."""
+        """Find the parameter to change: the used value itself or, by trial, one that it is computed from."""
         if used.producer is None:
             return Edit(path, min(used.parameters), factor) if used.parameters else None
         wanted = self._weights.compute(used) * factor
-        for name in sorted(used.parameters, key=lambda name: (name.endswith("_mask"), name)):  # a pruned weight's mask
+        for name in sorted(used.parameters, key=lambda name: (name.endswith("_mask"), name)):  # pruning masks last
             tensor = self._weights.tensors[name]
             for dim in [d for d, size in enumerate(tensor.shape) if size == factor.size]:
                 shaped = factor.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])

@@ -1,4 +1,4 @@
-"""Which gates bear a constant: what the network loses with each, in which order they go, and what foretells it."""
+"""Which gates can be constant: what the network loses with each, the order to fold them in, and what predicts it."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def greedy_order(
     damage: Mapping[str, float],
     progress: Progress = iter,
 ) -> list[str]:
-    """Order the gates so that each step takes the one whose constant, beside those before, costs least.
+    """Order the gates so that each step takes the one whose constant costs least on top of those before it.
 
-    Takes G (G + 1) / 2 - G - 1 evaluations for G gates; the first step is read from `damage`, the gates' own. Of
-    equals the first in execution goes first.
+    Takes G (G + 1) / 2 - G - 1 evaluations for G gates; the first step is read from `damage`, that of each gate
+    alone. Of equals, the first in order of execution goes first.
     """
     left = [gate.name for gate in gates]
     order = [min(left, key=lambda name: damage[name])]
@@ -67,13 +67,13 @@ PREDICTORS: dict[str, Callable[[GateUse], float]] = {
     "within": lambda use: stripe_strength(use.values).within,
     "1 - strength": lambda use: 1 - stripe_strength(use.values).strength,
 }
-"""What could foretell a gate's damage before it is measured; larger should mean more damage."""
+"""What could predict a gate's damage before it is measured; larger should mean more damage."""
 
 
 def predictors(uses: Mapping[str, GateUse], foretold: Mapping[str, float] | None = None) -> pd.DataFrame:
     """Return the value of each predictor, a row per gate, a column per predictor.
 
-    `foretold` is what `sensitivities` foretells, by gate; without it there is no such column.
+    `foretold` is the divergence that `foretell` predicts, by gate; without it there is no such column.
     """
     columns = {} if foretold is None else {"foretold": [foretold[name] for name in uses]}
     columns |= {name: [predict(use) for use in uses.values()] for name, predict in PREDICTORS.items()}
@@ -85,7 +85,7 @@ def rank_correlations(
 ) -> pd.DataFrame:
     """Compare each predictor with the measured damage: columns predictor, rho (Spearman), p, gates.
 
-    rho is not a number below three gates, or where all are equal; without any damage there are no rows.
+    rho is NaN for fewer than three gates, or where all values are equal; without any damage there are no rows.
     """
     rows: list[tuple[str, float, float, int]] = []
     for name, values in predictors(uses, foretold).items() if damage else ():

@@ -1,4 +1,4 @@
-"""How many numbers per image attention needs: compact networks from none to the full attention, against their cost."""
+"""How many numbers per image attention needs: what compact networks cost, from no number to the full attention."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Tradeoff:
 
     Attributes:
         table: a row per network, the original first: network (its name), k (scores per gate), source (the gate that
-            gives the scores of all; empty where each gate has its own), numbers (per image, of all gates together; of
+            gives the scores of all; empty where each gate has its own), numbers (per image, of all gates together; for
             the original, the values of its attention), parameters (of the whole network), divergence (from the
-            original, as `divergence`, per image), worth (the measure in percent), drop (how many points less than the
-            original's) and, of divergence and drop, the ends of the interval over images, _low and _high; with
-            `held_out`, validation_drop, the drop on these.
-        measure: what `worth` holds: "accuracy" where there are labels, "agreement" with the original, or "cosine".
-        networks: by name, the original among them.
+            original, averaged over images), worth (the measure in percent), drop (the points lost against the
+            original), the ends of the intervals over images of divergence and drop (with the endings _low and _high)
+            and, with `held_out`, validation_drop (the drop on these images).
+        measure: the measure in `worth`: "accuracy" where there are labels, "agreement" with the original, or "cosine".
+        networks: the networks by name, the original among them.
     """
 
     table: pd.DataFrame
@@ -48,9 +48,9 @@ class Tradeoff:
     networks: Mapping[str, nn.Module] = field(repr=False)
 
     def chosen(self, max_drop: float) -> str:
-        """Return the network with the fewest numbers per image that drops by at most so many points.
+        """Return the name of the network with the fewest numbers per image that loses at most `max_drop` points.
 
-        Of equals it is the nearest to the original, and the nearest of all where each drops by more.
+        Of several, it is the nearest to the original; if every network loses more, it is the nearest of all.
         """
         tried = self.table[self.table["network"] != ORIGINAL]
         allowed = tried[tried["validation_drop" if "validation_drop" in tried else "drop"] <= max_drop]
@@ -76,17 +76,17 @@ def tradeoff(
     Args:
         model: the trained network, in eval mode; it is left as it is.
         images: a small batch as `find_gates` takes it.
-        calibration: batches (images, ...) to learn on, as in `compact`; read again and again.
+        calibration: batches (images, ...) to learn on, as in `compact`; read many times.
         test: batches (images, labels, ...) to compare on; labels may be missing, or -1 for none.
         ranks: scores per gate; 0 is the network with everything folded.
         sources: where the scores come from: None for each gate's own, or the name of the gate that serves all.
         held_out: batches like `test` by which `Tradeoff.chosen` chooses (default: by `test`).
-        steps: of training for each network.
+        steps: number of training steps for each network.
         progress: wraps the iterators over steps and batches.
         callback: called with the name of each network as soon as it is made.
 
     Raises:
-        ValueError: as `compact` does; no batch.
+        ValueError: as in `compact`, or no batches.
 
     Example:
         >>> import torch, stripe
@@ -121,7 +121,7 @@ def tradeoff(
 
 
 def _compared(networks: Mapping[str, nn.Module], test: Iterable[Sequence[Any]], kind: str) -> tuple[Array, Array, str]:
-    """Return divergence and worth by network and image, (networks, images), and what the worth is."""
+    """Return divergence and worth by network and image, (networks, images), and the measure in the worth."""
     away, right, same, labelled = [], [], [], True
     with torch.inference_mode():
         for batch in test:
@@ -142,7 +142,7 @@ def _compared(networks: Mapping[str, nn.Module], test: Iterable[Sequence[Any]], 
 
 
 def _mean(name: str, values: Array, confidence: float = CONFIDENCE) -> dict[str, float]:
-    """Return the mean over images, and the ends of its interval by Student's t."""
+    """Return the mean over images and the ends of its interval by Student's t."""
     mean, count = float(values.mean()), len(values)
     reach = student(confidence, count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else math.nan
     return {name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}

@@ -1,4 +1,4 @@
-"""Win back what folding cost: batch-norm statistics estimated anew, and a short distillation to the original."""
+"""Win back what folding cost: re-estimated batch-norm statistics, and a short distillation from the original."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from stripe.torch_internals import BatchNorm
 from stripe.training import TrainingBatches
 
 REESTIMATED = 50  # batches whose statistics are averaged
-WARM_UP = 0.05  # share of the distillation's steps in which its rate rises
+WARM_UP = 0.05  # share of the distillation's steps in which the learning rate rises
 
 
 def reestimate_norms(model: nn.Module, loader: Iterable[Sequence[Tensor]], *, batches: int = REESTIMATED) -> nn.Module:
     """Return a copy whose batch norms hold the average statistics of the first `batches` of images.
 
-    Nothing else is in train mode meanwhile, so dropout and the like do not disturb them.
+    Nothing else is in train mode meanwhile, so that dropout and the like do not disturb the statistics.
     """
     model = copied(model).eval()
     norms = [norm for norm in model.modules() if isinstance(norm, BatchNorm) and norm.track_running_stats]
@@ -55,12 +55,12 @@ def distill(
     kind: str | None = None,
     progress: Progress = iter,
 ) -> nn.Module:
-    """Return a copy of `student` trained for some steps to give the outputs that `teacher` gives; labels are not used.
+    """Return a copy of `student` trained for some steps to give the outputs of `teacher`; labels are not used.
 
-    SGD with Nesterov's momentum, the rate rising to `lr` and falling by a cosine; the loss is the `divergence` of the
-    student's outputs from the teacher's: of class probabilities as in Hinton et al. (2015) at temperature 1, or the
-    squared relative error of any other output. `kind` says which, "classes" or "values" (default: as `kind_of` sees
-    it). `amp` is "no" or "bf16".
+    The optimiser is SGD with Nesterov momentum; its rate rises to `lr` and falls by a cosine. The loss is the
+    `divergence` of the student's outputs from the teacher's: that of class probabilities, as in Hinton et al. (2015) at
+    temperature 1, or the squared relative error of any other output. `kind` says which, "classes" or "values" (default:
+    found by `kind_of`). `amp` is "no" or "bf16".
 
     Raises:
         ValueError: an unknown `amp`, or nothing to train.
@@ -91,5 +91,5 @@ def distill(
 
 
 def _rate(progress: float) -> float:
-    """Return the share of the highest learning rate at a share of the steps."""
+    """Return the learning rate, as a share of the highest, once the share `progress` of the steps is done."""
     return min((progress + 1e-3) / WARM_UP, 1.0) * (1 + math.cos(math.pi * progress)) / 2

@@ -13,11 +13,12 @@ from stripe.gate import Gate
 
 @dataclass(frozen=True, eq=False)
 class FoldReport:
-    """What became of each gate, and how far the folded network is from the one whose gates are constant.
+    """What became of each gate, and how far the folded network is from the original with its gates at their constants.
 
-    `table` has one row per gate: gate, direction ("back", "forward" or "kept"), into (names of the tensors that
-    changed), through (maps between), reason (why it was kept) and weight_growth (largest weight after over before).
-    `error` is the largest difference over the largest output, in float64.
+    `table` has one row per gate: gate, direction ("back", "forward", "kept", or "unused" where the output no longer
+    needs the gate), into (names of the changed tensors), through (operations on the way), reason (why it was not
+    merged) and weight_growth (the largest weight after the merge over the largest before). `error` is the largest
+    difference over the largest output, in float64.
     """
 
     table: pd.DataFrame
@@ -31,14 +32,14 @@ class FoldReport:
 
 
 def report_of(merges: Iterable[Merge], gates: Iterable[Gate], error: float) -> FoldReport:
-    """Return the report of some gates, in their order."""
+    """Return the report on some gates, in the order of `gates`."""
     order = [gate.name for gate in gates]
     table = table_of(merges, "gate")
     return FoldReport(table.sort_values("gate", key=lambda names: names.map(order.index), ignore_index=True), error)
 
 
 def table_of(merges: Iterable[Merge], what: str) -> pd.DataFrame:
-    """Return a row for each gate or norm, named in the column `what`, as in a report."""
+    """Return the table of a report: a row for each gate or norm, named in the column `what`."""
     rows = [
         (name, m.direction, tuple(dict.fromkeys(e.name for e in m.edits)), m.through, m.reason, m.growth)
         for m in merges

@@ -1,8 +1,8 @@
-"""An expression of a module's own source, such as x * gate, replaced by one of its operands; the rest stays as written.
+"""Replace an expression of a module's own source, such as x * gate, by one of its operands; keep the rest as written.
 
-The module keeps its class's methods and attributes, and with them what it does in train mode: it gets a class derived
-from its own, in which one method is compiled anew. What only the expression needed goes: the statements of the method
-that made it, and the submodules and parameters that no method names any longer, which become None.
+The module gets a class derived from its own in which only the methods concerned are recompiled, so that it keeps its
+attributes, its other methods and its behaviour in train mode. Whatever only the expression needed is removed: the
+statements that computed it, and the submodules and parameters that no method names any longer, which become None.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stripe.gates.graph import Place
 from stripe.torch_internals import has_hooks, names_held
 
 _SYNONYMS = {"multiply": "mul", "imul": "mul", "iadd": "add"}
-"""Functions that run an operation of another name."""
+"""Functions whose names differ from those of the operations that they run."""
 
 
 class Unremovable(Exception):
@@ -35,9 +35,9 @@ class Unremovable(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """An expression that gives way to one of its operands, by position; `scale` is applied to the operand, if any.
+    """An expression to be replaced by its operand at the position `operand`, to which `scale`, if any, is applied.
 
-    `op` names the operation that the expression is, None for the call of a module.
+    `op` names the operation that the expression runs; it is None where the expression calls a module.
     """
 
     place: Place
@@ -47,9 +47,9 @@ class Removal:
 
 
 def without(module: nn.Module, removals: Sequence[Removal]) -> nn.Module:
-    """Return what takes a module's place once expressions are removed from it; `module` itself is changed.
+    """Remove expressions from `module`, which is changed, and return the module to put in its place.
 
-    This is nn.Identity, or the scale, where nothing else is left of its forward.
+    That is `module` itself, or nn.Identity or the scale where nothing else is left of its forward.
 
     Raises:
         Unremovable: the source is not known, or holds no such expression.
@@ -77,7 +77,7 @@ def without(module: nn.Module, removals: Sequence[Removal]) -> nn.Module:
 
 
 def left_argument(module: nn.Module, removal: Removal) -> int | None:
-    """Return which argument of a module's forward is all that is left of it without an expression, None if more is."""
+    """Return the position of the argument that a forward without an expression merely returns; None if it does more."""
     if (removal.place.owner, removal.place.method) != _forward_of(type(module)) or has_hooks(module):
         return None
     written = _Method(module, removal.place.owner, "forward")
@@ -91,7 +91,7 @@ def arguments(module: nn.Module) -> int:
 
 
 def _forward_of(kind: type) -> tuple[int, str]:
-    """Return which class of a module's bases holds the forward that runs, as Place does."""
+    """Return which of a class and its bases defines the forward that runs, and the method's name, as in `Place`."""
     return next(i for i, each in enumerate(kind.__mro__) if "forward" in vars(each)), "forward"
 
 
@@ -101,7 +101,7 @@ def _member(kind: type, owner: int, name: str) -> Any:
 
 # ---- one method ----
 class _Method:
-    """The source of a method, parsed; its positions are those in its file."""
+    """The parsed source of a method, with the positions that it has in its file."""
 
     def __init__(self, module: nn.Module, owner: int, name: str) -> None:
         kind = type(module)
@@ -140,13 +140,13 @@ class _Method:
             body[-2:] = [ast.copy_location(ast.Return(made.value), made)]  # x = f(x); return x
 
     def returned(self) -> int | None:
-        """Return which argument behind self the method gives back and does nothing else, None otherwise."""
+        """Return the position, after self, of the argument that the method merely returns; None if it does more."""
         body = _without_docstring(self.definition.body)
         value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
         return self.names.index(value.id) - 1 if isinstance(value, ast.Name) and value.id in self.names else None
 
     def whole(self, module: nn.Module) -> nn.Module | None:
-        """Return the module that does the same as what is left of a forward of one argument, if it is so little."""
+        """Return nn.Identity or the scale where that is all that is left of a forward of one argument, else None."""
         if len(self.names) != 2 or self.definition.args.vararg or self.definition.args.kwonlyargs:
             return None
         if self.returned() == 0:
@@ -159,7 +159,7 @@ class _Method:
         return None
 
     def is_as_with_none(self, names: Collection[str], module: nn.Module) -> bool:
-        """Whether the method as it was written does the same once the attributes `names`, now None, are so."""
+        """Return whether the method as it was written does the same, now that the attributes `names` are None."""
         plain = Drop(()).visit(_Resolved(self.names[0], module).visit(self.written))
         return bool(names) and [ast.dump(s) for s in plain.body] == [ast.dump(s) for s in self.definition.body]
 
@@ -183,7 +183,7 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 class _Replace(ast.NodeTransformer):
-    """Puts operands in the places of expressions."""
+    """Replaces expressions by their operands."""
 
     def __init__(self, removals: Sequence[Removal], scales: dict[Span, str], self_name: str, names: Any) -> None:
         self.done: set[Span] = set()
@@ -209,7 +209,7 @@ class _Replace(ast.NodeTransformer):
         return ast.copy_location(operand, node)
 
     def _operand(self, node: ast.AST, removal: Removal) -> ast.expr:
-        """Return the expression of an operation's argument."""
+        """Return the operand that is to replace an operation, as an expression."""
         if isinstance(node, ast.BinOp):
             return (node.left, node.right)[removal.operand]
         if isinstance(node, ast.AugAssign):
@@ -229,11 +229,11 @@ class _Replace(ast.NodeTransformer):
         elif removal.op is not None and does != removal.op:
             return self._passed(node, removal)
         if removal.operand >= len(given) or any(isinstance(each, ast.Starred) for each in given):
-            raise Unremovable(f"the operands of {ast.unparse(node)} cannot be told")
+            raise Unremovable(f"the operands of {ast.unparse(node)} cannot be determined")
         return given[removal.operand]
 
     def _passed(self, call: ast.Call, removal: Removal) -> ast.expr:
-        """Return the argument of a function, with the product inside, that the product scales: told, or the first."""
+        """Return the argument that the product inside a called function scales: as its source says, else the first."""
         function = self._globals.get(call.func.id) if isinstance(call.func, ast.Name) else None
         name = _scaled_parameter(function, removal)
         if name is None and call.args and not isinstance(call.func, ast.Lambda) and not _is_lambda(function):
@@ -241,24 +241,24 @@ class _Replace(ast.NodeTransformer):
         names = list(inspect.signature(function).parameters) if name and callable(function) else []
         given = dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
         if name not in given:
-            raise Unremovable(f"which argument of {ast.unparse(call)} is the map cannot be told")
+            raise Unremovable(f"it is unclear which argument of {ast.unparse(call)} is the map")
         return given[name]
 
     def _is_module(self, value: ast.expr) -> bool:
-        """Whether an expression names a Python module, as torch in torch.mul, or a submodule that has the function."""
+        """Return whether an expression names a Python module, as torch does in torch.mul, or an attribute of self."""
         named = isinstance(value, ast.Name) and inspect.ismodule(self._globals.get(value.id))
         owned = isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name) and value.value.id == self._self
         return named or owned
 
 
 def _scaled_by_einsum(call: ast.Call) -> ast.expr:
-    """Return the one operand with the axes of the result, such as x in torch.einsum("nchw,nc->nchw", x, g)."""
+    """Return the only operand with the axes of the result, such as x in torch.einsum("nchw,nc->nchw", x, g)."""
     equation, *operands = call.args
     written = equation.value if isinstance(equation, ast.Constant) and isinstance(equation.value, str) else ""
     axes, arrow, result = written.replace(" ", "").partition("->")
     same = [operand for operand, its in zip(operands, axes.split(","), strict=False) if its == result and arrow]
     if len(same) != 1:
-        raise Unremovable(f"the map in {ast.unparse(call)} cannot be told: write x * g")
+        raise Unremovable(f"it is unclear which operand of {ast.unparse(call)} is the map: write x * g")
     return same[0]
 
 
@@ -275,11 +275,11 @@ def _is_lambda(function: Any) -> bool:
 
 
 def _scaled_parameter(function: Any, removal: Removal) -> str | None:
-    """Return the parameter of a function that its only product scales, if it is written as a product of two of them."""
+    """Return the parameter that a function scales, if its only product multiplies or adds two of its parameters."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         parameters = inspect.signature(function).parameters
-    except (OSError, SyntaxError, TypeError, ValueError):  # no source, or none that stands for itself, as of a lambda
+    except (OSError, SyntaxError, TypeError, ValueError):  # no source, or not parsable alone, as a lambda's
         return None
     kind = {"mul": ast.Mult, "add": ast.Add}.get(removal.op or "")
     products = [n for n in ast.walk(tree) if isinstance(n, ast.BinOp) and kind and isinstance(n.op, kind)]
@@ -289,14 +289,14 @@ def _scaled_parameter(function: Any, removal: Removal) -> str | None:
 
 
 class _Resolved(ast.NodeTransformer):
-    """Decides the ifs that ask for the module's settings alone: plain attributes, or whether a submodule is there."""
+    """Decides the ifs that depend on the module's settings alone: plain attributes, or whether a submodule exists."""
 
     def __init__(self, self_name: str, module: nn.Module) -> None:
         self._self = self_name
         self._module = module
 
     def visit_If(self, node: ast.If) -> Any:
-        """Keep the branch that runs."""
+        """Keep only the branch that runs."""
         self.generic_visit(node)
         settings = ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Name
         parts = [n for n in ast.walk(node.test) if isinstance(n, ast.expr)]
@@ -319,10 +319,10 @@ class _Resolved(ast.NodeTransformer):
 # ---- classes ----
 @cache
 def _derived(base: type, texts: tuple[tuple[int, str, str], ...]) -> type:
-    """Return a class like `base` in which methods, of its own or of its bases, are compiled anew from these sources.
+    """Return a class like `base` in which some methods, of its own or of its bases, are recompiled from these sources.
 
-    A base's method that `base` overrides, and calls by super(), comes in by a class behind `base` in the order of
-    method resolution.
+    If `base` overrides a method and calls the inherited one by super(), the recompiled one is held by a class that
+    follows `base` in the order of method resolution.
     """
     root, stages = getattr(base, "_folded_from", (base, ()))
     members: dict[str, Any] = {"_folded_from": (root, (*stages, texts)), "__reduce_ex__": _reduce}
@@ -339,14 +339,14 @@ def _derived(base: type, texts: tuple[tuple[int, str, str], ...]) -> type:
 
 
 def _compiled(function: Any, text: str) -> Any:
-    """Compile a method from its source, with what the method that it stands for is bound to."""
+    """Compile a method from its source, with the globals, closure and defaults of the method that it replaces."""
     file = f"<{function.__qualname__} without {zlib.crc32(text.encode()):x}>"
     linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
     made: dict[str, Callable[..., Any]] = {}
     try:
         exec(compile(text, file, "exec"), function.__globals__, made)  # noqa: S102
         method: Any = made["made"](*(cell.cell_contents for cell in function.__closure__ or ()))
-    except Exception as error:  # a decorator, say, or a cell still empty: anything may come
+    except Exception as error:  # a decorator, say, or an empty cell may raise anything
         raise Unremovable(f"{function.__qualname__} cannot be compiled anew ({error})") from error
     innermost = inspect.unwrap(method)
     innermost.__defaults__, innermost.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
@@ -359,7 +359,7 @@ def _reduce(module: nn.Module, protocol: Any) -> Any:
 
 
 def _revived(root: type, stages: tuple[tuple[tuple[int, str, str], ...], ...]) -> nn.Module:
-    """Make an empty module of a derived class: what copies and pickles of one begin with."""
+    """Make an empty module of a derived class, which copying or unpickling then fills."""
     for texts in stages:
         root = _derived(root, texts)
     module: nn.Module = root.__new__(root)  # type: ignore[call-overload]
@@ -367,11 +367,11 @@ def _revived(root: type, stages: tuple[tuple[tuple[int, str, str], ...], ...]) -
 
 
 def _unused(module: nn.Module, derived: type, changed: Sequence[Any]) -> list[str]:
-    """Return submodules, parameters and buffers that the changed methods named, and that no method names any more."""
+    """Return the submodules, parameters and buffers that the changed methods named and no method names any longer."""
     named = {name for function in changed for name in _names(function)}
     own = [each for each in derived.__mro__ if each not in nn.Module.__mro__]
     queue, still = ["forward"], set[str]()
-    while queue:  # what forward, and what it names of the class, name
+    while queue:  # names in forward, and in the members of the class that it reaches
         name = queue.pop()
         members = [vars(each)[name] for each in own if name in vars(each)]
         found = {n for m in members if not callable(m) or inspect.unwrap(m) not in changed for n in _names(m)}
@@ -382,7 +382,7 @@ def _unused(module: nn.Module, derived: type, changed: Sequence[Any]) -> list[st
 
 
 def _names(member: Any) -> set[str]:
-    """Return the names that a function's or a property's code refers to, in functions within it too."""
+    """Return the names that the code of a function or property refers to, nested functions included."""
     function = member.fget if isinstance(member, property) else member
     queue, found = [getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)], set[str]()
     while queue:

@@ -1,4 +1,4 @@
-"""Statements of a function's body that nothing needs any longer, and how they are dropped."""
+"""Find the statements of a function's body that nothing needs any longer, and drop them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ Span = tuple[int, int, int, int]
 
 
 def span_of(node: ast.AST) -> Span:
-    """Return where in its file a piece of source stands: first and last line, first and last column."""
+    """Return where a piece of source stands in its file: first and last line, first and last column."""
     end = getattr(node, "end_lineno", None), getattr(node, "end_col_offset", None)
     return getattr(node, "lineno", None), end[0], getattr(node, "col_offset", None), end[1]  # type: ignore[return-value]
 
 
 class Liveness:
-    """Finds the assignments, and the ifs, of a function's body whose names no later statement reads."""
+    """Finds the assignments and ifs of a function's body that write only names that no later statement reads."""
 
     def __init__(self, body: list[ast.stmt]) -> None:
-        """Look through a body; `dead` then holds what nothing needs."""
+        """Analyse a body; `dead` then holds the statements that nothing needs."""
         self.dead: list[tuple[Span, str]] = []
         self._block(body, set())
 
@@ -29,7 +29,7 @@ class Liveness:
         return live
 
     def _before(self, statement: ast.stmt, live: set[str]) -> set[str]:
-        """Return the names that are read from `statement` on."""
+        """Return the names that `statement` or a later one reads."""
         written = _written(statement)
         if written is not None and (not written & live or _is_idle(statement)):
             self.dead.append(_key(statement))
@@ -60,7 +60,7 @@ def _key(statement: ast.stmt) -> tuple[Span, str]:
 
 
 def _written(statement: ast.stmt) -> set[str] | None:
-    """Return the local names that a statement does nothing but write, None for any other statement."""
+    """Return the local names that a statement writes, if it does nothing else; None otherwise."""
     if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         parts = [part for target in targets for part in _parts(target)]
@@ -87,14 +87,14 @@ def _parts(target: ast.expr) -> Iterator[ast.expr]:
 
 
 def _is_idle(statement: ast.stmt) -> bool:
-    """Whether it is x = x."""
+    """Return whether a statement is x = x."""
     return isinstance(statement, ast.Assign) and [ast.unparse(t) for t in statement.targets] == [
         ast.unparse(statement.value)
     ]
 
 
 def _is_plain(test: ast.expr) -> bool:
-    """Whether a condition calls nothing."""
+    """Return whether a condition calls nothing."""
     return not any(isinstance(node, ast.Call | ast.NamedExpr | ast.Await) for node in ast.walk(test))
 
 
@@ -108,18 +108,18 @@ class Drop(ast.NodeTransformer):
     """Drops statements; a block that would be empty gets a pass."""
 
     def __init__(self, dead: Collection[tuple[Span, str]]) -> None:
-        """Take what is to be dropped, as Liveness finds it."""
+        """Take the statements to drop, as `Liveness` finds them."""
         self._dead = dead
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        """Visit what is inside, and see that a block is not left empty."""
+        """Visit the nodes inside, and make sure that no block is left empty."""
         super().generic_visit(node)
         if isinstance(node, ast.If | ast.For | ast.While | ast.With | ast.FunctionDef) and not node.body:
             node.body = [ast.Pass()]
         return node
 
     def visit(self, node: ast.AST) -> Any:
-        """Drop a statement, or visit what is inside."""
+        """Drop a statement, or visit the nodes inside it."""
         if isinstance(node, ast.stmt) and _key(node) in self._dead:
             return None
         return super().visit(node)

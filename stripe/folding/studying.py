@@ -1,4 +1,4 @@
-"""Fold until it costs too much: order the gates, fold more and more of them, recover, measure, choose."""
+"""Fold until it costs too much: order the gates, fold more and more of them, recover, measure and choose."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from stripe.messages import Progress
 from stripe.recipe import CONSTANTS, LEARNING_STEPS
 from stripe.training import Batches
 
-MOST_COUNTS = 9  # numbers of folded gates that are tried where none are asked for
+MOST_COUNTS = 9  # how many numbers of folded gates are tried by default
 MAX_DROP = 0.5  # points of the measure that folding may cost
-CONTROL_DROP = 0.1  # points of accuracy that a recovery may cost a network of which nothing is folded
+CONTROL_DROP = 0.1  # points of accuracy that a recovery may cost a network with nothing folded
 MEASURES = ("accuracy", "agreement", "cosine")
 
 
@@ -36,17 +36,18 @@ class Study:
 
     Attributes:
         gates: a row per gate: gate, place (in the order of folding, from 1), damage (the divergence from the original
-            with this gate alone at its energy constant; missing in the order "foretold"), what foretells it (columns
-            of `predictors`), and where the chosen variant merged its constant (columns of `FoldReport.table`; missing
-            where it was kept).
+            with this gate alone at its energy constant; missing in the order "foretold"), the predictors of the damage
+            (columns of `predictors`), and where the chosen variant merged the constant (columns of
+            `FoldReport.table`; missing where the gate was not folded).
         variants: a row per network tried: folded (number of gates), last (the gate folded last), weighting (the kind
-            of its constants), recovery, divergence (from the original, on the held-out images, as `Damage` has it),
-            validation (the measure in percent), with test batches the same on them as test_divergence and test, and
-            error (relative, of the merge). Those of no folded gate are the controls of the recoveries.
+            of its constants), recovery, divergence (from the original, on the held-out images, as in `Damage`),
+            validation (the measure in percent, on the same images), test_divergence and test (the same two on the test
+            batches, if there are any), and error (the merge's relative error). The rows without a folded gate are the
+            controls of the recoveries.
         predictors: how well each predictor ranks the damage, as `rank_correlations` gives it; empty without damage.
-        chosen: the variant with most gates folded within the allowed drop, and of these the nearest to the original;
-            its `network` is ready for use.
-        measure: what validation and test hold: "accuracy", "agreement" or "cosine".
+        chosen: the variant with the most gates folded within the allowed drop and, of several, the one nearest to the
+            original; its `network` is ready for use.
+        measure: the measure in validation and test: "accuracy", "agreement" or "cosine".
         networks: the best network for each number of folded gates.
         images: the small batch on which the network was traced.
     """
@@ -66,10 +67,10 @@ class Study:
         backends: Sequence[str] = tuple(BACKENDS),
         batches: Sequence[int] = BATCHES,
     ) -> pd.DataFrame:
-        """Time one network for each number of folded gates, which all its variants share but for their values.
+        """Time one network for each number of folded gates; its variants differ only in the values of their weights.
 
         Returns the table of `stripe.folding.latencies` with the number of folded gates, `folded`, in place of the
-        name: what `plots.fold_pareto` takes beside `variants`.
+        network's name. `plots.fold_pareto` takes this table beside `variants`.
 
         Raises:
             ValueError: an unknown backend, or a network that takes more than one tensor.
@@ -123,10 +124,11 @@ def study(
 ) -> Study:
     """Fold a trained network's gates, the least sensitive first, as far as the held-out images allow.
 
-    Every gate is put at its constant alone to see how far the outputs go from the original's, which needs no label; in
-    this order more and more gates are folded, by each kind of constants, and each network is measured. The one chosen
-    has the most gates folded at a cost of at most `max_drop`, and of those the least divergence. A recovery that, with
-    nothing folded, costs accuracy or more than folding does is shown but never chosen.
+    To order the gates, each one alone is set to its constant, and the outputs are compared with the original's, which
+    needs no labels. In this order more and more gates are folded, with each kind of constants, and each network is
+    measured. The chosen network has the most gates folded at a cost of at most `max_drop` and, of several, the least
+    divergence. A recovery is shown but never chosen if, with nothing folded, it costs accuracy or moves the outputs
+    farther than folding does.
 
     Args:
         model: the trained network, in eval mode; it is left as it is.
@@ -137,18 +139,18 @@ def study(
         keep: leave this many of the most sensitive gates as they are, whatever the others cost; `max_drop` is then
             not used.
         counts: numbers of folded gates to try (default: up to 9, from none to all).
-        order: "single" orders the gates by what each costs alone, "greedy" by what each costs beside those before it,
-            "foretold" by what one backward pass over `calibration` foretells, which measures none alone.
-        weightings: which constants to compare, of "mean", "energy", "fisher", "learned" and "matrix".
+        order: "single" orders the gates by what each costs alone, "greedy" by what each costs on top of those before
+            it, "foretold" by what one backward pass over `calibration` predicts, without measuring any gate alone.
+        weightings: which kinds of constants to compare: some of "mean", "energy", "fisher", "learned" and "matrix".
         means: the "mean" constants by gate, such as `mean_constants` of a run (default: measured on `calibration`).
         learning_steps: batches on which "learned" constants are trained, for each number of folded gates.
         recoveries: what may win back accuracy, by name (default: batch norms re-estimated on `calibration`).
         recover_each: try the recoveries with every kind of constants at every number of folded gates, not only with
             the best at the chosen one.
-        test: batches like `held_out` on which each variant is measured too, but nothing is chosen.
-        measure: what `max_drop` counts: "accuracy" by the labels, "agreement" with the predictions of `model`, or, of
-            outputs that are no class scores, "cosine" (default: the first that the network and the labels allow).
-        outputs: what the network gives out, "classes" or "values" (default: as `kind_of` sees it).
+        test: batches like `held_out` on which each variant is measured as well; they choose nothing.
+        measure: what `max_drop` counts: "accuracy" by the labels, "agreement" with the predictions of `model`, or, for
+            outputs that are not class scores, "cosine" (default: the first that the network and the labels allow).
+        outputs: the kind of the network's output, "classes" or "values" (default: found by `kind_of`).
         normalisers: ATen names of functions to be taken as bounded, as in `find_gates`.
         progress: wraps the iterators over batches and gates.
         callback: called with each row of `Study.variants` as soon as it is measured.
@@ -179,7 +181,7 @@ def study(
     gates = find_gates(model, images, normalisers=normalisers)
     counts = _counts(counts, len(gates), keep)
     kind = outputs or kind_of(model, images)
-    original = copied(model)  # what is measured may be `model` itself with its gates replaced
+    original = copied(model)  # the network to judge may be `model` itself with its gates replaced
     loaders = {"validation": held_out} | ({} if test is None else {"test": test})
     judges = {name: _Judge(original, batches, kind) for name, batches in loaders.items()}
     measure = _measure(measure, kind, judges["validation"](original))
@@ -220,7 +222,7 @@ def most_folded(rows: Iterable[Mapping[str, Any]], max_drop: float | None) -> in
     return max(int(row["folded"]) for row in rows if row["validation"] >= least)
 
 
-# ---- what is asked for -----------------------------------------------------------------------------------
+# ---- checks of the arguments -----------------------------------------------------------------------------
 
 
 def _require_eval(model: nn.Module) -> None:
@@ -246,7 +248,7 @@ def _require_rereadable(**batches: Any) -> None:
 
 
 def _counts(counts: Sequence[int] | None, gates: int, keep: int | None) -> list[int]:
-    """Return the numbers of folded gates to try; 0 is always among them, and so is what `keep` leaves."""
+    """Return the numbers of folded gates to try: always 0 and, with `keep`, the number that it leaves to fold."""
     if not gates:
         raise ValueError("the network has no gate to fold: see stripe.gates.explain_gates for what was looked at")
     if counts is None and keep is None:
@@ -259,7 +261,7 @@ def _counts(counts: Sequence[int] | None, gates: int, keep: int | None) -> list[
 
 
 class _Constants:
-    """The constants of some gates, by kind; those of gates that are constant together are made once for each set."""
+    """The constants of some gates, by kind; kinds that depend on which gates are folded are made once for each set."""
 
     def __init__(
         self,
@@ -305,12 +307,12 @@ class _Judge:
         return damage(network, self.original, self.batches, kind=self.kind)
 
     def negative(self, network: nn.Module) -> float:
-        """Return minus the divergence, as a metric, of which more is better."""
+        """Return minus the divergence: a metric, so that higher is better."""
         return -self(network).divergence
 
 
 def _measure(asked: str | None, kind: str, whole: Damage) -> str:
-    """Return what is measured in percent beside the divergence; `whole` is what the original has."""
+    """Return the measure to take in percent beside the divergence; `whole` is the original's own `Damage`."""
     classes = ("accuracy", "agreement") if whole.accuracy is not None else ("agreement",)
     allowed = ("cosine",) if kind == VALUES else classes
     if asked is None:
@@ -339,7 +341,7 @@ def _order(
     metric: Metric,
     progress: Progress,
 ) -> tuple[dict[str, float], list[str]]:
-    """Return each gate's damage alone, if it was measured, and the order in which they are folded."""
+    """Return the damage of each gate alone, if it was measured, and the order in which to fold the gates."""
     if order == "foretold":
         return {}, sorted(uses, key=lambda name: foretold[name])
     constants = {name: use.constant("energy") for name, use in uses.items()}
@@ -351,7 +353,7 @@ def _order(
 
 @dataclass
 class _Trials:
-    """The variants tried so far: a row for each, and the best on the held-out images of each number of folded gates."""
+    """The variants tried so far: a row for each, and the best on the held-out images per number of folded gates."""
 
     model: nn.Module
     images: Images
@@ -368,11 +370,11 @@ class _Trials:
 
     @property
     def least(self) -> float:
-        """Return the least percentage that is worth taking."""
+        """Return the lowest acceptable value of the measure, in percent."""
         return -float("inf") if self.max_drop is None else self.rows[0]["validation"] - self.max_drop
 
     def add(self, count: int, kinds: Sequence[str], recoveries: Mapping[str, Recovery]) -> None:
-        """Fold this number of gates by each kind of constant, recover, and measure."""
+        """Fold this number of gates with each kind of constants, recover, and measure."""
         folded = self.order[:count]
         constants = {kind: self.constants(folded, kind) for kind in kinds} if count else {}
         options: Any = {"counts": [count], "recoveries": recoveries, "normalisers": self.normalisers}
@@ -400,7 +402,7 @@ class _Trials:
         return row | {"error": variant.report.error if variant.report else 0.0}
 
     def _ruins(self, row: Mapping[str, Any]) -> bool:
-        """Whether a recovery, done with nothing folded, costs accuracy, or more than folding as many gates does."""
+        """Return whether a recovery with nothing folded costs accuracy, or more divergence than folding does."""
         if row["recovery"] == AS_IS or not row["folded"]:
             return False
         control = next(each for each in self.rows if not each["folded"] and each["recovery"] == row["recovery"])
@@ -413,7 +415,7 @@ class _Trials:
 def _describe_gates(
     chosen: Variant, predicted: pd.DataFrame, damages: Mapping[str, float], order: Sequence[str]
 ) -> pd.DataFrame:
-    """Return a row per gate: its place, its damage, what could have foretold that, where its constant went."""
+    """Return a row per gate: its place, its damage, the predictors of the damage, and where its constant was merged."""
     table = predicted.copy()
     if damages:
         table.insert(0, "damage", [damages[str(gate)] for gate in table.index])

@@ -1,4 +1,4 @@
-"""Tensors of networks and of their outputs: by name, in float64, compared."""
+"""Tensors of networks and of their outputs: named, in float64, and compared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Return the weights as the planning of merges takes them; integers among them become floating point."""
+    """Return the weights in the form in which merges are planned; integers among them become floating point."""
     named = named_tensors(model)
     arrays = {id(tensor): _array(tensor) for tensor in named.values()}
     names: defaultdict[int, list[str]] = defaultdict(list)
@@ -67,7 +67,7 @@ def doubled(item: Any) -> Any:
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """While open, forwards compute in float64 also where they ask for less, as by `.float()` or `torch.eye(3)`."""
+    """While open, forwards compute in float64 even where they ask for less, as by `.float()` or `torch.eye(3)`."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -93,7 +93,7 @@ def outputs_of(model: nn.Module, images: Images) -> list[Tensor]:
     """Run the network; return every tensor of its output.
 
     Raises:
-        ValueError: no tensor is seen in the output, so that nothing could be compared.
+        ValueError: no tensor is found in the output, so that nothing could be compared.
     """
     output = called(model, images)
     tensors = tensors_in(output)
@@ -106,9 +106,9 @@ def outputs_of(model: nn.Module, images: Images) -> list[Tensor]:
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference over the largest value, the worst of all pairs; infinite if they do not fit."""
+    """Return the largest difference over the largest value, of the worst pair; infinite if their shapes differ."""
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
         return float("inf")
-    pairs = [(a * 1.0, b * 1.0) for a, b in zip(found, expected, strict=True) if a.numel()]  # integers as well
+    pairs = [(a * 1.0, b * 1.0) for a, b in zip(found, expected, strict=True) if a.numel()]  # * 1.0 for integers
     errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-300) for a, b in pairs]
-    return float(torch.stack(errors).max()) if errors else 0.0  # not a number if any is
+    return float(torch.stack(errors).max()) if errors else 0.0  # NaN if any error is

@@ -15,7 +15,7 @@ Array = npt.NDArray[np.floating[Any]]
 Constants = Mapping[str, Array]  # by gate, (C,), or (2, C) with a shift, or (C, C + 1), a matrix and a shift
 
 AVERAGES = ("mean", "energy")
-"""The constants that follow from what a gate did alone, without a look at what comes of it."""
+"""The constants that follow from what a gate did, without regard to the network's output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,24 +31,24 @@ class GateUse:
     result: Array
 
     def constant(self, kind: str) -> Array:
-        """Return E[g], or E[g e] / E[e], which leaves the least error; a channel of no energy has its mean.
+        """Return E[g], or E[g e] / E[e], which leaves the least error; a channel without energy gets its mean.
 
         Raises:
-            ValueError: no such kind.
+            ValueError: an unknown kind.
         """
         if kind not in AVERAGES:
             raise ValueError(f"no constant '{kind}'; expected one of {', '.join(AVERAGES)}")
         return self.values.mean if kind == "mean" else weighted_mean(self.energy, self.scaled, self.values.mean)
 
     def error(self, constant: Array) -> float:
-        """Return the share of the result's energy that is wrong at a constant: sum E[(g - c)^2 e] / sum E[g^2 e]."""
+        """Return the error at a constant, as a share of the result's energy: sum E[(g - c)^2 e] / sum E[g^2 e]."""
         wrong = self.result - 2 * constant * self.scaled + constant**2 * self.energy
         total = self.result.sum()
         return float(max(wrong.sum(), 0.0) / total) if total > 0 else 0.0
 
 
 def weighted_mean(weight: Array, weighted: Array, otherwise: Array) -> Array:
-    """Return E[g w] / E[w] per channel; a channel without any weight has the value `otherwise`."""
+    """Return E[g w] / E[w] per channel; a channel without any weight gets the value `otherwise`."""
     used = weight > 0
     return np.where(used, weighted / np.where(used, weight, 1.0), otherwise)
 

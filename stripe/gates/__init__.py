@@ -1,8 +1,9 @@
 """Where a network scales channels by attention, and how to read it there.
 
-`trace` runs a network once and keeps what it computed as a `graph`; `rules` decide on that graph which products are
-gates, by what is computed and never by class names, and `describing` says where they are met; `finding` does both for
-a network; `reading` takes or replaces their values. Names are imported on first use: graph and rules need no torch.
+`trace` runs a network once and records what it computed as a `graph`; `rules` decides on that graph which products are
+gates, by what they compute and never by class names; `describing` names the gates and says where hooks meet them;
+`finding` does all this for a network; `reading` reads or replaces the gates' values. Public names are imported on first
+use, because `graph` and `rules` must be usable without torch.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""Between which numbers the values of a graph lie, as far as the operations that made them tell; no torch.
+"""Bounds of the values of a graph, as far as they follow from the operations that made the values; without torch.
 
-Interval arithmetic, one pass in order of execution: sigmoid(z) lies between 0 and 1 whatever z is, and so does
-1 / (1 + exp(-z)), because exp lies above 0. A layer's output may be anything, and so may an average over space.
+This is interval arithmetic in one pass, in order of execution: sigmoid(z) lies between 0 and 1 whatever z is, and so
+does 1 / (1 + exp(-z)), because exp is positive. A layer's output may be anything, and so may an average over space.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 ANY: Interval = (-math.inf, math.inf)
 PARAMETER: Interval = (-1e6, 1e6)  # finite, of either sign
 GUARD = 0.1
-"""A divisor is bounded away from 0 from here on: the small number that guards a division by 0 bounds nothing."""
+"""Size from which a divisor is bounded away from 0; the tiny number that guards a division by 0 is below it."""
 
 NORMALISERS = frozenset(
     "sigmoid hardsigmoid _softmax tanh hardtanh relu6 erf atan gt ge lt le lstm_cell _thnn_fused_lstm_cell".split()
@@ -28,14 +28,14 @@ QUANTISED = frozenset(
     "fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams"
     " fake_quantize_per_channel_affine_cachemask _fused_moving_avg_obs_fq_helper".split()
 )
-"""Operations that round their first input to the steps of a quantised type; its limits are no bounds here."""
+"""Operations that round their first input to the steps of a quantised type, whose limits do not count as bounds."""
 
 _UNIT = frozenset("sigmoid hardsigmoid _softmax gt ge lt le".split())  # from 0 to 1
-_LARGEST = 6.0  # of what the other normalisers give
+_LARGEST = 6.0  # largest magnitude that the other normalisers give
 
 
 def bounds_of(graph: Trace, normalisers: Collection[str] = ()) -> dict[Value, Interval]:
-    """Return the interval of every live value, (-inf, inf) where nothing is known; `normalisers` are bounded too."""
+    """Return the interval of every live value, (-inf, inf) where nothing is known; `normalisers` count as bounded."""
     known: dict[Value, Interval] = {}
     for op in graph.ops:
         interval = _interval(op, known, NORMALISERS | set(normalisers)) if op.live_inputs else ANY
@@ -44,12 +44,12 @@ def bounds_of(graph: Trace, normalisers: Collection[str] = ()) -> dict[Value, In
 
 
 def is_bounded(interval: Interval) -> bool:
-    """Whether an interval is finite at both ends."""
+    """Return whether an interval is finite at both ends."""
     return all(map(math.isfinite, interval))
 
 
 def inverse(interval: Interval) -> Interval:
-    """Return the interval of 1 / x; anything, where x may come close to 0."""
+    """Return the interval of 1 / x, which is unbounded where x may come close to 0."""
     low, high = interval
     return (1 / high, 1 / low) if low >= GUARD or high <= -GUARD else (0.0, math.inf) if low >= 0 else ANY
 
@@ -85,7 +85,7 @@ def _is_square(op: Op) -> bool:
 
 
 def _is_fraction(op: Op, of: Callable[[Any], Interval]) -> bool:
-    """Whether a number is divided by its own sum, none being negative, or by 1 + its own magnitude."""
+    """Return whether non-negative numbers are divided by their sum, or a number by 1 + its own magnitude."""
     part, whole = op.args[:2]
     if not (isinstance(part, Value) and isinstance(whole, Value)):
         return False
@@ -96,7 +96,7 @@ def _is_fraction(op: Op, of: Callable[[Any], Interval]) -> bool:
     return False
 
 
-# ---- one operation's interval of those of its arguments ----
+# ---- the interval of an operation's result, from those of its arguments ----
 def _times(a: Interval, b: Interval) -> Interval:
     ends = [0.0 if 0 in (x, y) else x * y for x in a for y in b]
     return min(ends), max(ends)
@@ -171,4 +171,4 @@ _FUNCTIONS: dict[str, Callable[..., Interval]] = {
 }
 
 ENTRYWISE = NORMALISERS | QUANTISED | set(_FUNCTIONS)
-"""Operations that give an entry for each entry they take, as arithmetic does."""
+"""Operations that work entry by entry, as arithmetic does."""

@@ -1,4 +1,4 @@
-"""What a gate is called, and where a hook or a dispatch mode meets it; read off the graph, no torch."""
+"""The names of gates, and where a hook or a dispatch mode meets them; read off the graph, without torch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from stripe.gate import Form, Gate, Product, Tap, product_of
 from stripe.gates.graph import FACTORS, Op, Port, Trace, Value, factors_of
 
 _CHANNELS = "RGC"  # letters of a layout: radix, groups, channels
-_SPACE = {1: "L", 2: "HW", 3: "DHW"}  # and of space, by its number of dimensions
+_SPACE = {1: "L", 2: "HW", 3: "DHW"}  # letters of space, by its number of dimensions
 
 
 def is_alike(layout: str, copied: bool, shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether a factor has the look of a gate: entries along its channels, one along every dimension of space."""
+    """Return whether a factor looks like a gate: several entries along channels, one along each spatial dimension."""
     dims = zip(layout[1:], shape[1:], stride[1:], strict=False)
     return len(shape) == len(layout) and (copied or all((n > 1 and s > 0) == (d in _CHANNELS) for d, n, s in dims))
 
 
 def describe(graph: Trace, op: Op, operand: int, *, form: Form, dims: tuple[int, ...]) -> Gate:
-    """Describe a gate, all but its name: of which operation, which factor, which form, and where its channels lie."""
+    """Describe a gate except its name, given its operation, which factor it is, its form and its channel `dims`."""
     pair = [op.args[i] for i in FACTORS[op.name]]
     gate, scaled = pair[operand], pair[1 - operand]
     layout, copied = _layout(len(gate.shape), form, dims), gate.flat - {0} <= op.outputs[0].flat
-    source = None if op.name == "div" else _port(graph, gate, dims)  # the tensor is the attention's inverse
+    source = None if op.name == "div" else _port(graph, gate, dims)  # the divisor is the attention's inverse
     pooled = _average_port(graph, scaled, dims)
     squeeze = pooled or next((p for p in graph.ports[scaled.memory] if _is_map(p.value, scaled, layout)), None)
     earlier = [factors_of(o.name, o.args, Value) for o in graph.ops[op.call.start : op.index] if o.name == op.name]
@@ -46,7 +46,7 @@ def describe(graph: Trace, op: Op, operand: int, *, form: Form, dims: tuple[int,
 
 
 def _layout(rank: int, form: Form, dims: tuple[int, ...]) -> str:
-    """Name dimensions: batch N, channels C, before them radix R or groups G, the rest space."""
+    """Return the dimensions' letters: N for batch, C for channels, R for radix or G for groups, the rest space."""
     space = iter(_SPACE.get(rank - 1 - len(dims), "S" * rank))
     leading = "R" if form == "radix" else "G"
     channels = dict(zip(dims, leading * (len(dims) - 1) + "C", strict=True))
@@ -67,7 +67,7 @@ def _tap(port: Port | None) -> Tap | None:
 
 
 def _port(graph: Trace, value: Value, dims: Sequence[int]) -> Port | None:
-    """Return where a hook meets a tensor that, flattened to (N, C), is `value` along `dims`: an output if it can be."""
+    """Return where a hook meets a tensor that, flattened to (N, C), is `value` along `dims`; preferably an output."""
     rows = _rows(value, dims)
     ports = [
         p for p in graph.ports[value.memory] if p.value.shape and _rows(p.value, range(1, len(p.value.shape))) == rows
@@ -87,7 +87,7 @@ def _rows(value: Value, dims: Sequence[int]) -> tuple[object, ...]:
 
 
 def _is_map(port: Value, scaled: Value, layout: str) -> bool:
-    """Whether a port's tensor is the feature map, or the same with radix (or groups) and channels in one."""
+    """Return whether a port's tensor is the feature map, possibly with radix (or groups) and channels merged."""
     shape, stride = scaled.shape, scaled.stride
     if layout[2:3] == "C" and stride[1] == stride[2] * shape[2] and len(port.shape) == len(shape) - 1:
         shape, stride = (shape[0], shape[1] * shape[2], *shape[3:]), (stride[0], *stride[2:])
@@ -95,7 +95,7 @@ def _is_map(port: Value, scaled: Value, layout: str) -> bool:
 
 
 def _average_port(graph: Trace, scaled: Value, dims: tuple[int, ...]) -> Port | None:
-    """Return where a hook meets the average of the feature map over space that the network itself computes."""
+    """Return where a hook meets the feature map's average over space, if the network itself computes it."""
     for op in graph.ops:
         if op.name == "mean" and op.inputs[0].memory == scaled.memory and op.args[1:]:
             taken, mean = op.inputs[0], op.outputs[0]
@@ -106,20 +106,20 @@ def _average_port(graph: Trace, scaled: Value, dims: tuple[int, ...]) -> Port | 
 
 
 def _is_same_map(taken: Value, scaled: Value, *, merged: bool) -> bool:
-    """Whether two views show the same map; with `merged`, the dimensions behind the channels may be flattened."""
+    """Return whether two views show the same map; with `merged`, the dimensions after the channels may be flattened."""
     kept = 2 if merged else len(scaled.shape)
     views = [(v.memory, v.offset, math.prod(v.shape), v.shape[:kept], v.stride[:kept]) for v in (taken, scaled)]
     return views[0] == views[1]
 
 
 def _hands_over(graph: Trace, source: Port | None, op: Op) -> bool:
-    """Whether the tensor is a module's output, given out before the product, which alone takes it."""
+    """Return whether the attention is a module's output, returned before the product and used by it alone."""
     given = source is not None and source.side == "output" and source.call.end <= op.index
     return source is not None and given and _leads_only_to(graph, source.value, op)
 
 
 def _leads_only_to(graph: Trace, value: Value, op: Op) -> bool:
-    """Whether `value`, through views, is used by `op` and by nothing else."""
+    """Return whether `value`, directly or through views, is used by `op` and by nothing else."""
     queue, reached = [value], False
     while queue:
         current = queue.pop()
@@ -136,7 +136,7 @@ def _leads_only_to(graph: Trace, value: Value, op: Op) -> bool:
 
 
 def names_of(graph: Trace, gates: Sequence[Gate]) -> list[str]:
-    """Name gates by site, or by source where a site holds several; "#k" is the site's call, "@j" tells the rest."""
+    """Name gates by site, or by source where a site has several; "#k" is the site's call, "@j" numbers duplicates."""
     calls = Counter(call.path for call in graph.calls)
     held = Counter((gate.site, product_of(gate).call) for gate in gates)
     names = []

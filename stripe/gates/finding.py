@@ -16,20 +16,20 @@ from stripe.gates.trace import Images, trace
 
 
 def find_gates(model: nn.Module, images: Images, *, normalisers: Collection[str] = ()) -> Gates:
-    """Return the gates of `model` in order of execution: a list, empty when there is none, that prints as a table.
+    """Return the gates of `model` in order of execution: a list, empty when there are none, that prints as a table.
 
     A gate whose map is a single pixel at this input size cannot be told from an activation: it is left out, with a
-    UserWarning that names it. An empty list comes with a UserWarning as well where the network has products that depend
-    on its input: it says for which reason most of them were rejected, and `explain_gates` says it of each.
+    UserWarning that names it. When no gate is found although the network has products that depend on its input, a
+    UserWarning gives the most frequent reason for rejecting them; `explain_gates` gives the reason for each.
 
     Args:
         model: the network; it is left as it is.
         images: a batch as the network takes it: a tensor, a tuple or mapping of several inputs, or a list of single
             images (channels, H, W), as detectors take it; best large and not square.
-        normalisers: ATen names, such as "softplus" or "relu", of functions to be taken as bounded, beside NORMALISERS.
+        normalisers: ATen names, such as "softplus" or "relu", of functions to treat as bounded, besides NORMALISERS.
 
     Raises:
-        ValueError: `images` holds no batch; or the only gates are on single pixels.
+        ValueError: `images` holds no batch, the network is sharded, or the only possible gates are on single pixels.
 
     Example:
         >>> import torch, stripe
@@ -55,10 +55,10 @@ def find_gates(model: nn.Module, images: Images, *, normalisers: Collection[str]
 
 
 def explain_gates(model: nn.Module, images: Images, *, normalisers: Collection[str] = ()) -> list[Candidate]:
-    """Return every product and division that depends on the input, in order, accepted or with the reason why not.
+    """Return every product and division that depends on the input, in order, accepted or with a reason against it.
 
-    Sums are among them where one summand is spread over space, and matrix products of two tensors that depend on the
-    input. Arguments and errors are those of `find_gates`.
+    The list also holds sums in which one summand is spread over space, and matrix products or convolutions of two
+    tensors that depend on the input. Arguments and errors are those of `find_gates`.
     """
     return candidates_of(trace(uncompiled(model), images), normalisers)
 
@@ -70,13 +70,13 @@ def _advice(model: nn.Module, images: Images) -> str:
     size = tuple(2 * n for n in images.shape[2:])
     try:
         trace(model, images.new_zeros(images.shape[:2] + size))
-    except Exception:  # a head of a fixed size fails in many ways
+    except Exception:  # a head for one fixed input size can fail in many ways
         return "the network takes no larger input, so that these cannot be folded or recorded"
     return f"use images of at least twice the size, {'x'.join(map(str, size))}"
 
 
 def _warn_of_rejected(candidates: Sequence[Candidate]) -> None:
-    """Warn of products that might have been meant as gates, by the most frequent reason against them."""
+    """Warn that products which may be meant as gates were rejected, and give the most frequent reason."""
     products = [c for c in candidates if c.op in ("mul", "addcmul", "div", "lerp") and c.reason != CONSTANT]
     if products:
         reason, count = Counter(candidate.reason for candidate in products).most_common(1)[0]

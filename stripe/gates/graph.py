@@ -1,6 +1,6 @@
-"""The graph of one forward pass, whatever it was read from: operations, the module calls they ran in, and values.
+"""The graph of one forward pass, of a module or an ONNX file: operations, the calls that they ran in, and values.
 
-No torch: the rules of what a gate is and of where a constant goes read nothing but this.
+It needs no torch: the rules that find gates, and those that merge constants, read nothing but this graph.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ T = TypeVar("T")
 FACTORS = {"mul": (0, 1), "add": (0, 1), "addcmul": (1, 2), "div": (0, 1), "lerp": (1, 2)}
 """Operations that multiply, divide or add two tensors, with the positions of the two among the arguments.
 
-A gate that divides is the divisor's inverse; lerp(0, x, g) is x * g.
+Where a gate divides, its attention is the inverse of the divisor; lerp(0, x, g) is x * g.
 """
 
 DIRECTED = frozenset({"div", "lerp"})
-"""Of these, those whose second factor alone can be the gate."""
+"""Operations of `FACTORS` in which only the second factor can be the attention."""
 
 MOVES = frozenset(
     "view _unsafe_view _reshape_alias expand permute transpose t squeeze unsqueeze clone _to_copy alias detach"
     " select slice split split_with_sizes unbind cat stack repeat index index_select copy lift_fresh"
     " upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d".split()
 )
-"""Operations that only place values elsewhere."""
+"""Operations that only move, copy or interpolate values."""
 
 ARITHMETIC = frozenset("add sub rsub mul div neg pow reciprocal addcmul maximum minimum".split())
 """Operations that combine values entry by entry."""
 
 
 def factors_of(name: str, args: Sequence[Any], kind: type[T]) -> tuple[T, T] | None:
-    """Return the two tensors (or values) that an operation multiplies or adds, None for any other operation."""
+    """Return the two tensors (or values) that an operation of `FACTORS` combines, None for any other operation."""
     pair = [args[i] for i in FACTORS.get(name, ()) if i < len(args) and isinstance(args[i], kind)]
     return (pair[0], pair[1]) if len(pair) == 2 else None
 
 
 @dataclass(eq=False)
 class Value:
-    """A tensor between two writes to it; values of equal `memory` alias each other unchanged.
+    """A tensor between two writes to it; values of equal `memory` share memory that was not written in between.
 
-    `live` values depend on the network's input; `parameters` names the parameters and buffers that a value
-    was made from without meeting a live one; `even` holds the dimensions along which a full-shaped factor
-    was constant by comparison; `number` is what all entries of a constant that is no parameter are, where it is known.
+    `live` values depend on the network's input. `parameters` names the parameters and buffers from which a value
+    that is not live was made. `even` holds the dimensions along which comparing the entries of a full-shaped factor
+    showed it to be constant. `number` is the number that all entries of a constant equal, where it is known and the
+    constant is not a parameter.
     """
 
     shape: tuple[int, ...]
@@ -72,7 +73,7 @@ class Value:
         return math.prod(n for d, n in enumerate(self.shape) if d not in self.flat)
 
     def upstream(self, passing: Collection[str] | None = None) -> Iterator[Op]:
-        """Yield the live operations that made this, nearest first, walking on through those named in `passing`."""
+        """Yield the live operations that made this value, nearest first, walking on only through those in `passing`."""
         queue, seen = [self], set()
         while queue:
             op = queue.pop(0).producer
@@ -83,7 +84,7 @@ class Value:
                     queue += op.live_inputs
 
     def chain(self) -> Iterator[Op]:
-        """Yield the live operations that made this, following the main input of each."""
+        """Yield the live operations that made this value, following the main input of each."""
         op = self.producer
         while op is not None and op.live_inputs:
             yield op
@@ -94,8 +95,8 @@ class Value:
 class Place:
     """Where in the source of a module's class something happens: the method, and the expression's position in it.
 
-    `owner` counts, along the class and its bases in the order of method resolution, to the one that holds the method.
-    `span` is first line, last line, first column, column behind the last, as in the file (columns in bytes).
+    `owner` is the position, in the class's method resolution order, of the class that defines the method. `span` holds
+    the first line, the last line, the first column and the column after the last, as in the file (columns in bytes).
     """
 
     owner: int
@@ -105,10 +106,10 @@ class Place:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: its path ("" is the root), which call of it from 0, and what it was called by.
+    """One call of a module: its path ("" is the root), the number of the call counted from 0, and the caller.
 
-    The operations from `start` to `end` ran within it. `place` is where its caller calls it, None where the caller
-    has no source, or runs it by way of something that has none.
+    The operations from `start` to `end` ran within it. `place` is where the caller calls the module, None where the
+    caller has no source, or calls it through something that has none.
     """
 
     path: str
@@ -123,9 +124,9 @@ class Call:
 class Op:
     """One ATen operation; `args` and `kwargs` are its arguments with every tensor replaced by its Value.
 
-    A write in place outputs new values for the tensor written and then for its aliases, whose old values
-    are its last inputs. The name has neither overload nor trailing underscore. `place` is where the module of
-    `call` runs it, as in `Call`.
+    An in-place write outputs new values, first for the written tensor and then for its aliases; the aliases' old values
+    are its last inputs. The name has neither overload nor trailing underscore. `place` is where the module of `call`
+    runs the operation, as in `Call`.
     """
 
     index: int
@@ -170,9 +171,9 @@ class Port:
 
 @dataclass(eq=False)
 class Trace:
-    """The graph of one forward pass; operations and calls in order, ports by memory in order of passing.
+    """The graph of one forward pass: operations and calls in order, and for each memory its ports in order.
 
-    `batches` holds the sizes that the batch may have, by the shapes of the inputs.
+    `batches` holds the batch sizes that the shapes of the inputs allow.
     """
 
     batches: tuple[int, ...]

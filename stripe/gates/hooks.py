@@ -1,4 +1,4 @@
-"""Forward hooks on networks of every kind: eager, scripted, compiled, distributed. They live in `with`."""
+"""Forward hooks on networks of every kind: eager, scripted, compiled, distributed. They last for a `with` block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stripe.torch_internals import COMPILED, compiled_from, compiler_is_loaded
 
 
 class Hooks:
-    """Forward hooks that end with the `with` block; scripted modules, which refuse hooks, are met by global ones."""
+    """Forward hooks that end with the `with` block; scripted modules, which refuse hooks, get global ones."""
 
     def __init__(self) -> None:
         """Start without hooks."""
@@ -38,7 +38,7 @@ class Hooks:
         self._handles.append(register(hook))
 
     def after(self, module: nn.Module, act: Callable[[Any], Any], *, always: bool = False) -> None:
-        """Call `act(output)` after each forward of `module`, with `always` after an exception too."""
+        """Call `act(output)` after each forward of `module`; with `always`, after an exception too."""
         hook = _Hook(module, act)
         scripted = isinstance(module, torch.jit.ScriptModule)
         register = register_module_forward_hook if scripted else module.register_forward_hook
@@ -46,10 +46,10 @@ class Hooks:
 
 
 class _Hook:
-    """Calls `act` with the last thing that a hook of `module` is given: the arguments, or the output.
+    """Calls `act` with the last argument that a hook of `module` is given: the positional arguments, or the output.
 
-    It acts for that one module. A copy of a network, made by `copy.deepcopy`, pickle or `torch.save` while hooks are
-    on it, carries hooks that do nothing: what the copy computes is not the network's.
+    It acts for that one module. A copy of a network that `copy.deepcopy`, pickle or `torch.save` makes while hooks are
+    on it carries hooks that do nothing, because what the copy computes is not the watched network's.
     """
 
     def __init__(self, module: nn.Module | None = None, act: Callable[[Any], Any] | None = None) -> None:
@@ -63,7 +63,7 @@ class _Hook:
 
 
 def output_items(output: Any) -> tuple[Any, ...]:
-    """Return a module's output as a tuple, also when it is one tensor."""
+    """Return a module's output as a tuple, even when it is one tensor."""
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
@@ -83,9 +83,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the eager network: `unwrap`, and where modules inside are compiled, a network of what these wrap.
+    """Return the eager network: unwrapped, and rebuilt without compiled modules where there are some inside.
 
-    Its paths have no `_orig_mod`, and its tensors are the original's.
+    The paths of its modules have no `_orig_mod`, and its tensors are the original's.
     """
     model = unwrap(model)
     if all(compiled_from(module) is None for module in model.modules()):
@@ -106,17 +106,17 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy, also of a network that keeps weights made of others, as pruning and older weight norm do."""
+    """Return a deep copy, even of a network with weights computed from others, as by pruning and old weight norm."""
     made = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in made if value.grad_fn is not None})
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a network, for one that is compiled what it wraps, by the paths that `uncompiled` has."""
+    """Return a network's modules by their paths after `uncompiled`; a compiled module is left out for what it wraps."""
     modules = {path: module for path, module in model.named_modules() if compiled_from(module) is None}
     return {".".join(part for part in path.split(".") if part != COMPILED): modules[path] for path in modules}
 
 
 def run_eagerly() -> AbstractContextManager[Any]:
-    """Return a context in which what is compiled runs uncompiled, so that hooks and modes see it."""
-    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()  # asking would load it
+    """Return a context in which compiled modules run uncompiled, so that hooks and modes see inside them."""
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()  # set_stance loads it

@@ -17,15 +17,15 @@ from stripe.gates.layouts import like_position
 from stripe.gates.reading import read_gates
 
 TOLERANCE = 1e-3
-"""Largest relative difference between an image's attention and that of its squeeze alone, where the map is pooled."""
+"""Largest relative difference accepted between an image's attention and that computed from its squeeze alone."""
 
 
 class IsolatedAttention(nn.Module):
-    """Maps a squeeze (C,) to the attention (C,) that its network makes of it, differentiably.
+    """Maps a squeeze (C,) differentiably to the attention (C,) that the network computes from it.
 
-    The squeeze stands for the feature map that the gate scales, the same at every position. `module` is the
-    network's own, not a copy: the smallest one that takes the feature map, or what is made of it, and gives the
-    attention. It runs on what it took from one sample, and no further than the attention.
+    The squeeze stands in for the feature map that the gate scales, with equal values at every position. `module` is the
+    network's own module, not a copy: the smallest one in which both the feature map (or its average) and the attention
+    appear. It runs on the arguments that it received for one sample, and stops once it has the attention.
     """
 
     def __init__(self, gate: Gate, module: nn.Module, args: tuple[Any, ...], ends: tuple[Tap, Tap]) -> None:
@@ -69,7 +69,7 @@ class IsolatedAttention(nn.Module):
         raise RuntimeError(f"gate {self.gate.name!r} was not passed")
 
     def _map(self, squeeze: Tensor, taken: Tensor) -> Tensor:
-        """Return the squeeze as one position for a module of its own, as a whole map in the middle of one."""
+        """Return the squeeze as a single position if it is an input of `module`, else expanded to a whole map."""
         value = like_position(self.gate, squeeze, taken)
         return (
             value if self._entrance.path == "" and self._entrance.side == "input" else value.expand(taken.shape).clone()
@@ -77,7 +77,7 @@ class IsolatedAttention(nn.Module):
 
 
 class _Left(Exception):  # noqa: N818
-    """Ends a forward early: nothing went wrong."""
+    """Ends a forward early once the attention is known; it is not an error."""
 
     def __init__(self, attention: Tensor) -> None:
         super().__init__()
@@ -87,11 +87,11 @@ class _Left(Exception):  # noqa: N818
 def isolate(
     model: nn.Module, gates: Sequence[Gate], images: Tensor
 ) -> tuple[dict[str, IsolatedAttention], dict[str, str]]:
-    """Return, by gate name, the attention as a function of the squeeze, and why other gates have none.
+    """Return, by gate name, the attention as a function of the squeeze, and for other gates why there is none.
 
-    `images` are a few, at least two, as `find_gates` takes them: modules run on what the first one gives, and must
-    give the last one's attention for its squeeze. The network is run on them twice, in the mode that it is in, so
-    it should be in eval mode.
+    `images` are two or more images, as `find_gates` takes them: modules run on the arguments that they received for the
+    first image, and must reproduce the last image's attention from its squeeze. The network runs on the images twice,
+    in the mode that it is in, so it should be in eval mode.
 
     Raises:
         ValueError: the network does not have these gates.
@@ -116,13 +116,13 @@ def isolate(
 
 
 def _fault(attention: IsolatedAttention, squeeze: Tensor, expected: Tensor) -> str:
-    """Say why this is no function of the squeeze; nothing where it is one."""
+    """Return why this is not a function of the squeeze, or an empty string if it is one."""
     squeeze = squeeze.clone().requires_grad_()
     try:
         with torch.enable_grad():
             values = attention(squeeze)
             gradient = values.requires_grad and torch.autograd.grad(values.sum(), squeeze, allow_unused=True)[0]
-    except Exception as error:  # a module made for other inputs, called by trial: anything may come
+    except Exception as error:  # the call is a trial on inputs that the module was not made for: any error may come
         return f"its attention cannot be computed from a squeeze ({' '.join(str(error).split())[:100]})"
     if not isinstance(gradient, Tensor) or values.shape != expected.shape:
         return "its attention is not computed from what it scales"
@@ -133,7 +133,7 @@ def _fault(attention: IsolatedAttention, squeeze: Tensor, expected: Tensor) -> s
 # ---- where a gate's attention is computed ----
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """A call of a module: its arguments of one sample, how often every module had been called before, its inputs."""
+    """A call of a module: its arguments for one sample, all modules' counts of earlier calls, its input identities."""
 
     args: tuple[Any, ...]
     calls: Counter[str]
@@ -142,26 +142,26 @@ class _Entry:
 
 @dataclass(frozen=True, eq=False)
 class _Frame:
-    """The modules that were running, by path, when a gate's attention was given; and which tensor it scales."""
+    """The modules that were running, by path, when a gate's attention was returned; the identity of what it scales."""
 
     gate: Gate
     entries: Mapping[str, _Entry]
     scaled: tuple[Any, ...]
 
     def attentions(self, modules: Mapping[str, nn.Module]) -> Iterator[IsolatedAttention]:
-        """Yield what may compute the attention from the squeeze, the smallest module first."""
+        """Yield the modules that may compute the attention from the squeeze, the smallest first."""
         for path in sorted(self.entries, key=len, reverse=True):
             if (entrance := self._entrance(path)) and (leave := self._within(path, self.gate.attention)):
                 yield IsolatedAttention(self.gate, modules[path], self.entries[path].args, (entrance, leave))
 
     def _entrance(self, path: str) -> Tap | None:
-        """Return where the module at `path` takes what the gate scales, or what the network makes of it there."""
+        """Return where the module at `path` takes what the gate scales, or where the squeeze appears inside it."""
         if not self.gate.pooled and self.scaled in self.entries[path].inputs:
             return Tap("", 0, "input", self.entries[path].inputs.index(self.scaled))
         return self._within(path, self.gate.squeeze)
 
     def _within(self, path: str, tap: Tap | None) -> Tap | None:
-        """Return a place in the network as a place in the running call of the module at `path`; None outside."""
+        """Return a place in the network relative to the running call of the module at `path`; None if it is outside."""
         if tap is None or not is_inside(tap.path, path):
             return None
         if tap.path == path:
@@ -171,12 +171,12 @@ class _Frame:
 
 
 def is_inside(path: str, outer: str) -> bool:
-    """Whether the module at `path` is the one at `outer`, or in it."""
+    """Return whether the module at `path` is the one at `outer` or inside it."""
     return path == outer or not outer or path.startswith(f"{outer}.")
 
 
 def _run_once(model: nn.Module, gates: Sequence[Gate], images: Tensor) -> dict[str, _Frame]:
-    """Run the network; return, by gate name, what was running when the gate's attention was given."""
+    """Run the network; return, by gate name, what was running when the gate's attention was returned."""
     running: dict[str, _Entry] = {}
     calls: Counter[str] = Counter()
     scaled: dict[str, tuple[Any, ...]] = {}
@@ -212,7 +212,7 @@ def _run_once(model: nn.Module, gates: Sequence[Gate], images: Tensor) -> dict[s
 
 
 def _identity(item: Any) -> tuple[Any, ...]:
-    """Identify a tensor's memory, view and version; what is no tensor is like nothing else."""
+    """Return what identifies a tensor's memory, view and version; any other object is identified by its id."""
     if not isinstance(item, Tensor):
         return (id(item), None)
     return item.data_ptr(), tuple(item.shape), item.stride(), item._version

@@ -1,4 +1,4 @@
-"""Kinds of networks that cannot be looked at or rewritten, each refused in a sentence that says what to do."""
+"""Kinds of networks that cannot be traced or rewritten; each is refused with an error that says what to do instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def require_traceable(model: nn.Module) -> None:
-    """Refuse a network whose parameters `fully_shard` has dealt out (ValueError): they have no memory of their own."""
+    """Raise ValueError for a network sharded by `fully_shard`, whose parameters have no memory of their own."""
     if path := _first(model, "FSDPModule"):
         raise ValueError(
             f"the parameters of {path} are sharded by FSDP: find the gates before fully_shard, they are the same after"
@@ -17,7 +17,7 @@ def require_traceable(model: nn.Module) -> None:
 
 
 def require_foldable(model: nn.Module) -> None:
-    """Refuse a network that cannot be copied and rewritten (ValueError)."""
+    """Raise ValueError for a network that cannot be copied and rewritten."""
     if path := _first(model, "FSDPModule", "FullyShardedDataParallel"):
         raise ValueError(
             f"{path} is sharded by FSDP: load its full state dict into a network of one process, and fold that"

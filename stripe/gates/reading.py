@@ -1,7 +1,7 @@
-"""read_gates and replace_gates: take the values of a network's gates, or give it others, while a `with` is open.
+"""read_gates and replace_gates: read the values of a network's gates, or replace them, inside a `with` block.
 
-Forward hooks do it where a module hands the tensor over; a dispatch mode, open only while the gate's site runs,
-where none does. Every forward must pass every gate.
+Forward hooks meet a tensor where some module takes or returns it; otherwise a dispatch mode does, which is open only
+while the gate's site runs. Every forward must pass every gate.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def read_gates(
     energy: bool = False,
     maps: bool = False,
 ) -> Iterator[None]:
-    """While open, hand every gate's values in every forward of `model` to `sink(gate, kind, values)`.
+    """Inside the `with` block, pass every gate's values in every forward of `model` to `sink(gate, kind, values)`.
 
-    `values` is a detached copy (N, C) on the network's device: the attention and, with `squeeze`, the feature
-    map averaged over space, with `energy`, its square averaged over space, and with `maps` the feature map itself,
-    (N, C, *space). Raises ValueError when a gate's
-    channels are not as found, and RuntimeError when a forward did not pass every gate, or none ran.
+    `values` is a detached copy (N, C) on the network's device. Its kind is always the attention; `squeeze` adds the
+    feature map averaged over space, `energy` its square averaged over space, and `maps` the feature map itself,
+    (N, C, *space). Raises ValueError when a gate does not have the channels with which it was found, and RuntimeError
+    when a forward did not pass every gate, or when no forward ran.
     """
     jobs = []
     for gate in gates:
@@ -76,14 +76,14 @@ def replace_gates(
     shifts: Mapping[str, Tensor] | None = None,
     mixes: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """While open, let `model` use `values`, by gate or name (C,) or (N, C), instead of what its gates compute.
+    """Inside the `with` block, make `model` use `values` instead of what its gates compute.
 
-    `shifts`, by name (C,), are added to what the gates give: where a gate multiplies, the network goes on with
-    x * value + shift. Before that, the channels of what a gate gives are multiplied by `mixes`, by name (C, C), where
-    the channels of its map are in dimension 1.
+    `values` holds a tensor (C,) or (N, C) for each gate or gate name. `shifts`, (C,) by name, are added to what the
+    gates give: where a gate multiplies, the network goes on with x * value + shift. `mixes`, (C, C) by name, multiply
+    the channels of what a gate gives before the shift is added; its map must have the channels in dimension 1.
 
-    Gates not named stay as they are. Gradients reach `values` where the gate is a module's output that only
-    its product uses (`gate.exclusive`). Raises ValueError for an unknown name, a wrong shape or a gradient
+    Gates that are not named stay as they are. Gradients reach `values` only where the attention is a module's output
+    that its product alone uses (`gate.exclusive`). Raises ValueError for an unknown name, a wrong shape or a gradient
     that cannot flow, and RuntimeError as read_gates does.
     """
     known = {gate.name: gate for gate in gates}
@@ -118,7 +118,7 @@ def _mixed(mix: Tensor, product: Tensor) -> None:
 
 
 def _reading(gate: Gate, kind: Kind, tap: Tap | None, extract: Extract, sink: Sink) -> _Job:
-    """Make the job that hands what is extracted from a tensor to the sink."""
+    """Make the job that extracts values from a tensor and passes them to the sink."""
     least = 2 if extract is flat else 3
 
     def read(tensor: Tensor) -> None:
@@ -137,7 +137,7 @@ def _reading(gate: Gate, kind: Kind, tap: Tap | None, extract: Extract, sink: Si
 # ---- watching a network ----
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What to do with one tensor of a gate, met at `tap` or else at the product; a result takes its place."""
+    """What to do with one tensor of a gate, met at `tap` or else at the product; a result of `act` replaces it."""
 
     gate: Gate
     kind: Kind
@@ -147,7 +147,7 @@ class _Job:
 
 @contextmanager
 def _watching(model: nn.Module, jobs: Sequence[_Job]) -> Iterator[None]:
-    """Do the jobs in every forward of `model`; see that all are done, and that there is a forward."""
+    """Do the jobs in every forward of `model`; raise RuntimeError if one is left undone, or if no forward runs."""
     for job in jobs:
         product_of(job.gate)
     with run_eagerly(), Hooks() as hooks:
@@ -172,7 +172,7 @@ class _Watch:
         self._modes: list[tuple[tuple[str, int], _Products]] = []  # by site and thread
 
     def attach(self, model: nn.Module, hooks: Hooks) -> None:
-        """Hook the root, and the modules where jobs are met."""
+        """Hook the root, and the modules where the jobs' tensors are met."""
         places: defaultdict[tuple[str, str], list[_Job]] = defaultdict(list)
         for job in self._jobs:
             places[(job.tap.path, job.tap.side) if job.tap else (job.gate.site, "product")].append(job)
@@ -218,12 +218,12 @@ class _Watch:
     def _at_output(self, path: str, jobs: list[_Job], output: Any) -> Any:
         items = self._meet(self._call(path, "output"), jobs, output_items(output))
         if items is not None:
-            named = hasattr(output, "_make")  # a named tuple takes its items one by one
+            named = hasattr(output, "_make")  # the constructor of a named tuple takes its items one by one
             return items[0] if isinstance(output, Tensor) else output._make(items) if named else type(output)(items)
         return None
 
     def _meet(self, call: int, jobs: list[_Job], items: Sequence[Any]) -> list[Any] | None:
-        """Do the jobs due at this call; return the items with the results in place, None when there is none."""
+        """Do the jobs due at this call; return the items with the results in place, or None if no job has a result."""
         replaced = None
         for job in jobs:
             if job.tap and job.tap.call == call and isinstance(item := _item(items, job.tap.position), Tensor):
@@ -249,11 +249,11 @@ def _item(items: Sequence[Any], position: int) -> Any:
     return items[position] if position < len(items) else None
 
 
-_begun = local()  # by thread, in the order in which they were entered
+_begun = local()  # the modes of each thread, in the order in which they were entered
 
 
 class _Products(DispatchMode):
-    """Recognises products within one call of their site, and does the jobs there."""
+    """Recognises the products of gates within one call of their site, and does the gates' jobs there."""
 
     def __init__(self, jobs: list[_Job], due: set[_Job]) -> None:
         super().__init__()
@@ -269,10 +269,10 @@ class _Products(DispatchMode):
         self._entered.enter_context(self)
 
     def end(self) -> None:
-        """Leave the mode, at once or when those that were entered after it are left.
+        """Leave the mode, at once or as soon as all modes that were entered after it have ended.
 
-        Of two contexts that read one site, the hooks of the first run first after it as well; torch leaves the mode
-        that was entered last.
+        When two contexts read the same site, the hooks of the first run first after the site as well as before it; but
+        torch can only leave the mode that was entered last.
         """
         self._over = True
         begun = _begun.__dict__.get("modes", [])
@@ -299,7 +299,7 @@ class _Products(DispatchMode):
         return result
 
     def _is_product(self, job: _Job, name: str, factors: tuple[Tensor, Tensor]) -> bool:
-        """Whether this is the operation that applies the job's gate."""
+        """Return whether this is the operation that applies the job's gate."""
         product = product_of(job.gate)
         gate = factors[product.operand]
         if name != product.op or not is_alike(job.gate.layout, product.copied, gate.shape, gate.stride()):

@@ -1,6 +1,6 @@
-"""Which products of a network scale channels by attention, decided on its graph; no torch.
+"""Rules that decide, on a network's graph, which products scale channels by attention; they need no torch.
 
-A gate is a tensor that depends on the input, has one value per sample and channel and none per position,
+A product is a gate if one factor depends on the input, has one value per sample and channel rather than per position,
 went through a bounded function after its pooling, and multiplies a feature map.
 """
 
@@ -27,10 +27,10 @@ _MATRIX_PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1,
 
 @dataclass(frozen=True)
 class Candidate:
-    """A product that was looked at: the gate it is, or the reason why it is none.
+    """A product that was examined: the gate that it is, or the reason why it is not one.
 
-    `shape` is the supposed attention's, `scaled` that of what it scales. A `hidden` candidate may be a gate, but
-    its feature map is a single pixel at this input size.
+    `shape` is the shape of the supposed attention, `scaled` that of what it scales. A `hidden` candidate may be a gate,
+    but its feature map is a single pixel at this input size.
     """
 
     site: str
@@ -43,9 +43,9 @@ class Candidate:
 
 
 def candidates_of(graph: Trace, normalisers: Collection[str] = ()) -> list[Candidate]:
-    """Return every product of a graph that might scale channels, in order, accepted or with the reason why not.
+    """Return every product of a graph that might scale channels, in order, accepted or with a reason against it.
 
-    Where the inputs leave open what the batch is, it is the size that gives the most gates.
+    Where the inputs allow several batch sizes, the one that gives the most gates is taken.
     """
     bounds, passing = bounds_of(graph, normalisers), _PASSING | set(normalisers)
     tried = []
@@ -60,7 +60,7 @@ def candidates_of(graph: Trace, normalisers: Collection[str] = ()) -> list[Candi
 # ---- judging a product ----
 @dataclass(frozen=True)
 class _Verdict:
-    """A factor is a gate of some form along `dims` (radix before channels), or none for a reason."""
+    """The verdict on a factor: a gate of some form along `dims` (radix before channels), or a `reason` why not."""
 
     reason: str = ""
     hidden: bool = False
@@ -70,7 +70,7 @@ class _Verdict:
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """What a product is judged by: the graph, the batch's size, the values' bounds, and operations to look through."""
+    """What a product is judged by: the graph, the batch size, the values' bounds, and operations to look through."""
 
     graph: Trace
     batch: int
@@ -79,7 +79,7 @@ class _Search:
 
 
 def _examine(search: _Search, op: Op) -> Candidate | None:
-    """Judge either factor of a product as the gate; of a sum, only where a live summand is spread over space."""
+    """Judge each factor of a product as a possible gate; judge a sum only where a live summand is spread over space."""
     factors = factors_of(op.name, op.args, Value)
     if factors is None or not any(factor.live for factor in factors):
         return _matrix_product(op)
@@ -100,7 +100,7 @@ def _examine(search: _Search, op: Op) -> Candidate | None:
 
 
 def _matrix_product(op: Op) -> Candidate | None:
-    """Tell of a matrix product or convolution of two tensors that both depend on the input that it is no gate."""
+    """Reject a matrix product or convolution of two tensors that both depend on the input; skip any other operation."""
     pair = [op.args[i] for i in _MATRIX_PRODUCTS.get(op.name, ())]
     if len(pair) != 2 or not all(value.live for value in pair):
         return None
@@ -149,7 +149,7 @@ def _judge(search: _Search, op: Op, gate: Value, scaled: Value) -> _Verdict:
 
 
 def _are_channels(scaled: Value, dims: tuple[int, ...], wide: frozenset[int], radix: tuple[int, ...] | None) -> bool:
-    """Tell channels from positions, by the layer that made the map where one is known."""
+    """Return whether `dims` are channels, not positions, judged by the layer that made the map if it is known."""
     count = math.prod(scaled.shape[d] for d in dims)
     known = _known_channels(scaled, through_splits=radix is not None)
     if radix is not None:
@@ -167,9 +167,9 @@ def _are_channels(scaled: Value, dims: tuple[int, ...], wide: frozenset[int], ra
 
 
 def _known_channels(scaled: Value, *, through_splits: bool) -> tuple[int, int | None] | None:
-    """Return the channels of the layer that made a map, and their dimension where it kept its shape since.
+    """Return a map's channel count, by the layer that made it, and the channel dimension if it kept its shape since.
 
-    A linear layer counts only if nothing was permuted since: token mixing makes positions its channels.
+    A linear layer counts only if nothing was permuted after it: in token mixing, its channels are positions.
     """
     permuted = False
     for op in scaled.chain():
@@ -208,7 +208,7 @@ def _is_by_own_mean(search: _Search, op: Op) -> bool:
 
 
 def _is_context(added: Value, scaled: Value) -> bool:
-    """Whether a learned layer computes what is added from the map that it is added to."""
+    """Return whether a learned layer computes what is added from the map that it is added to."""
     if not any(op.is_layer for op in added.upstream(_LINEAR)):
         return False
     passed = [op for op in scaled.upstream(_LINEAR) if op.name in _LINEAR]
@@ -217,7 +217,7 @@ def _is_context(added: Value, scaled: Value) -> bool:
 
 
 def _is_spread(search: _Search, value: Value) -> bool:
-    """Whether a full-shaped value, constant along some dimensions, was spread from smaller ones, not so by chance."""
+    """Return whether a full-shaped value that is constant along some dimensions was spread from smaller values."""
     queue, seen = [value] if value.even else [], set[Value]()
     while queue:
         current = queue.pop()
@@ -231,7 +231,7 @@ def _is_spread(search: _Search, value: Value) -> bool:
 
 
 def _window(gate: Value) -> str | None:
-    """Return over which part of a map the first layer that made `gate` of one pooled, as in "4x4 of 7x7"."""
+    """Return which part of a map the layer that pools it for `gate` covers, as in "4x4 of 7x7"; None if all of it."""
     for op in gate.chain():
         space = op.main_input.shape[2:]
         if op.name in _SHRINKING and math.prod(op.outputs[0].shape[2:]) == 1 < math.prod(space):
@@ -249,19 +249,19 @@ def _not_the_batch(batch: int, gate: Value, shape: tuple[int, ...]) -> str:
     if len(gate.shape) == len(shape) and rows == shape[0] > batch > 0 and rows % batch == 0:
         reason += (
             f" but {rows // batch} times it, as where frames, crops or windows are folded into the batch: a gate has"
-            " one row for a sample; look for gates in the part of the network whose batch they are"
+            " one row per sample; look for gates in the part of the network that takes these as its batch"
         )
     elif len(gate.shape) == len(shape) and rows == 1 and shape[0] != batch:
         reason += (
-            ", as where samples run one after another or stand along another dimension: a gate has one row for a sample"
+            ", as where samples run one after another or stand along another dimension: a gate has one row per sample"
         )
     return reason
 
 
 def _is_shrunk(search: _Search, gate: Value, scaled: Value) -> bool:
-    """Whether strided layers, rather than a global pooling, left `scaled` as a single pixel."""
+    """Return whether strided layers, rather than a global pooling, reduced `scaled` to a single pixel."""
     if any(value is scaled for op in gate.upstream(search.passing) for value in op.inputs):
-        return False  # x * sigmoid(f(x)), nothing pooled: it would vary over a larger map
+        return False  # x * sigmoid(f(x)) without pooling: the factor would vary over a larger map
     for op in scaled.chain():
         if sum(size > 1 for size in op.main_input.shape[1:]) > 1:
             return op.name in _SHRINKING
@@ -269,7 +269,7 @@ def _is_shrunk(search: _Search, gate: Value, scaled: Value) -> bool:
 
 
 def _summed_dim(op: Op, dims: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return two channel dimensions with the one first over which the product is summed right away, if it is."""
+    """Return both channel dimensions, first the one over which the product is summed next; None if it is not summed."""
     rank = len(op.outputs[0].shape)
     for consumer in op.outputs[0].consumers if len(dims) == 2 else ():
         if consumer.name == "sum" and consumer.args[1:]:

@@ -26,11 +26,11 @@ from stripe.torch_internals import DispatchMode, is_composite, run_as_parts, wri
 Images = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Example input: a tensor, or several as positional (tuple, list) or keyword (mapping) arguments."""
 
-_SHAPE_ONLY = ("empty", "zeros", "ones", "full", "rand", "new_")  # they take a tensor's shape, not its values
+_SHAPE_ONLY = ("empty", "zeros", "ones", "full", "rand", "new_")  # they use a tensor's shape, not its values
 
 
 def trace(model: nn.Module, images: Images) -> Trace:
-    """Run `model` once on `images` and return its graph; training flags and buffers are put back.
+    """Run `model` once on `images` and return its graph; training flags and buffers are restored.
 
     Raises ValueError when `images` holds no batch, or the network is sharded.
     """
@@ -55,13 +55,13 @@ def called(model: nn.Module, images: Images) -> Any:
 
 
 def _is_image_list(item: Any) -> bool:
-    """Whether `item` is a list of single images (channels, H, W), which may differ in size, as detectors take it."""
+    """Return whether `item` is a list of single images (channels, H, W), of any sizes, as for detectors."""
     images = item if isinstance(item, list) else []
     return bool(images) and all(isinstance(i, Tensor) and i.ndim == 3 and i.shape[0] in (1, 3, 4) for i in images)
 
 
 def _batches(images: Images, example: Iterable[Tensor]) -> tuple[int, ...]:
-    """Return the sizes that the batch may have: of lists of single images their lengths, else of first dimensions."""
+    """Return the possible batch sizes: lengths of lists of single images, and first dimensions of other tensors."""
     parts = [
         images,
         *(images.values() if isinstance(images, Mapping) else images if isinstance(images, tuple | list) else ()),
@@ -99,7 +99,7 @@ def op_name(func: Any) -> str:
 
 
 def in_parts(mode: DispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run a composite operation, which inference mode shows whole, as its parts under `mode`; else NotImplemented."""
+    """Run a composite operation, which inference mode shows whole, in parts in `mode`; else return NotImplemented."""
     if not is_composite(func):
         return NotImplemented
     with mode:
@@ -130,7 +130,7 @@ class _Recorder(DispatchMode):
 
     # values
     def value(self, tensor: Tensor) -> Value:
-        """Return the current value of `tensor`; one that no operation made takes after what it aliases."""
+        """Return the current value of `tensor`; a tensor that no operation made inherits from what it aliases."""
         if id(tensor) in self._values:
             return self._values[id(tensor)]
         aliased = [self._values[id(other)] for other in self._aliases[_storage(tensor)]]
@@ -148,7 +148,7 @@ class _Recorder(DispatchMode):
         return value
 
     def _write(self, tensor: Tensor) -> list[Tensor]:
-        """Note that `tensor` was written; return it and its aliases, whose values are new from here on."""
+        """Note that `tensor` was written; return it and its aliases, which all get new values."""
         storage = _storage(tensor)
         self._writes += 1
         self._memory[storage] = -self._writes
@@ -182,7 +182,7 @@ class _Recorder(DispatchMode):
 
     # module calls
     def follow(self, model: nn.Module, hooks: Hooks) -> None:
-        """Note every module call of `model`, with what passes in and out."""
+        """Record every module call of `model`, with the tensors that pass in and out."""
         for path, module in model.named_modules():
             hooks.before(module, partial(self._enter, path))
             hooks.after(module, self._leave)
@@ -200,7 +200,7 @@ class _Recorder(DispatchMode):
         self._stack.pop().end = len(self.graph.ops)
 
     def _place(self) -> Place | None:
-        """Return the expression that runs now in the innermost method of the module that runs."""
+        """Return where in the source the running module's innermost method now is."""
         module = self._modules[self._stack[-1].path]
         methods, frame = _methods(type(module)), sys._getframe(2)  # type: ignore[arg-type]
         while frame is not None:
@@ -221,7 +221,7 @@ class _Recorder(DispatchMode):
 
 @cache
 def _methods(kind: type) -> dict[CodeType, tuple[int, str]]:
-    """Return owner and name of the methods, written in Python, of a class and its bases up to torch's own, by code."""
+    """Return, by code object, owner and name of the Python methods of a class and its bases before `nn.Module`."""
     found = {}
     for owner, each in enumerate(kind.__mro__[: kind.__mro__.index(nn.Module)]):
         for name, member in vars(each).items():
@@ -233,7 +233,7 @@ def _methods(kind: type) -> dict[CodeType, tuple[int, str]]:
 
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Set every module to eval mode, by its flag alone; afterwards restore the flags and the buffers."""
+    """Put every module into eval mode by setting only its flag; afterwards restore the flags and the buffers."""
     training = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -256,7 +256,7 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
 
 
 def _compare(tensors: list[Tensor], values: list[Value]) -> None:
-    """Note dimensions along which live factors of one full shape are constant by value; else strides tell."""
+    """Note the dimensions along which live factors of equal shape have constant entries; elsewhere strides show it."""
     if len({value.shape for value in values}) == 1 and all(0 not in value.stride for value in values):
         for tensor, value in zip(tensors, values, strict=True):
             if value.live:
@@ -264,7 +264,7 @@ def _compare(tensors: list[Tensor], values: list[Value]) -> None:
 
 
 def _count(name: str, tensors: list[Tensor], values: list[Value]) -> None:
-    """Note the number that a constant is, which a live value is combined with; of lerp's, that it is zero all over."""
+    """Note the number of each one-entry constant that a live value meets; for lerp, also note a tensor of zeros."""
     for tensor, value in zip(tensors, values, strict=True):
         if not value.live and not value.parameters and value.number is None and tensor.device.type != "meta":
             if tensor.numel() == 1 and not tensor.is_complex():
@@ -274,7 +274,7 @@ def _count(name: str, tensors: list[Tensor], values: list[Value]) -> None:
 
 
 def _is_even(tensor: Tensor, dim: int) -> bool:
-    """Whether a tensor is constant along a dimension, up to what interpolation rounds."""
+    """Return whether a tensor is constant along a dimension, up to the rounding of interpolation."""
     first, last = tensor.select(dim, 0), tensor.select(dim, -1)
     return _is_close(first, last) and _is_close(tensor, first.unsqueeze(dim).expand_as(tensor))
 
@@ -285,12 +285,12 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Identify the memory of a tensor; an empty one, which has none, stands for itself."""
+    """Return what identifies the memory of a tensor; an empty tensor, which has none, has its own id."""
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors among the arguments that `func` writes."""
+    """Return the tensors among the arguments that `func` writes to."""
     return list(_tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in write_positions(func)]))
 
 

@@ -1,9 +1,9 @@
-"""Gates of an ONNX file: found, recorded and folded as those of a module are, and without torch.
+"""Gates of an ONNX file: found, recorded and folded like those of a module, but without torch.
 
-`trace` writes a graph down in the terms that `stripe.gates.rules` and `stripe.folding.merging` decide on, so that a
-network has the same gates and the same merges as a file and as a module. `find_gates` names them, `record` writes
-their attention into a run, `measure_gates` gives the constants, `fold` a file without gates, and `cost` says how far
-its outputs are from the original's:
+`trace` translates a graph into the terms that `stripe.gates.rules` and `stripe.folding.merging` work with, so that a
+network has the same gates and the same merges as a file and as a module. `find_gates` finds the gates, `record` writes
+their attention into a run, `measure_gates` gives their constants, `fold` writes a file without gates, and `cost` says
+how far the outputs of that file are from the original's:
 
     gates = stripe.graphs.find_gates("model.onnx", images)
     stripe.graphs.record("model.onnx", gates, images, "runs/a")
@@ -11,7 +11,7 @@ its outputs are from the original's:
     constants = {name: use.constant("mean") for name, use in uses.items()}
     report = stripe.graphs.fold("model.onnx", constants, "folded.onnx", images)
 
-Needs the extra `onnx`: onnx and onnxruntime.
+The package needs the extra `onnx`: onnx and onnxruntime.
 """
 
 from importlib.util import find_spec

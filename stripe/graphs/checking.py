@@ -1,4 +1,4 @@
-"""Whether a network's outputs are those of another: the other runs once, and its outputs wait on the disk."""
+"""Comparison of networks' outputs with those of a reference, which runs once and whose outputs are kept on disk."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stripe.graphs.inputs import Batch
 from stripe.graphs.trace import run
 
 ROUNDINGS = 10.0
-"""How much more than a change of the inputs' last bits rounding along the way may change the outputs."""
+"""How many times as much rounding along the way may change the outputs as a change of the inputs' last bits does."""
 
 
 class Reference:
     """The outputs of a network on some samples."""
 
     def __init__(self, file: GraphFile, samples: Iterable[Batch], tolerance: float) -> None:
-        """Run the network; `tolerance` is how large a relative error may be where its outputs are not tiny.
+        """Run the network; `tolerance` is the largest relative error allowed, unless rounding may cause more.
 
         Raises:
-            ValueError: there are no samples, or the network differs from itself.
+            ValueError: there are no samples, or two runs of the network differ.
         """
         self._samples = samples
         self._paths: list[Path] = []
@@ -47,9 +47,9 @@ class Reference:
         self.tolerance = max(tolerance, ROUNDINGS * _worst([(run(session, moved.inputs), self._expected(0))]))
 
     def error(self, file: GraphFile, batches: int | None = None) -> float:
-        """Return another network's largest difference of an output over its largest value; the worst of all outputs.
+        """Return another network's largest difference in an output over its largest value, for the worst output.
 
-        It is infinite where an output has another shape, and tells of the first `batches` where these are given.
+        The error is infinite where an output has another shape. With `batches`, only the first so many batches count.
         """
         session = file.session(plain=True)
         found = (run(session, batch.inputs) for batch in islice(self._samples, batches))
@@ -61,7 +61,7 @@ class Reference:
 
 
 def _worst(pairs: Iterator[Any] | list[Any]) -> float:
-    """Compare outputs batch by batch; integers count only where nothing else is given out."""
+    """Compare outputs batch by batch; integer outputs count only where the network has no others."""
     differences: dict[int, float] = {}
     largest: dict[int, float] = {}
     for found, expected in pairs:
@@ -77,5 +77,5 @@ def _worst(pairs: Iterator[Any] | list[Any]) -> float:
 
 
 def _moved(array: Tensor) -> Tensor:
-    """Move the last bit of every number of an input."""
+    """Change the last bit of every number of a floating-point input."""
     return np.nextafter(array, np.inf, dtype=array.dtype) if array.dtype.kind == "f" else array

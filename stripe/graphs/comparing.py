@@ -15,16 +15,17 @@ from stripe.graphs.inputs import Batch, Inputs
 from stripe.graphs.recording import Path, opened, samples_of
 from stripe.graphs.trace import run
 
-TINY = 1e-30  # the least probability that is told from 0
+TINY = 1e-30  # smallest probability that is distinguished from 0
 
 
 @dataclass(frozen=True)
 class Cost:
     """How far the first output of a network is from the original's.
 
-    `relative_error` is the root of the squared differences over that of the squared values, `cosine` the mean over
-    samples. Where the output is (N, classes), `agreement` is the share of samples with the same highest class, and
-    `divergence` the mean KL divergence from the original's class probabilities, in nats; else they are None.
+    `relative_error` is the root of the summed squared differences over that of the summed squared values, `cosine` the
+    mean cosine similarity over samples. Where the output is (N, classes), `agreement` is the share of samples with the
+    same highest class, and `divergence` the mean KL divergence from the original's class probabilities, in nats;
+    otherwise both are None.
     """
 
     samples: int
@@ -35,10 +36,10 @@ class Cost:
 
 
 def cost(original: Path | GraphFile, other: Path | GraphFile, inputs: Inputs | Iterable[Batch]) -> Cost:
-    """Compare two networks of the same inputs on samples.
+    """Compare the outputs of two networks on `inputs`, which both take.
 
     Raises:
-        ValueError: there is no sample, or their outputs differ in shape.
+        ValueError: there is no sample, or the networks' outputs differ in shape.
     """
     files = opened(original), opened(other)
     sessions = [file.session() for file in files]
@@ -75,7 +76,7 @@ def divergences(a: Array, b: Array) -> Array:
 
 
 def probabilities(output: Array) -> Array:
-    """Return class probabilities: the output, where its rows are some, else its softmax."""
+    """Return class probabilities: the output itself if its rows are probabilities already, else its softmax."""
     found: Array = output if are_probabilities(output) else softmax(output, axis=1)
     return found
 

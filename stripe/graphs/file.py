@@ -1,6 +1,6 @@
-"""An ONNX file in memory without its weights, which stay on the disk: read one at a time, or mapped by a session.
+"""An ONNX file in memory without its weights, which stay on disk to be read one at a time or mapped by a session.
 
-Python's protobuf would hold a file of 2 GB twice, and cannot hold a larger one at all.
+Python's protobuf would hold a file of 2 GB in memory twice, and cannot hold a larger one at all.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Tensor = npt.NDArray[Any]
 Proto = TypeVar("Proto", onnx.ModelProto, onnx.GraphProto, onnx.NodeProto, onnx.TensorProto)
 
 LARGE = 1024
-"""Bytes from which a weight is left on the disk; what is smaller may be a shape, which sessions must see at once."""
+"""Size in bytes from which weights stay on disk; a smaller one may be a shape, which a session must see at once."""
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
-SPOOLED = "weights"  # the file in the spool
-OLDEST_OPSET = 7  # before it, products did not broadcast as NumPy does
+SPOOLED = "weights"  # name of the file in a spool
+OLDEST_OPSET = 7  # before it, products did not broadcast as NumPy's do
 
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "QLinear", "Integer", "QAttention", "QGemm", "QMoE", "MatMulNBits")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where the bytes of a large weight lie in the spool."""
+    """Where the bytes of a large weight are on disk."""
 
     path: Path
     offset: int
@@ -46,18 +46,18 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size of the weight in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """Return it as an array of its own."""
+        """Return the weight as a new array."""
         with self.path.open("rb") as stream:
             stream.seek(self.offset)
             return np.frombuffer(stream.read(self.bytes), self.dtype).reshape(self.shape)
 
 
 class Spool:
-    """A file for large weights in a temporary folder (see TMPDIR), which goes with the last network that uses it."""
+    """A file for large weights in a temporary folder (see TMPDIR), deleted with the last network that uses it."""
 
     def __init__(self) -> None:
         """Make the folder."""
@@ -65,7 +65,7 @@ class Spool:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def keep(self, array: Tensor) -> Stored:
-        """Append an array."""
+        """Append an array and return where it is."""
         path = self.folder / SPOOLED
         with path.open("ab") as stream:
             offset = aligned(stream)
@@ -77,8 +77,8 @@ class Spool:
 class GraphFile:
     """An ONNX network: `proto` holds nodes and small weights, `large` the others, by name.
 
-    Constant nodes that hold a large weight are initialisers here; `lifted` names them, and `save` makes them nodes
-    again. `external` says that the file kept its weights in another one.
+    Constant nodes that hold a tensor are initialisers here; `lifted` names them, and `save` makes them nodes again,
+    unless it puts the weights into a second file. `external` says that the file kept its weights in another one.
     """
 
     path: Path
@@ -100,13 +100,13 @@ class GraphFile:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """What the network takes; older files list their weights among it."""
+        """The inputs of the network, without the weights that older files list among them."""
         weights = {tensor.name for tensor in self.graph.initializer}
         return [each for each in self.graph.input if each.name not in weights]
 
     @property
     def batch_size(self) -> int | None:
-        """Samples that the network takes at once, None where it takes any number."""
+        """Number of samples that the network takes at once, None where it takes any number."""
         dims = self.inputs[0].type.tensor_type.shape.dim
         return dims[0].dim_value if dims and dims[0].dim_value > 0 else None
 
@@ -128,14 +128,14 @@ class GraphFile:
         """Return a weight as it is stored.
 
         Raises:
-            KeyError: none has this name.
+            KeyError: no weight has this name.
         """
         if name in self.large:
             return self.large[name].read()
-        return _array(next(tensor for tensor in self.graph.initializer if tensor.name == name))
+        return _array({tensor.name: tensor for tensor in self.graph.initializer}[name])
 
     def session(self, *, plain: bool = False) -> Any:
-        """Open the network in onnxruntime; `plain` runs every node as it is, on weights that stay mapped to the disk.
+        """Open the network in onnxruntime; `plain` runs every node unoptimised, on weights that stay mapped from disk.
 
         Raises:
             ValueError: onnxruntime cannot load it.
@@ -161,8 +161,8 @@ def open_graph(path: str | os.PathLike[str]) -> GraphFile:
     """Open an ONNX file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no ONNX file, is quantised to integers, or is older than what can be handled.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a complete ONNX file, is quantised to integers, takes no input, or has too old an opset.
     """
     source = Path(path)
     try:
@@ -192,7 +192,7 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def captured(node: onnx.NodeProto) -> set[str]:
-    """Return the names that the graphs inside a node take from outside, with some that they make themselves."""
+    """Return the names that the graphs inside a node take from outside, and some that these graphs make themselves."""
     inner = [each for a in node.attribute for each in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
     taken = {name for graph in inner for each in nodes_of(graph) for name in each.input}
     return taken | {output.name for graph in inner for output in graph.output}
@@ -216,7 +216,7 @@ def _require_usable(file: GraphFile) -> None:
 
 # ---- weights ----
 def _lift(graph: onnx.GraphProto) -> tuple[str, ...]:
-    """Make initialisers of the Constant nodes that hold a tensor; return their names."""
+    """Turn the Constant nodes that hold a tensor into initialisers; return their names."""
     kept, lifted = [], []
     for node in graph.node:
         tensors = [a.t for a in node.attribute if a.name == "value" and a.HasField("t")]
@@ -234,7 +234,7 @@ def _lift(graph: onnx.GraphProto) -> tuple[str, ...]:
 
 
 def _taken_out(graph: onnx.GraphProto, source: Path, spool: Spool) -> Iterator[tuple[str, Stored]]:
-    """Move the large weights of a graph, from it or from a file beside it, into the spool."""
+    """Move the large weights of a graph into the spool, from the graph itself or from a file beside it."""
     for tensor in graph.initializer:
         if tensor.external_data:
             yield tensor.name, _stored(tensor, _beside(tensor, source).read(), spool)
@@ -243,7 +243,7 @@ def _taken_out(graph: onnx.GraphProto, source: Path, spool: Spool) -> Iterator[t
 
 
 def _stored(tensor: onnx.TensorProto, array: Tensor, spool: Spool) -> Stored:
-    """Let an initialiser say that it lies in the spool, as `array`."""
+    """Put `array` into the spool, and make an initialiser refer to it there."""
     name, stored = tensor.name, spool.keep(array)
     tensor.Clear()
     tensor.name, tensor.data_type = name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -253,13 +253,13 @@ def _stored(tensor: onnx.TensorProto, array: Tensor, spool: Spool) -> Stored:
 
 
 def aligned(stream: IO[bytes]) -> int:
-    """Go on to where what is written can be mapped by itself; return the position."""
+    """Pad a stream to the next position from which data can be mapped by itself; return that position."""
     stream.write(b"\0" * (-stream.tell() % mmap.ALLOCATIONGRANULARITY))
     return stream.tell()
 
 
 def _beside(tensor: onnx.TensorProto, source: Path) -> Stored:
-    """Return where the weight of a file lies that keeps its weights in another one."""
+    """Return where a weight is that `source` keeps in another file."""
     info = {entry.key: entry.value for entry in tensor.external_data}
     path = (source.parent / info.get("location", "")).resolve()
     if not path.is_relative_to(source.parent.resolve()) or not path.is_file():
@@ -274,7 +274,7 @@ def _beside(tensor: onnx.TensorProto, source: Path) -> Stored:
 
 
 def locate(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
-    """Let an initialiser say in which file its weight lies, and where in it."""
+    """Make an initialiser refer to the file that holds its weight, and to the weight's place there."""
     del tensor.external_data[:]
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", length)):
@@ -293,13 +293,13 @@ def _array(tensor: onnx.TensorProto) -> Tensor:
 
 
 def referenced(graph: onnx.GraphProto) -> set[str]:
-    """Return the names that nodes take or that the network gives out."""
+    """Return the names of the tensors that nodes take or the network gives out."""
     taken = {name for node in graph.node for name in [*node.input, *captured(node)]}
     return taken | {output.name for output in graph.output}
 
 
 def rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
-    """Let nodes take `new` for `old`."""
+    """Make nodes take `new` instead of `old`."""
     for node in nodes:
         for i, name in enumerate(node.input):
             if name == old:
@@ -307,7 +307,7 @@ def rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
 
 
 def replace_node(graph: onnx.GraphProto, made: str, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Put nodes in the place of the one that makes a tensor."""
+    """Replace the node that makes the tensor `made` with `nodes`."""
     position = next(i for i, node in enumerate(graph.node) if made in node.output)
     graph.node.pop(position)
     for i, node in enumerate(nodes):
@@ -315,7 +315,7 @@ def replace_node(graph: onnx.GraphProto, made: str, nodes: Sequence[onnx.NodePro
 
 
 def prune(graph: onnx.GraphProto) -> None:
-    """Take out the nodes, weights and descriptions that the outputs no longer need."""
+    """Remove the nodes, weights and descriptions that the outputs no longer need."""
     needed = {output.name for output in graph.output}
     kept = []
     for node in reversed(graph.node):

@@ -1,4 +1,4 @@
-"""fold for an ONNX file: constants in place of its gates, merged into its weights, compared and written."""
+"""fold for an ONNX file: put constants in place of gates, merge them into weights, check the result and write it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOLERANCES: dict[int, float] = {
     TensorProto.FLOAT16: 3e-2,
     TensorProto.BFLOAT16: 0.2,
 }
-"""Largest relative error between a folded file and the one with constant gates, by the type that most weights have."""
+"""Largest relative error between a folded file and the network with constant gates, by the type of most weights."""
 
 
 def fold(
@@ -43,19 +43,19 @@ def fold(
     *,
     normalisers: Sequence[str] = (),
 ) -> FoldReport:
-    """Write an ONNX file in which gates are the vectors of `constants`, merged into weights where that is exact.
+    """Write an ONNX file in which the vectors of `constants` replace gates, merged into weights where that is exact.
 
-    The keys of `constants` are gates or their names; a vector is (C,), or (2, C) with a shift, which is added to what
-    the gate gives, as `learn_constants` returns it. All samples of `inputs` are sent through the folded file and the
-    one with constant gates; the report's `error` is their largest difference over the largest output. Weights keep
-    their types, and opset, metadata and inputs are as they were. A gate without an exact merge becomes a product with
+    The keys of `constants` are gates or their names; a vector is (C,), or (2, C) with a shift that is added to what the
+    gate gives, as `learn_constants` returns it. All samples of `inputs` are run through the folded file and through the
+    network with constant gates; the report's `error` is their largest difference over the largest output. Weights keep
+    their types, and opset, metadata and inputs stay as they were. A gate without an exact merge becomes a product with
     its constant.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: no gates, an unknown gate, a vector that does not fit or is not finite, a file that is quantised,
-            cannot be run or is no valid ONNX, or a network that differs from itself.
-        ArithmeticError: the folded file differs, even with nothing merged, or is no valid ONNX.
+            cannot be run or is not valid ONNX, or a network that gives different outputs in two runs.
+        ArithmeticError: the folded file differs even after inexact merges were given up, or is not valid ONNX.
 
     Example:
         >>> gates = stripe.graphs.find_gates("model.onnx", images)  # doctest: +SKIP
@@ -90,7 +90,7 @@ def _checked(file: GraphFile, gates: Sequence[Gate], constants: Mapping[Any, Arr
 
 # ---- weights ----
 class _Doubles(Mapping[str, Array]):
-    """The weights of a file in float64, each read when it is asked for; a few are kept."""
+    """The weights of a file in float64, each read when needed; the last two are kept."""
 
     def __init__(self, file: GraphFile) -> None:
         self._names = [tensor.name for tensor in file.graph.initializer]
@@ -123,7 +123,7 @@ def _weights(file: GraphFile, graph: GraphTrace) -> Weights:
 # ---- building ----
 @dataclass(eq=False)
 class _Original:
-    """A network with its graph: what merges are made in copies of, and compared with."""
+    """A network with its graph; merges are made in copies of it, which are compared with it."""
 
     file: GraphFile
     graph: GraphTrace
@@ -132,7 +132,7 @@ class _Original:
     samples: Iterable[Batch]
 
     def merged(self, merges: list[Merge]) -> tuple[GraphFile, list[Merge], float]:
-        """Return the network with the merges made, all those that are exact, and its relative error."""
+        """Return the network with all exact merges made, the merges as they were made, and its relative error."""
         reference = Reference(self._at_constants(), self.samples, TOLERANCES[self._usual])
         built = self._built(merges)
         error = reference.error(built)
@@ -152,7 +152,7 @@ class _Original:
         return built, merges, error
 
     def _at_constants(self) -> GraphFile:
-        """Return the network with constants in the places of its gates, and nothing else changed."""
+        """Return the network with constants in place of its gates, and nothing else changed."""
         proto = copied(self.file.proto)
         added = {}
         for gate in self.gates:
@@ -192,7 +192,7 @@ class _Original:
         return max(set(kinds), key=kinds.count, default=int(TensorProto.FLOAT))
 
     def _built(self, merges: Sequence[Merge]) -> GraphFile:
-        """Return the network with weights changed and maps taken out."""
+        """Return the network after `merges`: weights changed, and maps taken out or kept as constants."""
         proto = copied(self.file.proto)
         changed: dict[str, Tensor] = {}
         for merge in merges:
@@ -220,7 +220,7 @@ class _Original:
         return self.file.with_proto(proto, {name: array for name, array in changed.items() if name in used})
 
     def _scaled(self, graph: onnx.GraphProto, map: AffineMap, x: str, y: str) -> dict[str, Tensor]:
-        """Put a product and a sum with constants in the place of what made `y`; return the constants by name."""
+        """Replace the node that made `y` with a product and a sum with constants; return the constants by name."""
         kind = self._type_of(x)
         fields = [("Mul", map.scale, 1.0), ("Add", map.shift, 0.0)]
         steps = [(op, field) for op, field, nothing in fields if (field != nothing).any()] or [("Mul", map.scale)]
@@ -235,7 +235,7 @@ class _Original:
 
 
 def _take_out(graph: onnx.GraphProto, x: str, y: str) -> None:
-    """Let whatever takes `y` take `x`; where its name is needed, `y` is a copy of `x`."""
+    """Make whatever takes `y` take `x`; where the name `y` is still needed, make `y` a copy of `x`."""
     needed = any(output.name == y for output in graph.output) or any(y in captured(node) for node in graph.node)
     replace_node(graph, y, [helper.make_node("Identity", [x], [y], name=y)] if needed else [])
     rename((node for node in graph.node if y not in node.output), y, x)

@@ -16,15 +16,15 @@ from stripe.graphs.nodes import Shape, attribute
 from stripe.graphs.windows import Window
 
 OLDEST_OPSET = 11
-"""Before it, numbers that the nodes below take as inputs were attributes."""
+"""Before this opset, numbers that the nodes below pass as inputs were attributes."""
 
 
 @dataclass(eq=False)
 class Backward:
-    """Appends nodes to a graph.
+    """Appends nodes that compute gradients to a graph.
 
     `shapes` are those of its tensors in one run, `weight` gives the entries of an initialiser by its name, and `wanted`
-    are the tensors whose gradients are asked for.
+    are the tensors whose gradients are needed.
     """
 
     graph: onnx.GraphProto
@@ -40,7 +40,7 @@ class Backward:
         """Return the names of the wanted tensors' gradients, given the names of those of the outputs.
 
         Raises:
-            ValueError: an operator on the way whose gradient is not known here.
+            ValueError: the gradient of an operator on the way is not known here.
         """
         self._live = set(self.wanted)
         nodes = list(self.graph.node)
@@ -63,7 +63,7 @@ class Backward:
         return {name: self.total(found[name]) if found[name] else self.op("Mul", name, 0.0) for name in self.wanted}
 
     def is_live(self, name: str) -> bool:
-        """Whether a tensor depends on one that is wanted."""
+        """Return whether a tensor depends on a wanted one."""
         return name in self._live
 
     def op(self, kind: str, *inputs: str | float | Sequence[int] | Tensor, **attributes: Any) -> str:
@@ -78,7 +78,7 @@ class Backward:
         return names[0] if len(names) == 1 else self.op("Sum", *names)
 
     def summed(self, name: str, axes: Sequence[int]) -> str:
-        """Sum a tensor over some axes, which it keeps."""
+        """Sum a tensor over some axes, which stay as dimensions of size 1."""
         if not axes:
             return name
         if self.opset < 13:
@@ -86,7 +86,7 @@ class Backward:
         return self.op("ReduceSum", name, [*axes], keepdims=1)
 
     def like(self, gradient: str, shape: Shape, name: str) -> str:
-        """Sum a gradient of `shape` over whatever the tensor was broadcast along."""
+        """Sum a gradient of `shape` over the axes along which the tensor `name` was broadcast to it."""
         own = self.shapes[name]
         lead = len(shape) - len(own)
         axes = [d for d, n in enumerate(shape) if d < lead or own[d - lead] == 1 < n]
@@ -107,7 +107,7 @@ class Backward:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A node to go back through, with the gradients of its outputs, "" for one that nothing depends on."""
+    """A node to go back through, with the gradients of its outputs: "" for an output that nothing depends on."""
 
     back: Backward
     node: onnx.NodeProto
@@ -115,17 +115,17 @@ class Step:
 
     @property
     def g(self) -> str:
-        """The gradient of its first output."""
+        """The gradient of the node's first output."""
         return self.gradients[0]
 
     @property
     def x(self) -> str:
-        """Its first input."""
+        """The node's first input."""
         return str(self.node.input[0])
 
     @property
     def y(self) -> str:
-        """Its first output."""
+        """The node's first output."""
         return str(self.node.output[0])
 
     def shape(self, name: str) -> Shape:
@@ -145,11 +145,11 @@ class Step:
         return self.back.op(kind, *inputs, **attributes)
 
     def equal(self, a: str, b: str) -> str:
-        """Append what is 1 where two tensors are equal, else 0."""
+        """Append nodes that give 1 where two tensors are equal, else 0."""
         return self.op("Sub", 1.0, self.op("Sign", self.op("Abs", self.op("Sub", a, b))))
 
     def require(self, fits: bool, what: str) -> None:
-        """Refuse an operator in a form that is not known here."""
+        """Raise ValueError if an operator has a form that is not known here."""
         if not fits:
             raise ValueError(f"constants cannot be learned through {self.node.op_type} with {what} ({self.y!r})")
 
@@ -160,7 +160,7 @@ Rule = Callable[[Step], Gradients]
 
 # ---- functions of one tensor ----
 def _pointwise(slope: Callable[[Step], str]) -> Rule:
-    """Return the rule of a function whose slope is a tensor of the shape of its input."""
+    """Return the rule of a function of one tensor, whose slope has the shape of its input."""
 
     def rule(step: Step) -> Gradients:
         step.require(all(i == 0 for i, _ in step.live()), "parameters that depend on the input")
@@ -176,7 +176,7 @@ def _leaky(step: Step) -> str:
 
 
 def _within(step: Step, y: str) -> str:
-    """1 where a function of values in [0, 1] is at neither end, else 0."""
+    """Return 1 where `y`, with values in [0, 1], is at neither end, else 0."""
     return step.op("Sign", step.op("Mul", y, step.op("Sub", 1.0, y)))
 
 
@@ -235,7 +235,7 @@ def _power(step: Step) -> Gradients:
 
 
 def _bounded(step: Step) -> Gradients:
-    """Min and Max of a tensor and numbers."""
+    """Yield the gradient of Min or Max of a tensor and numbers."""
     live = step.live()
     step.require(len(live) == 1 and step.shape(live[0][1]) == step.shape(step.y), "several that depend on the input")
     [(i, name)] = live
@@ -244,7 +244,7 @@ def _bounded(step: Step) -> Gradients:
 
 # ---- layers ----
 def _weighted(step: Step) -> tuple[str, Shape, int]:
-    """Return a layer's weight, its shape and its groups; ValueError where more than its input needs a gradient."""
+    """Return a layer's weight, its shape and its groups; raise ValueError if its parameters need a gradient."""
     step.require(all(i == 0 for i, _ in step.live()), "weights that depend on the input")
     weight = step.node.input[1]
     return weight, step.shape(weight), step.attribute("group", 1)
@@ -258,7 +258,7 @@ def _convolution(step: Step) -> Gradients:
 
 
 def _spread(step: Step, g: str, weight: str | Tensor, window: Window, group: int) -> str:
-    """Send what a window gave back to where it came from."""
+    """Spread a gradient over the entries that each window position was computed from."""
     rest = window.rest(step.shape(step.x)[2:], step.shape(step.y)[2:])
     return step.op("ConvTranspose", g, weight, group=group, output_padding=rest, **window.attributes)
 
@@ -304,7 +304,7 @@ def _matmul(step: Step) -> Gradients:
 
 # ---- pools ----
 def _mean(step: Step) -> Gradients:
-    """ReduceMean, ReduceSum and GlobalAveragePool."""
+    """Yield the gradient of ReduceMean, ReduceSum or GlobalAveragePool."""
     x, dims = step.shape(step.x), len(step.shape(step.x))
     axes = [*range(2, dims)]
     if step.node.op_type != "GlobalAveragePool":
@@ -319,7 +319,7 @@ def _mean(step: Step) -> Gradients:
 
 
 def _max_pool(step: Step) -> Gradients:
-    """Every entry of a window that is its largest has the gradient: ties all have it."""
+    """Give the gradient to the largest entry of each window; entries that tie each get all of it."""
     x, y = step.shape(step.x), step.shape(step.y)
     step.require(not step.attribute("ceil_mode", 0), "ceil_mode")
     window = Window.of(step.attribute, step.attribute("kernel_shape"), x[2:], y[2:])
@@ -403,4 +403,4 @@ RULES: dict[str, Rule] = {
     "Reshape": _reshaped, "Flatten": _reshaped, "Squeeze": _reshaped, "Unsqueeze": _reshaped, "Identity": _passed,
     "Dropout": _passed, "Cast": _passed, "Transpose": _transpose, "Concat": _concat, "Split": _split,
 }  # fmt: skip
-"""By operator, the gradients of its inputs."""
+"""The rules for the gradients of an operator's inputs, by operator."""

@@ -19,7 +19,7 @@ Inputs = ArrayLike | Mapping[str, ArrayLike] | Sequence[ArrayLike]
 
 BATCH = 32
 LABELS = "labels"
-"""The array of a file that holds labels, where the network has no input of this name."""
+"""Name of the array of a file that holds labels, unless the network has an input of this name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +32,10 @@ class Batch:
 
 
 def by_name(file: GraphFile, inputs: Inputs) -> dict[str, Tensor]:
-    """Return inputs by name and of the types that the network takes.
+    """Return inputs by name, in the types that the network takes.
 
     Raises:
-        ValueError: names or numbers of inputs, or their dimensions, are not those of the network.
+        ValueError: the names, the number, the types or the dimensions of the inputs are not those of the network.
     """
     names = [each.name for each in file.inputs]
     if isinstance(inputs, Mapping):
@@ -51,18 +51,18 @@ def by_name(file: GraphFile, inputs: Inputs) -> dict[str, Tensor]:
 
 
 class Batches:
-    """The samples of some inputs in batches of at most `size`, or of what the network takes at once, again and again.
+    """Inputs cut into batches of at most `size`, or of what the network takes at once; they can be iterated repeatedly.
 
-    Inputs whose first dimension is not the first input's number of samples go to every batch whole. Where the network
-    takes a fixed number and the last batch is short of it, its last sample stands in for the missing ones, which
-    `sample_ids` does not count.
+    An input whose first dimension is not the first input's number of samples goes into every batch whole. Where the
+    network takes a fixed number of samples and the last batch has fewer, its last sample is repeated to fill it;
+    `sample_ids` does not count the repeats.
     """
 
     def __init__(self, file: GraphFile, inputs: Inputs, labels: ArrayLike | None = None, *, size: int = BATCH) -> None:
         """Take arrays and, where they are known, labels (N,).
 
         Raises:
-            ValueError: they do not fit the network, or one another.
+            ValueError: the arrays do not fit the network, or the labels do not fit the arrays.
         """
         self._arrays = by_name(file, inputs)
         first = self._arrays[file.inputs[0].name]
@@ -93,11 +93,11 @@ def read_inputs(file: GraphFile, path: str, *, samples: int | None = None, size:
     """Yield the batches of a .npz or .npy file, or of all such files in a folder in the order of their names.
 
     A .npz file holds an array for each input, by its name, and may hold labels (n,) as "labels"; where the network has
-    one input, the only other array is that input, whatever its name. The first dimension counts samples.
+    one input, a single array besides the labels is that input, whatever its name. The first dimension counts samples.
 
     Raises:
         FileNotFoundError: there is no such file, or none in the folder.
-        ValueError: a file is none, or its arrays do not fit.
+        ValueError: a file holds no arrays as NumPy writes them, or its arrays do not fit.
     """
     root = Path(path)
     files = sorted(each for each in root.iterdir() if each.suffix in (".npz", ".npy")) if root.is_dir() else [root]
@@ -119,7 +119,7 @@ def first_of(file: GraphFile, batches: Iterable[Batch], count: int) -> dict[str,
     """Return the inputs of the first `count` samples, or of as many as the network takes at once.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no batch.
     """
     batch = next(iter(batches), None)
     if batch is None:
@@ -147,7 +147,7 @@ def _as_taken(info: onnx.ValueInfoProto, array: Tensor) -> Tensor:
     """Return an array in the type of an input.
 
     Raises:
-        ValueError: it is of another kind, or has other dimensions.
+        ValueError: the array is of another kind, or has other dimensions.
     """
     kind = info.type.tensor_type
     wanted = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))

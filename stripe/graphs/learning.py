@@ -35,23 +35,26 @@ def learn_constants(
     rate: float = RATE,
     progress: Progress = iter,
 ) -> dict[str, Array]:
-    """Learn a scale and a shift per channel for gates that are constant together; returns (2, C) by gate, for `fold`.
+    """Learn a scale and a shift per channel for gates that become constant together; return (2, C) by gate, for `fold`.
 
-    They begin at the "energy" constants without a shift, and follow the divergence from what the network gives, without
-    any label: of class probabilities where it has one output (N, classes), else the squared error over the squared
-    value, averaged over its outputs. onnxruntime computes the gradients, in nodes that are added to a copy.
+    They start at the "energy" constants without a shift, and minimise the divergence from the network's own outputs,
+    without any labels: the KL divergence of class probabilities where the network has one output (N, classes), else the
+    squared error over the squared value, averaged over the outputs. onnxruntime computes the gradients, in nodes that
+    are added to a copy of the network.
 
     Args:
         path: the ONNX file, whose weights are float32 or float64.
-        gates: those that will be folded; the others go on as they are.
-        uses: what these gates did, as `measure_gates` gives it.
-        inputs: arrays of all samples, or batches, gone through as often as the steps need.
-        steps: how many, a batch each.
-        rate: the first learning rate, in units of a gate's root mean square constant, and of what it gives.
+        gates: the gates that will be folded; the others stay as they are.
+        uses: what these gates did, as `measure_gates` returns it.
+        inputs: arrays of all samples, or batches, repeated as often as the steps need.
+        steps: number of steps, one batch each.
+        rate: the first learning rate, in units of a gate's root mean square constant for scales and of the size of what
+            a channel gives for shifts.
         progress: wraps the steps.
 
     Raises:
-        ValueError: an operator after a gate whose gradient is not known, weights in half precision, or no samples.
+        ValueError: the gradient of an operator after a gate is not known, not all weights are float32 or all float64,
+            the opset is too old, no output is floating-point, or there are no samples.
         FloatingPointError: the divergence is no longer finite.
     """
     file = opened(path)
@@ -76,7 +79,7 @@ def _endless(samples: Iterable[Batch]) -> Iterator[Batch]:
 
 @dataclass(frozen=True, eq=False)
 class _Free:
-    """A network whose gates are inputs (scale and shift), and which gives out gradients beside its outputs."""
+    """A network whose gates are inputs (scale and shift), and which gives out gradients besides its own outputs."""
 
     file: GraphFile
     gates: Sequence[Gate]
@@ -87,7 +90,7 @@ class _Free:
 
     @classmethod
     def of(cls, file: GraphFile, gates: Sequence[Gate], inputs: Mapping[str, Tensor]) -> _Free:
-        """Build it; `inputs` are a few samples."""
+        """Build the network; `inputs` are a few samples."""
         kind, outputs, shapes = _kind(file), _floats(file), shapes_of(file, inputs)
         products = {gate.name: shapes[operands(file, gate)[0].output[0]] for gate in gates}
         given: Literal["scores", "probabilities", "values"] = "values"
@@ -113,7 +116,7 @@ class _Free:
         prune(graph)
 
     def _seed(self, back: Backward, output: str) -> tuple[str, str]:
-        """Return an output, and the name of the gradient there of the divergence from what is wanted."""
+        """Return an output, and the name of the divergence's gradient with respect to it."""
         wanted, weight = _targets(output)
         if self.given == "probabilities":
             compared = back.op("Neg", back.op("Div", wanted, back.op("Max", output, TINY)))
@@ -125,7 +128,7 @@ class _Free:
     def gradients(
         self, session: Any, batch: Batch, wanted: Sequence[Tensor], constants: Mapping[str, Array]
     ) -> tuple[float, dict[str, Array]]:
-        """Return the divergence of a batch's outputs from those wanted, and its gradients (2, C) by gate."""
+        """Return the divergence of a batch's outputs from the wanted ones, and its gradients (2, C) by gate."""
         targets = [np.asarray(each, np.float64) for each in wanted]
         classes = self.given != "values"
         if classes:
@@ -162,7 +165,7 @@ def _kind(file: GraphFile) -> np.dtype[Any]:
     if len(kinds) != 1 or kinds - {TensorProto.FLOAT, TensorProto.DOUBLE}:
         raise ValueError(
             f"'{file.path}' is not in float32 (or float64) throughout: learn the constants from the file before its"
-            " conversion, and fold this one by them"
+            " conversion, and use them to fold this one"
         )
     return np.dtype(helper.tensor_dtype_to_np_dtype(kinds.pop()))
 
@@ -171,7 +174,7 @@ def _floats(file: GraphFile) -> list[str]:
     kinds = (TensorProto.FLOAT, TensorProto.DOUBLE)
     outputs = [each.name for each in file.graph.output if each.type.tensor_type.elem_type in kinds]
     if not outputs:
-        raise ValueError(f"'{file.path}' gives out no floating-point numbers, by which constants could be learned")
+        raise ValueError(f"'{file.path}' has no floating-point output from which constants could be learned")
     return outputs
 
 
@@ -180,12 +183,12 @@ def _variables(gate: Gate) -> tuple[str, str]:
 
 
 def _targets(output: str) -> tuple[str, str]:
-    """Return the names of the inputs that say what an output should be, and what its difference from that weighs."""
+    """Return the names of two inputs: what an output should be, and the weight of its difference from that."""
     return f"{output}, wanted", f"{output}, weight"
 
 
 def _freed(graph: onnx.GraphProto, file: GraphFile, gate: Gate, shape: Shape, kind: np.dtype[Any]) -> dict[str, Shape]:
-    """Put a product and a sum with two inputs in the place of a gate's product; return the shapes of what is new."""
+    """Replace a gate's product with a product and a sum with two inputs; return the shapes of the new tensors."""
     node, _, scaled = operands(file, gate)
     (scale, shift), between = _variables(gate), f"{gate.name}, scaled"
     product = helper.make_node("Mul", [scaled, scale], [between], name=between)
@@ -197,7 +200,7 @@ def _freed(graph: onnx.GraphProto, file: GraphFile, gate: Gate, shape: Shape, ki
 
 
 def _rows(gate: Gate, scale: Tensor, shift: Tensor) -> Array:
-    """Return the gradients of a gate's constant and shift, (2, C), from those of what it is multiplied by and gets."""
+    """Return the gradients (2, C) of a gate's constant and shift, from those of its scale and shift inputs."""
     fields = (shift, np.zeros_like(shift)) if gate.form == "additive" else (scale, shift)
     r, c = gate.layout.find("R"), gate.layout.find("C")
     return np.stack([(f.reshape(f.shape[c], f.shape[r]).T if r > c else f).ravel() for f in fields]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""A node of an ONNX graph under translation, and the trace that its operations are appended to."""
+"""A node of an ONNX graph that is being translated, and the trace that its operations are appended to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(eq=False)
 class GraphTrace(Trace):
-    """A trace of an ONNX network, with the name of each value's tensor; what an operation has within has none."""
+    """A trace of an ONNX network, with the name of each value's tensor; values inside a node have no name."""
 
     names: dict[Value, str] = field(default_factory=dict)
 
@@ -30,7 +30,7 @@ class Builder:
     def __init__(
         self, file: GraphFile, inputs: Mapping[str, Tensor], shapes: Mapping[str, Shape], static: Mapping[str, Tensor]
     ) -> None:
-        """Start an empty trace of a network on `inputs`; `static` holds tensors that say how an operator works."""
+        """Start an empty trace of a network on `inputs`; `static` holds tensors that configure operators."""
         self._file, self._inputs, self._shapes, self._static = file, inputs, shapes, static
         self._weights = {tensor.name: tensor for tensor in file.graph.initializer}
         self.values: dict[str, Value] = {}
@@ -39,14 +39,14 @@ class Builder:
         self.graph = GraphTrace(batches=(first.shape[0] if first.ndim else 1,))
 
     def value(self, name: str) -> Value:
-        """Return the value of a tensor; a weight's is made when it is first taken."""
+        """Return the value of a tensor; that of a weight is made on first use."""
         if name not in self.values:
             parameters = frozenset({name} if name in self._weights else ())
             self.named(name, live=False, parameters=parameters)
         return self.values[name]
 
     def static(self, name: str) -> Tensor | None:
-        """Return what an input that only says how is, None where there is none."""
+        """Return the entries of an input that only says how an operator works, None where they are not known."""
         if name in self._weights:
             return self._file.weight(name)
         return self._static.get(name)
@@ -62,7 +62,7 @@ class Builder:
         alias: Value | None = None,
         strides: tuple[int, ...] | None = None,
     ) -> list[Value]:
-        """Append an operation and return what it makes; with `alias`, another view of that value's memory."""
+        """Append an operation and return its outputs; with `alias`, they are views of that value's memory."""
         args = tuple(args)
         inputs = tuple(dict.fromkeys(values_in(args)))
         op = Op(len(self.graph.ops), name, call, inputs, args, {})
@@ -101,7 +101,7 @@ class Builder:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A node under translation."""
+    """A node that is being translated."""
 
     proto: onnx.NodeProto
     builder: Builder
@@ -109,7 +109,7 @@ class Node:
     opset: int
 
     def has(self, position: int) -> bool:
-        """Whether it has this input."""
+        """Return whether the node has this input."""
         return position < len(self.proto.input) and bool(self.proto.input[position])
 
     def value(self, position: int) -> Value:
@@ -121,7 +121,7 @@ class Node:
         return self.value(position) if self.has(position) else None
 
     def static(self, position: int) -> Any:
-        """Return the entries of an input that says how, not what; None where it is missing or unknown."""
+        """Return the entries of an input that only says how the operator works; None where it is missing or unknown."""
         return self.builder.static(self.proto.input[position]) if self.has(position) else None
 
     def attribute(self, name: str, default: Any = None) -> Any:
@@ -136,19 +136,19 @@ class Node:
 
     @property
     def shapes(self) -> list[Shape]:
-        """Shapes of its outputs."""
+        """Shapes of the node's outputs."""
         return [self.builder.shape(name) if name else () for name in self.proto.output]
 
     def emit(self, name: str, *args: Any) -> list[Value]:
-        """Append the operation that makes its outputs."""
+        """Append the operation that makes the node's outputs."""
         return self.builder.emit(self.call, name, args, self.shapes)
 
     def inner(self, name: str, args: Sequence[Any], shape: Shape, **how: Any) -> Value:
-        """Append an operation before that one."""
+        """Append an operation that prepares an argument of the one in `emit` or `view`."""
         return self.builder.emit(self.call, name, args, [shape], **how)[0]
 
     def view(self, name: str, *args: Any, strides: Shape | None = None) -> list[Value]:
-        """Append an operation that gives its first argument's memory another look."""
+        """Append the operation whose outputs, those of the node, are views of its first argument's memory."""
         return self.builder.emit(self.call, name, args, self.shapes, alias=args[0], strides=strides)
 
 

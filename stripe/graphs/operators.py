@@ -1,4 +1,4 @@
-"""ONNX operators as the operations that the rules know: what each takes, and what NumPy makes of its arrays again."""
+"""ONNX operators translated into the operations that the rules know, and how NumPy runs those operations again."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _view(node: Node) -> list[Value]:
 
 
 def _restrided(x: Value, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the strides of `x` with dimensions of size 1 put in or left out; None where it is not just this."""
+    """Return the strides of `x` with only dimensions of size 1 added or removed; None if `shape` differs otherwise."""
     steps = [(n, s) for n, s in zip(x.shape, x.stride, strict=True) if n > 1]
     if [n for n, _ in steps] != [n for n in shape if n > 1]:
         return None
@@ -261,7 +261,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
 
 
 def run_again(op: Op, lookup: Callable[[Value], Array]) -> list[Array]:
-    """Run an operation on arrays in place of its values, in float64."""
+    """Run an operation again in NumPy, in float64, on the arrays that `lookup` gives for its values."""
     made = _NUMPY[op.name](*(_looked_up(arg, lookup) for arg in op.args))
     return made if isinstance(made, list) else [np.asarray(made)]
 

@@ -24,7 +24,7 @@ from stripe.messages import Progress
 from stripe.store import CONTENTS, RunWriter
 
 SEARCHED = 3
-"""Samples on which gates are searched."""
+"""Number of samples on which gates are searched for."""
 
 Path = str | PathLike[str]
 
@@ -32,13 +32,13 @@ Path = str | PathLike[str]
 def find_gates(path: Path | GraphFile, inputs: Inputs | Iterable[Batch], *, normalisers: Sequence[str] = ()) -> Gates:
     """Return the gates of an ONNX network in order of execution, as `stripe.find_gates` does for a module.
 
-    A gate has the name of the tensor that its product makes. `inputs` are a few samples, best large and not square;
-    three are taken.
+    A gate has the name of the tensor that its product makes. `inputs` are a few samples, best large and not square, of
+    which three are used.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no ONNX file, is quantised, or cannot be run on `inputs`; or these are so small that gates may
-            hide.
+        ValueError: it is not an ONNX file, is quantised, or cannot be run on `inputs`; or the inputs are so small that
+            gates may be hidden.
 
     Example:
         >>> gates = stripe.graphs.find_gates("model.onnx", images)  # doctest: +SKIP
@@ -46,8 +46,8 @@ def find_gates(path: Path | GraphFile, inputs: Inputs | Iterable[Batch], *, norm
     candidates = explain_gates(path, inputs, normalisers=normalisers)
     if hidden := [candidate.site for candidate in candidates if candidate.hidden]:
         raise ValueError(
-            f"input too small: what is scaled at {', '.join(hidden)} is a single pixel, where a gate cannot be told;"
-            " use inputs of at least twice the size"
+            f"input too small: what is scaled at {', '.join(hidden)} is a single pixel, where a gate cannot be told"
+            " from an activation; use inputs of at least twice the size"
         )
     return Gates(candidate.gate for candidate in candidates if candidate.gate)
 
@@ -55,7 +55,7 @@ def find_gates(path: Path | GraphFile, inputs: Inputs | Iterable[Batch], *, norm
 def explain_gates(
     path: Path | GraphFile, inputs: Inputs | Iterable[Batch], *, normalisers: Sequence[str] = ()
 ) -> list[Candidate]:
-    """Return every product that might scale channels, in order, accepted or with the reason why it is no gate."""
+    """Return every product that might scale channels, in order, accepted or with a reason against it."""
     file = opened(path)
     return candidates_of(trace(file, first_of(file, samples_of(file, inputs), SEARCHED)), normalisers)
 
@@ -77,27 +77,27 @@ def record(
     overwrite: bool = False,
     progress: Progress = iter,
 ) -> None:
-    """Record the attention of an ONNX network into the run at `run_path`, which is then as any other run.
+    """Record the attention of an ONNX network into the run at `run_path`, which is then a run like any other.
 
     Args:
         path: the ONNX file.
         gates: from `find_gates`.
         inputs: arrays of all samples, or an iterable of Batch.
-        run_path: directory of the run, a new one or one with the same gates.
-        labels: of the samples, where `inputs` are arrays.
-        epoch: number that the recording gets.
+        run_path: directory of the run, either a new one or one with the same gates.
+        labels: labels of the samples, where `inputs` are arrays.
+        epoch: the epoch number under which to record.
         squeeze: store what each gate scales, averaged over space, as well.
         dtype: "float32" or "float16".
         contents: as for `Recorder`.
-        description: of the network, plain values, for the manifest.
-        data: of the samples, plain values, for the manifest.
+        description: describes the network in the manifest, in plain values.
+        data: describes the samples in the manifest, in plain values.
         files: as for `Recorder`.
-        overwrite: replace an epoch that the run holds.
-        progress: shows how far it is.
+        overwrite: replace the epoch if the run already holds it.
+        progress: wraps the batches, to show progress.
 
     Raises:
-        ValueError: there is no gate, or one that is not the network's.
-        FileExistsError: the run holds this epoch.
+        ValueError: there are no gates, or one of them is not the network's.
+        FileExistsError: the run already holds this epoch.
     """
     file = opened(path)
     kinds = ("attention", "squeeze") if squeeze else ("attention",)
@@ -124,7 +124,7 @@ def record(
 def measure_gates(
     path: Path | GraphFile, gates: Sequence[Gate], inputs: Inputs | Iterable[Batch], *, progress: Progress = iter
 ) -> dict[str, GateUse]:
-    """Return what each gate did over all samples, whose `constant("mean")` and `constant("energy")` fold it."""
+    """Return what each gate did over all samples; its `constant("mean")` or `constant("energy")` is for `fold`."""
     file = opened(path)
     sums = {gate.name: Sums(gate.form == "additive") for gate in gates}
     for _, values in read(file, gates, samples_of(file, inputs), ("attention", "energy"), progress=progress):
@@ -154,12 +154,12 @@ def read(
 
 
 def opened(path: Path | GraphFile) -> GraphFile:
-    """Open a file, unless it is open."""
+    """Open a file unless it is already open."""
     return path if isinstance(path, GraphFile) else open_graph(path)
 
 
 def samples_of(file: GraphFile, inputs: Any, labels: ArrayLike | None = None) -> Iterable[Batch]:
-    """Return arrays in batches, which can be gone through again; batches as they are."""
+    """Return arrays as batches that can be iterated over repeatedly; return batches as they are."""
     given = isinstance(inputs, tuple | list) and any(isinstance(each, Batch) for each in inputs)
     if isinstance(inputs, Mapping | tuple | list) or hasattr(inputs, "__array__"):
         return inputs if given else Batches(file, inputs, labels)
@@ -192,7 +192,7 @@ class _Wanted:
         return f"{self.kind} of {self.gate.name}"
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
-        """Yield nodes that make rows (n, ...) in float32: the first entry, or the average, along space."""
+        """Yield nodes that compute rows (n, ...) in float32: the first entry along space, or the average over it."""
         _, attention, scaled = operands(self.file, self.gate)
         space = [d for d, letter in enumerate(self.gate.layout) if letter not in "NRGC"]
         name = f"{self.output}, wide"
@@ -220,7 +220,7 @@ class _Wanted:
         yield helper.make_node("Identity", [name], [self.output])
 
     def rows(self, picked: Tensor) -> Tensor:
-        """Merge radix (or groups) and channels, in this order, which a layout may hold in the other."""
+        """Merge radix (or groups) and channels in this order, even where the layout has them the other way round."""
         letters = [letter for letter in self.gate.layout if letter in "NRGC"]
         if letters.index("C") < len(letters) - 1:
             picked = np.moveaxis(picked, letters.index("C"), -1)

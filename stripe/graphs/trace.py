@@ -1,4 +1,4 @@
-"""The graph of an ONNX network in the terms that the rules of finding and merging know: ATen's names and arguments.
+"""The graph of an ONNX network in the terms that the rules for finding and merging know: ATen's names and arguments.
 
 Shapes are those of one run in onnxruntime, so that no rule has to guess them.
 """
@@ -22,7 +22,7 @@ _SHAPE_ONLY = frozenset(
 )
 """Operators that take a tensor's shape, not its values."""
 
-_STATIC = {  # operators and the positions of inputs that say how, not what
+_STATIC = {  # by operator, the positions of inputs that configure it, such as shapes and axes
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "Slice": (1, 2, 3, 4), "Gather": (1,), "Pad": (1, 2, 3),
     "Split": (1,), "Squeeze": (1,), "Unsqueeze": (1,), "Resize": (1, 2, 3), "Upsample": (1,), "ReduceMean": (1,),
     "ReduceSum": (1,), "ReduceMax": (1,), "TopK": (1,), "OneHot": (1, 2),
@@ -33,7 +33,7 @@ def trace(file: GraphFile, inputs: Mapping[str, Tensor]) -> GraphTrace:
     """Run a network once on `inputs`, by name, and return its graph.
 
     Raises:
-        ValueError: onnxruntime cannot run it on them.
+        ValueError: onnxruntime cannot run the network on these inputs.
     """
     return _Walk(file, inputs, *_probe(file, inputs)).build()
 
@@ -77,7 +77,7 @@ class _Walk(Builder):
         return name in self.values or name in self._weights
 
     def _compare(self) -> None:
-        """Note the dimensions along which live factors of one full shape are constant by value."""
+        """Note the dimensions along which live factors of equal shape have constant entries."""
         wanted: dict[str, Value] = {}
         for op in self.graph.ops:
             pair = [op.args[i] for i in FACTORS.get(op.name, ()) if i < len(op.args) and isinstance(op.args[i], Value)]
@@ -100,7 +100,7 @@ def shapes_of(file: GraphFile, inputs: Mapping[str, Tensor]) -> dict[str, Shape]
 
 
 def _probe(file: GraphFile, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Shape], dict[str, Tensor]]:
-    """Run the network and return every tensor's shape, and the values of those that say how an operator works."""
+    """Run the network and return every tensor's shape, and the values of the tensors that configure operators."""
     weights = {tensor.name for tensor in file.graph.initializer}
     static = {
         node.input[i]: None
@@ -154,7 +154,7 @@ def run(session: Any, inputs: Mapping[str, Tensor], outputs: list[str] | None = 
     """Run a session on inputs by name.
 
     Raises:
-        ValueError: it fails on them.
+        ValueError: the session fails on these inputs.
     """
     try:
         found: list[Tensor] = session.run(outputs, dict(inputs))

@@ -1,4 +1,4 @@
-"""Windows of convolutions and pools: how they move over space, as the attributes of an ONNX node tell."""
+"""Windows of convolutions and pools: how they move over space, read from the attributes of an ONNX node."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Attribute = Callable[[str, Any], Any]
-"""Gives a node's attribute by its name, or else the default."""
+"""Gives a node's attribute by its name, or the default if the node does not have it."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Window:
 
     @classmethod
     def of(cls, attribute: Attribute, kernel: Sequence[int], wide: Sequence[int], narrow: Sequence[int]) -> Window:
-        """Read it off the attributes of a node that goes from `wide` to `narrow`."""
+        """Read the window off the attributes of a node that turns sizes `wide` into `narrow`."""
         n = len(kernel)
         strides, dilations = (list(attribute(name, [1] * n)) for name in ("strides", "dilations"))
         auto = attribute("auto_pad", "NOTSET")
@@ -39,11 +39,11 @@ class Window:
         return {"kernel_shape": self.kernel, "strides": self.strides, "dilations": self.dilations, "pads": self.pads}
 
     def rest(self, wide: Sequence[int], narrow: Sequence[int]) -> list[int]:
-        """Return what is left of `wide` at its end, which the window never reaches."""
+        """Return how many entries at the end of `wide` the window never reaches, by dimension."""
         reached, n = self._reached(narrow), len(self.kernel)
         return [w - r + self.pads[i] + self.pads[n + i] for i, (w, r) in enumerate(zip(wide, reached, strict=True))]
 
     def _reached(self, narrow: Sequence[int]) -> list[int]:
-        """Return how far the window goes, pads and all, to make `narrow`."""
+        """Return how far the window reaches, pads included, to make `narrow`."""
         sizes = zip(narrow, self.strides, self.dilations, self.kernel, strict=True)
         return [(m - 1) * s + d * (k - 1) + 1 for m, s, d, k in sizes]

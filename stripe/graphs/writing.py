@@ -1,4 +1,4 @@
-"""Writing an ONNX file weight by weight: the file as a whole is never in memory."""
+"""Writing an ONNX file weight by weight, so that the file is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from stripe.graphs.file import GraphFile, aligned, copied, locate
 from stripe.messages import one_line
 
 LARGEST_FILE = 2**31 - 2**20
-"""Bytes that one protobuf message can have; weights beyond it go into a file of their own."""
+"""Largest size of a protobuf message in bytes; weights that would exceed it go into a file of their own."""
 
-_GRAPH, _NODE, _INITIALISER = 7, 1, 5  # numbers of fields: of ModelProto, and of GraphProto
+_GRAPH, _NODE, _INITIALISER = 7, 1, 5  # field numbers: one of ModelProto, two of GraphProto
 _BYTES = 2  # protobuf's wire type of messages
 
 
 def save(file: GraphFile, path: str | os.PathLike[str]) -> Path:
-    """Write an ONNX file, its weights in a second file where the original had them so, or protobuf's limit asks.
+    """Write an ONNX file, with its weights in a second file where the original had one or protobuf's limit requires it.
 
     Raises:
-        ArithmeticError: the network is no valid ONNX.
-        ValueError: the file that it was made of is none either.
+        ArithmeticError: the network is not valid ONNX.
+        ValueError: the file that it was made from is not valid ONNX either.
         OSError: the file cannot be written.
     """
     target = Path(path)
@@ -53,7 +53,7 @@ def save(file: GraphFile, path: str | os.PathLike[str]) -> Path:
 
 
 def _check(file: GraphFile) -> None:
-    """Let onnx's checker see the network, its weights where they are."""
+    """Run onnx's checker on the network, with the weights left where they are."""
     checked = file.spool.folder / "checked.onnx"
     checked.write_bytes(file.proto.SerializeToString())
     try:
@@ -117,7 +117,7 @@ def _write_field(stream: IO[bytes], field: int, content: bytes) -> None:
 
 
 def _varint(number: int) -> bytes:
-    """Encode a number as protobuf does: seven bits a byte, the lowest first, the eighth bit set but in the last."""
+    """Encode a number as protobuf does: seven bits a byte, lowest first, the eighth set in all bytes but the last."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)

@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 64)
 
 
 class Block(nn.Module):
-    """Convolutions with batch norms, a gate on the last one's output, the shortcut, ReLU."""
+    """Convolutions with batch norms, a gate on the last norm's output, the shortcut, ReLU."""
 
     expansion: int
 
@@ -74,7 +74,7 @@ class Bottleneck(Block):
 
 BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {"bottleneck": Bottleneck, "basicblock": BasicBlock}
 BLOCK_DEPTHS = {"bottleneck": 9, "basicblock": 6}
-"""Convolutions added by one block in each of the three stages; the stem and the classifier make two more."""
+"""Convolutions that one more block in each of the three stages adds; stem and classifier are two more layers."""
 
 
 class ResNet(nn.Module):
@@ -98,10 +98,10 @@ class ResNet(nn.Module):
             depth: 9n+2 with bottleneck blocks, 6n+2 with basic ones.
             block: "bottleneck" or "basicblock".
             module: attention module's name (`stripe.attention`), or None.
-            asr: attention(psi) merged into each block's last norm in place of attention of the image.
-            both: with `asr`, keep attention of the image too.
+            asr: scale the last norm's output by attention(psi), in place of attention computed from the image.
+            both: with `asr`, keep the attention computed from the image too.
             num_classes: outputs of the classifier.
-            psi_init: what psi starts at.
+            psi_init: the constant psi starts at, or "normal" for standard normal numbers.
             repeats: learned vectors per block, with `asr`.
 
         Raises:
@@ -137,7 +137,7 @@ class ResNet(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that rebuild the network as it is now: after deployment, the plain one."""
+        """The arguments that rebuild the network as it is now, which is the plain network after deployment."""
         layer = next((layer for _, layer in asr_layers(self)), None)
         asr = layer is not None
         gated = any(isinstance(m, Block) and m.attention_module is not None for m in self.modules())
@@ -152,7 +152,7 @@ class ResNet(nn.Module):
         return cast(Tensor, self.fc(x.mean((2, 3))))
 
     def to_asr(self) -> "ResNet":
-        """Return a new network with ASR in place of each gate, which starts from this one's weights; psi is new.
+        """Return a new network with ASR in place of each gate, starting from this network's weights; psi is new.
 
         Raises:
             ValueError: the network has no gates, or has ASR already.
@@ -170,7 +170,7 @@ class ResNet(nn.Module):
         return network
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; a plain network names weights in ASR training form as what they are.
+        """Load weights; a plain network recognises and refuses weights in ASR training form.
 
         Raises:
             RuntimeError: the weights do not fit.
@@ -190,11 +190,11 @@ def _stage(
 
 
 def block_of(keys: set[str]) -> str:
-    """Tell the block's name from a state dict's keys."""
+    """Infer the block's name from a state dict's keys."""
     return "bottleneck" if "layer1.0.conv3.weight" in keys else "basicblock"
 
 
 def depth_of(keys: set[str]) -> int:
-    """Tell the depth from a state dict's keys."""
+    """Infer the depth from a state dict's keys."""
     blocks = len({key.split(".")[1] for key in keys if key.startswith("layer1.")})
     return blocks * BLOCK_DEPTHS[block_of(keys)] + 2

@@ -1,7 +1,7 @@
 """Networks by name, from files and from factories of the user's own.
 
-No file is executed or believed: what it says of its network names no code, fetches nothing, and is compared with its
-weights before the network takes memory.
+No file is executed or trusted: what a file declares of its network can name no code and fetch nothing, and is compared
+with its weights before the network takes memory.
 """
 
 import importlib
@@ -31,10 +31,10 @@ IMAGENET: dict[str, Any] = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [
 """Input of a torchvision network without published weights."""
 
 MAX_DEPTH = 2_000
-"""Of a CIFAR ResNet in a file."""
+"""The largest depth of a CIFAR ResNet that a file may declare."""
 
 FACTORIES = {getattr(torch, name) for name in "empty zeros ones full rand randn arange linspace eye".split()}
-SMALL = 4096  # values of a tensor that is no matter for memory
+SMALL = 4096  # values of a tensor whose memory does not matter
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB_NAME = re.compile(r"((timm|torchvision):[\w.]+)(:pretrained)?")
@@ -44,8 +44,8 @@ _HUB_NAME = re.compile(r"((timm|torchvision):[\w.]+)(:pretrained)?")
 class Checkpoint:
     """A network and what is known of it: epochs of training (None when unknown) and a description.
 
-    The description is what the writer of a file said, else the network's name ("model") and of its input ("data") the
-    size, mean and std, where its library tells, and the channels, where it takes one instead of three.
+    The description is the one saved in the file. A network that the caller names is described by its name ("model")
+    and, for its input ("data"), the size, mean and std where its library states them, and one channel if it is grey.
     """
 
     model: nn.Module
@@ -79,14 +79,14 @@ def load_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> nn.Mod
 
 
 def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkpoint:
-    """Load a network with what its file says of it.
+    """Load a network and what its file says about it.
 
     Args:
         path_or_spec: a file (this project's .pt, the reference code's .pth.tar, .safetensors), or
             "timm:NAME[:pretrained]", "torchvision:NAME[:pretrained]", "hf:NAME_OR_DIR" of transformers, or
             "package.module:FACTORY", which is imported, from the current directory too, and called without arguments.
-        arch: the network the file's weights belong to, named likewise; None takes the file's word, or reads a
-            CIFAR ResNet from its keys.
+        arch: the network the file's weights belong to, named in the same way; None takes the network that the file
+            declares, or infers a CIFAR ResNet from its keys.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -109,9 +109,9 @@ def read_checkpoint(path_or_spec: str | Path, arch: str | None = None) -> Checkp
 
 
 def read_epoch(path_or_spec: str | Path) -> int | None:
-    """Read which epoch of training a checkpoint is of, which the file says or else its name, as in epoch=0012.pt.
+    """Return a checkpoint's epoch of training, from the file's content or else from its name, as in epoch=0012.pt.
 
-    None where neither says, and for the name of a network.
+    Returns None where neither states it, and for the name of a network.
 
     Raises what `read_checkpoint` raises for a file that cannot be read.
     """
@@ -124,7 +124,7 @@ def read_epoch(path_or_spec: str | Path) -> int | None:
 
 
 def infer_config(state: Mapping[str, Tensor], source: object = "state dict") -> dict[str, Any]:
-    """Read a CIFAR ResNet's options from its weights' names and shapes.
+    """Infer a CIFAR ResNet's options from its weights' names and shapes.
 
     Raises:
         ValueError: these are not a CIFAR ResNet's weights.
@@ -166,7 +166,7 @@ def _module_of(shapes: dict[str, torch.Size], channels: int, source: object) -> 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a file to state_dict (a bare one is the whole file), epoch and description, as far as they are usable."""
+    """Read state_dict (the whole file if it has no such key) and, where usable, epoch and description from a file."""
     content = read_tensors(path)
     if not isinstance(content.get("state_dict"), dict):
         content = {"state_dict": content}
@@ -203,7 +203,7 @@ def _weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _put_weight(state: dict[str, Tensor], key: str, value: Tensor, path: Path) -> None:
-    """Add a weight under the name that a network knows it by (ValueError where there is one of that name)."""
+    """Add a weight under the name by which a network knows it; ValueError if that name is already taken."""
     if key in state:
         raise ValueError(
             f"{path}: two weights are named '{printable(key[:80])}', with and without `module.` or `fused_bn.`: "
@@ -213,7 +213,7 @@ def _put_weight(state: dict[str, Tensor], key: str, value: Tensor, path: Path) -
 
 
 def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """Build the network that a file declares, or that its keys tell, once its shapes are known to be those of `state`.
+    """Build the network that a file declares or its keys imply, after checking its shapes against those of `state`.
 
     Raises ValueError for a network that cannot be built, RuntimeError for one that the weights do not fit.
     """
@@ -225,7 +225,7 @@ def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: P
             raise ValueError(f"{path}: it declares {name} {value!r:.80}; expected 1 to {limit} with these weights")
     try:
         if hub := _HUB_NAME.fullmatch(str(config["arch"])[:200]):
-            config = {"arch": hub[1], "num_classes": config["num_classes"]}  # not :pretrained, it has weights
+            config = {"arch": hub[1], "num_classes": config["num_classes"]}  # not :pretrained, the file has weights
         elif config["arch"] not in ARCHITECTURES:
             raise ValueError(f"unknown arch {config['arch']!r:.80}: name the network with --arch")
         elif config.get("depth", 1) * config.get("repeats", 1) > 3 * len(state):  # above what any network needs
@@ -234,7 +234,7 @@ def _declared_model(config: dict[str, Any], state: Mapping[str, Tensor], path: P
         return create_model(**config)
     except RuntimeError:
         raise
-    except Exception as error:  # what a file declares fails in many ways
+    except Exception as error:  # what a file declares can fail in many ways
         raise ValueError(f"{path}: the network that it declares cannot be built: {one_line(error)}") from error
 
 
@@ -286,7 +286,7 @@ def _is_name(spec: str) -> bool:
 
 
 def is_factory(spec: str) -> bool:
-    """Tell whether a network is named as "package.module:FACTORY", whose code runs when it is loaded."""
+    """Return whether a network is named as "package.module:FACTORY", whose code runs when the network is loaded."""
     return not spec.startswith((*HUBS, HUGGING_FACE)) and _FACTORY.fullmatch(spec) is not None
 
 
@@ -298,7 +298,7 @@ def _named_model(spec: str) -> nn.Module:
 
 
 def _hugging_face_model(spec: str) -> nn.Module:
-    """Load the network that a directory of `save_pretrained`, or a name on the hub, holds; no code in it runs."""
+    """Load the network in a directory made by `save_pretrained` or under a name on the hub; no code in it runs."""
     try:
         import transformers
     except ImportError as error:
@@ -311,18 +311,18 @@ def _hugging_face_model(spec: str) -> nn.Module:
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             kind = transformers.AutoModel
         model: nn.Module = kind.from_pretrained(target)
-    except Exception as error:  # what a directory holds fails in many ways
+    except Exception as error:  # a directory's content can fail in many ways
         raise ValueError(f"cannot build '{spec}': {one_line(error)}") from error
     return model
 
 
 def _hugging_face_input(spec: str) -> dict[str, Any]:
-    """Return the size, mean and std of a network's images, as far as its image processor tells."""
+    """Return the size, mean and std of a network's images, as far as its image processor states them."""
     import transformers
 
     load: Any = transformers.AutoImageProcessor.from_pretrained
     data: dict[str, Any] = {}
-    with suppress(Exception):  # networks of text and sound have none, and some networks of images
+    with suppress(Exception):  # networks for text or sound have no image processor, nor do some for images
         processor = load(str(Path(spec.removeprefix(HUGGING_FACE)).expanduser()))
         size = getattr(processor, "crop_size", None) or processor.size
         data["size"] = size.get("height") or size["shortest_edge"]
@@ -333,7 +333,7 @@ def _hugging_face_input(spec: str) -> dict[str, Any]:
 def _made_model(spec: str) -> nn.Module:
     """Import "package.module:FACTORY", from the current directory too, and call the factory.
 
-    It may change the directory and the path of imports while it runs, and nothing of that stays.
+    The factory may change the working directory and `sys.path` while it runs; both are restored afterwards.
     """
     module, _, factory = spec.partition(":")
     before = list(sys.path)
@@ -341,7 +341,7 @@ def _made_model(spec: str) -> nn.Module:
     try:
         with chdir("."):
             model = getattr(importlib.import_module(module), factory)()
-    except Exception as error:  # the user's code fails as it likes
+    except Exception as error:  # the user's code may raise anything
         raise ValueError(f"cannot build '{spec}': {type(error).__name__}: {one_line(error)}") from error
     finally:
         sys.path[:] = before
@@ -351,9 +351,9 @@ def _made_model(spec: str) -> nn.Module:
 
 
 def _describe(model: nn.Module, spec: str) -> dict[str, Any]:
-    """Name a network, with the size, mean and std of its input where timm or torchvision tells."""
+    """Describe a network by its name, with the size, mean and std of its input where its library states them."""
     data: dict[str, Any] = {}
-    if hasattr(model, "pretrained_cfg"):  # timm's, by whoever built it
+    if hasattr(model, "pretrained_cfg"):  # a network of timm, whoever built it
         from timm.data import resolve_data_config
 
         config = resolve_data_config(model=model)
@@ -369,7 +369,7 @@ def _describe(model: nn.Module, spec: str) -> dict[str, Any]:
 
 
 def _takes_grey(model: nn.Module) -> bool:
-    """Tell whether a network's first convolution takes one channel."""
+    """Return whether a network's first convolution takes one channel."""
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     return getattr(next(convolutions, None), "in_channels", 3) == 1
 

@@ -1,9 +1,9 @@
-"""Figures of stripes. Finished numbers in, Axes or Figure out: no statistic, no file, no global setting.
+"""Figures of stripes. Finished numbers go in, Axes or a Figure come out: no statistic, no file, no global setting.
 
-The modules are named for what is drawn: `heatmaps` (image x channel), `channels` (one value a channel), `epochs` (one
-value a gate and epoch), `spectra` (in how few directions attention varies), `folds` (folded networks). seaborn draws
-what maps columns of a table to colours, marks and dashes: curves and scatter. It is loaded by the first figure that
-needs it, and is never left to estimate or resample anything.
+The modules are named for what they draw: `heatmaps` (image x channel), `channels` (one value per channel), `epochs`
+(one value per gate and epoch), `spectra` (in how few directions attention varies), `folds` (folded networks). seaborn
+draws the curves and scatter plots that map columns of a table to colours, markers and dashes. It is loaded by the first
+figure that needs it, and never estimates or resamples anything.
 """
 
 from stripe.plots.channels import (

@@ -1,4 +1,4 @@
-"""One value a channel: standard deviations over images, means of classes, learned vectors beside observed stripes."""
+"""One value per channel: standard deviations over images, class means, learned vectors beside observed stripes."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def std_per_channel(std: Mapping[str, npt.ArrayLike], *, ax: Axes | None = None,
 
 
 def std_grid(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = "") -> Figure:
-    """Draw {(gate, epoch): standard deviations over images (C,)}: a panel a gate, a line an epoch, one std axis."""
+    """Draw {(gate, epoch): standard deviations over images (C,)}: a panel per gate, a line per epoch, one std axis."""
     colors = {f"epoch {epoch}": color for epoch, color in _colored(panels, sequence)}
     named = {(name_of(gate), f"epoch {epoch}"): values for (gate, epoch), values in panels.items()}
     return _line_grid(named, colors, "std over images", title)
 
 
 def excitation(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = "") -> Figure:
-    """Draw {(gate, class): mean attention of the class (C,)}: a panel a gate, a line a class, on one axis.
+    """Draw {(gate, class): mean attention of the class (C,)}: a panel per gate, a line per class, on one axis.
 
-    Where the lines of a panel lie on each other, that depth of the network attends to every class alike (Hu et al.
-    2018, figure 5, for some classes of ImageNet).
+    Where the lines of a panel coincide, the network at that depth attends to every class alike (Hu et al. 2018,
+    figure 5, shows this for some classes of ImageNet).
 
     Example:
         >>> import stripe
@@ -74,7 +74,7 @@ def excitation(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = 
 
 
 def directions(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = "") -> Figure:
-    """Draw {(gate, k): k-th direction of its attention (C,)}: a panel a gate, a line a direction, on one axis.
+    """Draw {(gate, k): k-th direction of its attention (C,)}: a panel per gate, a line per direction, on one axis.
 
     Example:
         >>> import stripe
@@ -87,7 +87,7 @@ def directions(panels: Mapping[tuple[Any, int], npt.ArrayLike], *, title: str = 
 
 
 def _colored(panels: Mapping[tuple[Any, int], Any], colors: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
-    """Give every epoch, class or number of the panels, ascending, a colour; ValueError where there is no panel."""
+    """Give a colour to each epoch, class or number of the panels, in ascending order; ValueError without a panel."""
     if not panels:
         raise ValueError("panels is empty; expected vectors (channels,) by gate and epoch, class or number")
     keys = sorted({key for _, key in panels})
@@ -97,7 +97,7 @@ def _colored(panels: Mapping[tuple[Any, int], Any], colors: Callable[[int], Any]
 def _line_grid(
     panels: Mapping[tuple[str, str], npt.ArrayLike], colors: Mapping[str, Any], ylabel: str, title: str
 ) -> Figure:
-    """Draw {(gate, name of a line): (C,)}: a panel a gate, on one axis, the lines explained below them all."""
+    """Draw {(gate, name of a line): (C,)}: a panel per gate, all on one axis, with one legend below the panels."""
     gates = list(dict.fromkeys(gate for gate, _ in panels))
     columns = min(3, len(gates))
     rows = math.ceil(len(gates) / columns)
@@ -142,13 +142,13 @@ def learned_over_stripe(
 def learned_scatter(
     vectors: Mapping[Any, tuple[npt.ArrayLike, npt.ArrayLike]], *, ax: Axes | None = None, title: str = ""
 ) -> Axes:
-    """Draw {gate: (learned vector (C,), observed stripe (C,))}, dark to light, with the line where both agree.
+    """Draw {gate: (learned vector (C,), observed stripe (C,))}, with the line on which the two agree.
 
-    Gates are told apart, since those that differ in their mean correlate when pooled, whatever their channels do.
+    Each gate has its own colour: pooled, gates of different means correlate, whatever their channels do.
     """
     import seaborn as sns
 
-    beside = len(vectors) > LEGEND_ROOM  # the gates' names, not below
+    beside = len(vectors) > LEGEND_ROOM  # the gates' names go beside the axes, not below
     ax = new_axes(ax, height=COLUMN_WIDTH * 0.8 if beside else COLUMN_WIDTH + 0.4)
     pairs = {
         name_of(gate): require_vectors(**{f"learned of {name_of(gate)}": learned, f"stripe of {name_of(gate)}": mean})
@@ -171,9 +171,9 @@ def learned_scatter(
 
 
 def _draw_steps(ax: Axes, what: str, values: npt.ArrayLike, *, color: Array, name: str) -> None:
-    """Draw one value a channel, (C,), on an axis that holds 0: how small a std is shows only against it."""
+    """Draw one value per channel, (C,), on an axis that includes 0: only against 0 does a small std look small."""
     (steps,) = require_vectors(**{what: values})
     drawn = ax.stairs(steps, np.arange(steps.size + 1) - 0.5, baseline=None, color=color, linewidth=0.8, label=name)
-    drawn.sticky_edges.y.clear()  # or matplotlib 3.8 ends the axis at 0, on the line of a std of 0
+    drawn.sticky_edges.y.clear()  # otherwise matplotlib 3.8 ends the axis at 0, right on a line of zeros
     ax.update_datalim([(0, 0)])
     ax.margins(x=0)

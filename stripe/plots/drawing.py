@@ -1,4 +1,4 @@
-"""What the plots share: sizes and colours, the checks of vectors, names of gates, ticks and legends."""
+"""What the plots share: sizes and colours, checks of vectors, names of gates, ticks and legends."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.typing import ColorType
 
-RESOLUTION = 200  # dots per inch that a heatmap counts on: larger matrices are averaged to the pixels there are
+RESOLUTION = 200  # dots per inch assumed for a heatmap: a matrix with more values than pixels is averaged to them
 COLUMN_WIDTH, PAGE_WIDTH = 3.3, 6.9  # inches: one column and both columns of a printed page
 LABEL_SIZE, TICK_SIZE = 8, 7  # points
-HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey: not finite
+HEATMAP = colormaps["viridis"].with_extremes(bad="0.75")  # grey where a value is not finite
 OBSERVED, LEARNED = "#0173B2", "#D55E00"  # blue and vermilion of seaborn's colour-blind palette
-FEW = 8  # values as many or fewer are named one by one on their axis
+FEW = 8  # an axis with at most this many values has a tick at each
 LEGEND_ROOM = 8  # more gates than this are named by a colour bar
-MARKERS = "os^DvPX*"  # as many
+MARKERS = "os^DvPX*"  # LEGEND_ROOM of them
 
 Array = npt.NDArray[np.floating]
 
@@ -60,7 +60,7 @@ def sequence(count: int) -> Array:
 
 
 def palette(count: int) -> list[tuple[float, float, float]]:
-    """Return `count` colours that every kind of colour vision tells apart; beyond ten they come again."""
+    """Return `count` colours that every kind of colour vision tells apart; after ten they repeat."""
     import seaborn as sns
 
     return list(sns.color_palette("colorblind", count))
@@ -72,12 +72,12 @@ def gate_colors(count: int) -> list[ColorType]:
 
 
 def gate_markers(count: int) -> list[str]:
-    """Return a marker for each of `count` things in order: few have distinct ones, by which grey prints tell them."""
+    """Return a marker for each of `count` things in order: a few get distinct ones, which tell them apart in grey."""
     return list(MARKERS[:count]) if count <= LEGEND_ROOM else ["o"] * count
 
 
 def name_gates(ax: Axes, gates: Sequence[str]) -> None:
-    """Name `gates`, drawn in their colours in this order, by a legend or, where many, a colour bar."""
+    """Name `gates`, drawn in their colours in this order, by a legend or, for many gates, by a colour bar."""
     names = short_names(gates)
     if len(gates) <= LEGEND_ROOM:
         drawn = zip(gate_colors(len(gates)), gate_markers(len(gates)), names, strict=True)
@@ -91,7 +91,7 @@ def name_gates(ax: Axes, gates: Sequence[str]) -> None:
 def draw_by_gate(
     ax: Axes, table: pd.DataFrame, column: str, *, over: str = "epoch", interval: tuple[str, str] | None = None
 ) -> None:
-    """Draw a column over another one, a line a gate with its interval, in order of first appearance, and name them."""
+    """Draw one column over another, a line per gate with its interval, and name the gates in order of appearance."""
     import seaborn as sns
 
     gates = list(table["gate"].unique())
@@ -117,18 +117,18 @@ def draw_by_gate(
 
 
 def stretches(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFrame:
-    """Number the stretches of each curve between missing values, `stretch`: no line is drawn across what is missing."""
+    """Number (column `stretch`) the stretches of each curve between missing values: no line is drawn across a gap."""
     table = table.reset_index(drop=True)
     return table.assign(stretch=table[column].isna().groupby([table[key] for key in keys], sort=False).cumsum())
 
 
 def name_interval(ends: pd.Series[float], confidence: float) -> str:
-    """Name the interval that is drawn, or say that there is none."""
+    """Return the name of the interval that is drawn, or a note that there is none."""
     return f"({100 * confidence:g} % interval)" if ends.notna().any() else "(no interval)"
 
 
 def short_names(gates: Sequence[str]) -> list[str]:
-    """Leave out the last parts of the module paths where all gates share them."""
+    """Return the gates' names without the last parts of their module paths, where all gates share them."""
     paths = [gate.split(".") for gate in gates]
     ends = zip(*(path[:0:-1] for path in paths), strict=False)
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, ends))) if len(gates) > 1 else 0
@@ -136,7 +136,7 @@ def short_names(gates: Sequence[str]) -> list[str]:
 
 
 def tick_integers(axis: Axis) -> None:
-    """Put a handful of ticks on whole numbers."""
+    """Put a handful of ticks on the axis, all at whole numbers."""
     axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
@@ -153,7 +153,7 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
         borderaxespad=4.2,
-        ncols=max(1, min(3, 45 // longest)),  # about 45 letters fit a column's width
+        ncols=max(1, min(3, 45 // longest)),  # about 45 letters fit into COLUMN_WIDTH
         columnspacing=1.2,
         handlelength=1.2,
         fontsize=TICK_SIZE,
@@ -162,7 +162,7 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
 
 
 class Decimals(LogFormatter):
-    """Names ticks as LogFormatter does, but writes 0.02 where that writes 2e-02."""
+    """Labels ticks as LogFormatter does, but writes 0.02 instead of 2e-02."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """Return the text of a tick."""

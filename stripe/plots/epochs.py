@@ -1,4 +1,4 @@
-"""One value a gate and epoch: stripe strength, drift, and the curves of a training."""
+"""One value per gate and epoch: stripe strength, drift, and the curves of a training."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from stripe.stats import CONFIDENCE
 def strength_by_gate(
     table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", confidence: float = CONFIDENCE
 ) -> Axes:
-    """Draw stripe strength with its interval, one row a gate, from one epoch's rows of `stripe.stats.summarize`.
+    """Draw stripe strength with its interval, one row per gate, from one epoch's rows of `stripe.stats.summarize`.
 
-    `confidence` is the one that the table was made with; the axis names it.
+    `confidence` is the level that the table was made with; the axis names it.
 
     Example:
         >>> import stripe
@@ -58,9 +58,9 @@ def strength_by_gate(
 def strength_over_epochs(
     table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", confidence: float = CONFIDENCE
 ) -> Axes:
-    """Draw stripe strength with its interval, one line a gate, from the rows of `stripe.stats.summarize`.
+    """Draw stripe strength with its interval, one line per gate, from the rows of `stripe.stats.summarize`.
 
-    `confidence` is the one that the table was made with; the axis names it.
+    `confidence` is the level that the table was made with; the axis names it.
 
     Example:
         >>> import stripe
@@ -74,13 +74,13 @@ def strength_over_epochs(
 
 
 def drift_over_epochs(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
-    """Draw drift on a logarithmic axis, one line a gate, from the rows of `stripe.stats.summarize`.
+    """Draw drift on a logarithmic axis, one line per gate, from the rows of `stripe.stats.summarize`.
 
-    Where not every epoch was recorded, each drift is divided by the epochs it took, so that steps of different
-    lengths compare, and the axis says so. A drift of exactly 0 leaves a gap.
+    Where not every epoch was recorded, each drift is divided by the number of epochs it spans, so that steps of
+    different lengths compare, and the axis says so. A drift of exactly 0 leaves a gap.
 
     Raises:
-        ValueError: no row has a drift, for which it takes two recorded epochs.
+        ValueError: no row has a drift, which takes two recorded epochs.
     """
     if not table["drift"].notna().any():
         raise ValueError("table holds no drift; expected at least two recorded epochs of a gate: record one more")

@@ -1,4 +1,4 @@
-"""What folded and compact networks are worth against what they cost."""
+"""What folding and compacting networks saves, and what it costs."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def fold_pareto(
     title: str = "",
     measure: str = "accuracy",
 ) -> Axes:
-    """Draw what folded networks are worth against their latency, and the front of those that no other beats in both.
+    """Draw how well folded networks do against their latency, and the front of those that no other beats in both.
 
-    The network without a folded gate is a star and a dashed line of its own; the other networks have a mark and a
-    colour for each way of folding. The upper axis translates latency to folded gates, where its labels have room.
+    The network without a folded gate is a star with a dashed line; the others have a marker and a colour for each way
+    of folding. The upper axis translates latency to the number of folded gates, as far as its labels have room.
 
     Args:
         variants: a row per network, as `stripe.folding.study` gives it: folded (number of gates), test or else
             validation (the measure in percent), and, where there are several ways of folding, weighting and recovery.
-        latencies: as `Study.latencies` or `stripe.folding.latencies` gives it, joined by the column that both tables
-            share, folded or network; drawn are the first backend and the largest batch, with their range over the
-            rounds. Without it, lines over the number of folded gates are drawn.
+        latencies: as `Study.latencies` or `stripe.folding.latencies` gives them, joined by the column that both tables
+            share, folded or network; the figure shows the first backend and the largest batch, with the range over the
+            rounds. Without latencies, it shows lines over the number of folded gates.
         ax: where to draw (default: a new figure).
         title: title of the Axes.
         measure: what the percentages are, for the label: "accuracy" or "agreement".
@@ -85,7 +85,7 @@ def fold_pareto(
 
 
 def rank_tradeoff(table: pd.DataFrame, *, measure: str = "accuracy", title: str = "") -> Figure:
-    """Draw what compact networks cost over the numbers per image that stand for their attention, with intervals.
+    """Draw what compact networks cost over the numbers per image that replace their attention, with intervals.
 
     Args:
         table: `stripe.folding.Tradeoff.table`.
@@ -134,7 +134,7 @@ def _require_columns(name: str, table: pd.DataFrame, columns: Sequence[str]) -> 
 
 
 def _timed(variants: pd.DataFrame, latencies: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Give each variant its latency in the first backend at the largest batch; return the rows timed and a label."""
+    """Join each variant with its latency in the first backend at the largest batch; return the rows and a label."""
     _require_columns("latencies", latencies, ["backend", "batch", "milliseconds", "low", "high"])
     backend, batch = latencies["backend"].iloc[0], latencies["batch"].max()
     shared = [name for name in ("folded", "network") if name in variants and name in latencies]
@@ -146,7 +146,7 @@ def _timed(variants: pd.DataFrame, latencies: pd.DataFrame) -> tuple[pd.DataFram
 
 
 def _as_folded(variants: pd.DataFrame) -> pd.Series[bool]:
-    """Tell which variants were not recovered after folding: all of them where the table has no such column."""
+    """Return which variants were not recovered after folding: all of them if the table has no such column."""
     return variants.get("recovery", pd.Series("none", index=variants.index)).eq("none")
 
 
@@ -158,7 +158,7 @@ def _variant_names(variants: pd.DataFrame) -> pd.Series[str]:
 
 
 def _translate(ax: Axes, positions: pd.Series[float], label: str) -> None:
-    """Label the upper edge with the index of `positions` on the x axis: its ends, then others that have room."""
+    """Label the upper edge with the index of `positions` on the x axis: first and last, then any others that fit."""
     left, right = ax.get_xlim()
     shown: dict[str, float] = {}
     for name, position in (*positions.iloc[[0, -1]].items(), *positions.items()):

@@ -29,7 +29,7 @@ from stripe.plots.drawing import (
 )
 
 Whole = npt.NDArray[np.integer]
-NAMES = 14  # as many classes at most are named beside the rows of a figure
+NAMES = 14  # at most this many classes are named beside the rows of a figure
 
 
 def stripe_heatmap(
@@ -43,9 +43,9 @@ def stripe_heatmap(
 ) -> Axes:
     """Draw values (N, C) as image index x channel index; equal rows show as vertical stripes.
 
-    Where there are more values than pixels, neighbours are averaged, and the axis says how many: to leave some out
-    would draw patterns that are not there, but means over images make stripes look cleaner than they are. Colours
-    span what is shown, as the colour bar says; give `vmin` and `vmax` so that figures compare.
+    Where there are more values than pixels, neighbours are averaged, and the axis says how many. Skipping values
+    instead would draw patterns that are not there; but means over images make stripes look cleaner than they are.
+    Colours span the values shown, as the colour bar says; give `vmin` and `vmax` to make figures comparable.
 
     Example:
         >>> import stripe
@@ -74,23 +74,24 @@ def before_after(
 ) -> Figure:
     """Draw the first images and channels of one gate's squeeze (N, C) beside those of its attention (N, C).
 
-    A squeeze has no fixed range, so by one rule for both each panel's colours span the values it shows, as
-    its colour bar says: neither side looks calmer for a wider scale.
+    A squeeze has no fixed range, so one rule serves both panels: the colours of each span the values it shows, as its
+    colour bar says. Neither panel looks calmer because of a wider scale.
 
     Args:
         squeeze: what the gate scales, averaged over space.
-        attention: what it scales it by.
+        attention: what the gate scales it by.
         std: standard deviations over images of both, (C,) each, drawn below as a share of the colour range, on one
             axis for both.
         strength: stripe strengths of both, over all images, for the titles.
         cv: coefficients of variation of both, likewise.
-        labels: class of every image, (N,), negative where unknown; rows are sorted by it, and classes are marked.
+        labels: class of every image, (N,), negative where unknown; rows are sorted by class, and classes are marked
+            if those of all rows are known.
         images: how many rows to draw.
-        channels: how many columns.
+        channels: how many columns to draw.
         title: above both panels.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not fit together.
 
     Example:
         >>> import stripe
@@ -137,21 +138,21 @@ def heatmap_grid(
     label: str = "attention",
     limits: tuple[float, float] | Mapping[Any, tuple[float, float]] | None = None,
 ) -> Figure:
-    """Draw {(gate, epoch): values (N, C)} as gates (down) x epochs (across), on one colour scale a gate.
+    """Draw {(gate, epoch): values (N, C)} as gates (down) x epochs (across), on one colour scale per gate.
 
-    Gates differ so much in their values that on one scale for all most would look blank; epochs of one gate compare.
-    Where a panel has more values than pixels, neighbours are averaged, and the gate's label says how many. Gates keep
-    their order in `panels`; a combination that is missing there stays empty.
+    Gates differ so much in their values that on a common scale most would look blank; the epochs of one gate can be
+    compared. Where a panel has more values than pixels, neighbours are averaged, and the gate's label says how many.
+    Gates keep their order in `panels`; a missing combination of gate and epoch stays empty.
 
     Args:
         panels: the values of every panel.
-        title: above all.
+        title: above all panels.
         label: what the values are.
-        limits: least and greatest value of the colours, of every gate or the same for all, such as (0, 1); by default
-            those of the gate's values.
+        limits: least and greatest value of the colours, by gate or one pair for all, such as (0, 1); by default those
+            of the gate's values.
 
     Raises:
-        ValueError: there is no panel, or one that is no matrix.
+        ValueError: there is no panel, or one that is not a matrix.
     """
     if not panels:
         raise ValueError("panels is empty; expected {(gate, epoch): values (images, channels)}")
@@ -215,7 +216,7 @@ def _draw_heatmap(
 
 
 def _block_means(values: Array, sizes: tuple[int, int]) -> Array:
-    """Average blocks of so many rows and columns; the last ones may be smaller."""
+    """Return the means of blocks of `sizes` rows and columns; the last blocks may be smaller."""
     for axis, size in enumerate(sizes):
         if size > 1:
             starts = np.arange(0, values.shape[axis], size)
@@ -229,7 +230,7 @@ def _means_of(count: int) -> str:
 
 
 def _by_class(labels: npt.ArrayLike | None, images: int, count: int) -> tuple[Whole, Whole | None]:
-    """Return which of the first images to draw from top to bottom, and their classes where any is known."""
+    """Return the first images in the order to draw them, sorted by class, and their classes if all are known."""
     order = np.arange(min(images, count))
     if labels is None:
         return order, None
@@ -257,7 +258,7 @@ def _scales(
     matrices: Mapping[tuple[str, int], Array],
     limits: tuple[float, float] | Mapping[Any, tuple[float, float]] | None,
 ) -> dict[str, tuple[float, float]]:
-    """Return the ends of each gate's colours."""
+    """Return by gate the least and greatest value of its colour scale."""
     scales: dict[str, tuple[float, float]] = {}
     given = {name_of(gate): ends for gate, ends in limits.items()} if isinstance(limits, Mapping) else {}
     for gate in dict.fromkeys(gate for gate, _ in matrices):
@@ -269,7 +270,7 @@ def _scales(
 
 
 def _add_colorbar(images: Sequence[AxesImage], axes: Sequence[Axes], label: str, aspect: int = 20) -> None:
-    """Explain the colours of images that share limits: pointed where values go beyond, a note on grey."""
+    """Add a colour bar for images that share limits: pointed where values exceed them, with a note on grey."""
     values = np.concatenate([np.asarray(image.get_array(), dtype=float).ravel() for image in images])
     finite = values[np.isfinite(values)]
     low, high = images[0].get_clim()

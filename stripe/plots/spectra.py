@@ -1,4 +1,4 @@
-"""The spectrum of attention: how much the first directions hold, and where images lie along them."""
+"""The spectrum of attention: how much variance the first directions hold, and the scores of images along them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from stripe.stats import CONFIDENCE
 
 
 def rank_curve(table: pd.DataFrame, *, ax: Axes | None = None, title: str = "", confidence: float = CONFIDENCE) -> Axes:
-    """Draw the share of variance that the first k directions hold, a line a gate, from `stripe.stats.rank_table`.
+    """Draw the share of variance that the first k directions hold, a line per gate, from `stripe.stats.rank_table`.
 
-    `confidence` is the one that the table was made with; the axis names it.
+    `confidence` is the level that the table was made with; the axis names it.
 
     Example:
         >>> import stripe
@@ -56,18 +56,18 @@ def scores(
     labels: npt.ArrayLike | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw images along the first two directions of gates, a panel a gate, coloured by class.
+    """Draw images along the first two directions of gates, a panel per gate, coloured by class.
 
-    Both axes of a panel have one scale, so that it shows how much wider the first direction is.
+    Both axes of a panel have the same scale, so that it shows how much more images vary along the first direction.
 
     Args:
         panels: {gate: scores (N, 2 or more)}, as `stripe.stats.Spectrum.scores` gives them.
         shares: by gate, the share of variance that both directions hold together, for the titles.
-        labels: class of every image, (N,); negative where it is unknown or not to be told apart, which is drawn grey.
+        labels: class of every image, (N,); images of a negative label, such as an unknown one, are drawn in grey.
         title: above all panels.
 
     Raises:
-        ValueError: no panel, scores of another shape, or not as many labels.
+        ValueError: no panel, scores of another shape, or another number of labels than images.
 
     Example:
         >>> import stripe

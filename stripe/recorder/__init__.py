@@ -1,8 +1,8 @@
 """Recording: attention of a running network into a run on disk, in loops of every kind.
 
-`recorder` has the Recorder, which reads and stores what is committed; `callback` the RecorderCallback, which does it in
-the trainings of `stripe.training.fit`, Lightning and transformers; `batches` says what is what in a loader's batch,
-`group` what the processes of a job must agree on.
+`recorder` has the Recorder, which reads the gates and stores what is committed; `callback` has the RecorderCallback,
+which does so in trainings by `stripe.training.fit`, Lightning and transformers; `batches` finds inputs, labels and
+sample ids in a loader's batches; `group` has what the processes of a job must agree on.
 """
 
 from stripe.recorder.callback import RecorderCallback

@@ -1,4 +1,4 @@
-"""What is what in a loader's batch: the network's input, labels and sample ids."""
+"""Finding the network's input, the labels and the sample ids in a loader's batch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 Identify = Callable[[Any, int], tuple[Any, Any | None]]
-"""Takes a batch and the number of samples before it, returns sample ids and labels (None: unknown)."""
+"""Takes a batch and the number of samples before it; returns sample ids and labels (None: unknown)."""
 
 LABEL_KEYS = ("labels", "label")
 ID_KEY = "sample_ids"
 
 
 def input_of(batch: Any) -> Any:
-    """Return what a network is called with: a mapping without labels and ids, else the first item of the batch."""
+    """Return the network's input: a mapping without its labels and ids, else the first item of the batch."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in (*LABEL_KEYS, ID_KEY)}
     return batch[0] if isinstance(batch, tuple | list) else batch
@@ -29,19 +29,19 @@ class Numbering:
     """Identifies the samples of one pass over a loader: an `Identify` for batches of every common form.
 
     Batches are (images, labels, sample ids), (images, labels), images alone, or mappings with "labels" (or "label") and
-    "sample_ids". Without ids samples are numbered on; in a group of processes they take their place in the data set, as
-    the loader's sampler tells it.
+    "sample_ids". Samples without ids are numbered consecutively; in a group of processes, by their places in the data
+    set, which are read from the loader's sampler.
     """
 
     def __init__(self, loader: Any = None, *, alone: bool = True) -> None:
-        """Prepare for one pass over `loader`, by this process alone or by every process of a group."""
+        """Prepare for one pass over `loader`, made by this process alone or by every process of a group."""
         self._loader, self._alone = loader, alone
         self._places: Iterator[int] | None = None
 
     def __call__(self, batch: Any, seen: int) -> tuple[Any, Any | None]:
-        """Return ids and labels of a batch before which there were `seen` samples.
+        """Return the ids and labels of a batch that comes after `seen` samples.
 
-        Raises ValueError for a batch without ids where processes share a loader whose order is not known.
+        Raises ValueError for a batch without ids if processes share a loader whose order is not known.
         """
         if isinstance(batch, Mapping):
             ids = batch.get(ID_KEY)
@@ -62,7 +62,7 @@ class Numbering:
 
 
 def _places(loader: Any) -> Iterable[int]:
-    """Return the places in the data set of the samples that a loader gives to this process, in order."""
+    """Return the data-set indices of the samples that a loader gives to this process, in order."""
     batches = getattr(loader, "batch_sampler", None)
     inner = getattr(batches, "batch_sampler", batches)  # accelerate deals out the batches of another sampler
     sampler = getattr(inner, "sampler", None)
@@ -75,14 +75,14 @@ def _places(loader: Any) -> Iterable[int]:
 
 
 def _first_tensor(given: Any) -> Tensor:
-    """Return the first tensor of a network's input, one row per sample."""
+    """Return the first tensor of a network's input, which has one row per sample."""
     while not isinstance(given, Tensor):
         given = next(iter(given.values() if isinstance(given, Mapping) else given))
     return given
 
 
 def classes_of(labels: Any, samples: int) -> Any | None:
-    """Return labels that are the number of a class for each of so many samples, as they are; None for any others."""
+    """Return `labels` unchanged if they are one class number for each of `samples` samples, else None."""
     if isinstance(labels, Tensor):
         whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         return labels if whole and labels.shape == (samples,) else None

@@ -22,7 +22,7 @@ from stripe.store import open_run
 
 
 class _OtherHooks:
-    """Whatever else the trainers call a callback by; base classes of theirs would need them imported."""
+    """The other hooks that trainers call, as no-ops; inheriting from the trainers' classes would import them."""
 
     state_key = "stripe.RecorderCallback"
     _legacy_state_key = property(type)
@@ -46,7 +46,7 @@ class _OtherHooks:
 
 @dataclass(frozen=True)
 class _Moment:
-    """When a recording is made: its number in the run, the updates of the weights so far, and whether in a training."""
+    """When a recording is made: its number in the run, the weight updates so far, and whether a training is running."""
 
     number: int
     step: int
@@ -56,8 +56,8 @@ class _Moment:
 class RecorderCallback(_OtherHooks):
     """Records attention while a network trains: a callback of `stripe.training.fit`, Lightning and transformers.
 
-    `fit` hands over the network after every epoch, and the probe set in `loader` is recorded. Lightning validates
-    on batches of its own, and these are recorded, without a second pass:
+    `fit` hands over the network after every epoch, and the probe set in `loader` is recorded. Lightning runs its own
+    validation, whose batches are recorded without a second pass:
 
         import lightning
 
@@ -67,17 +67,18 @@ class RecorderCallback(_OtherHooks):
         trainer.fit(task, train_loader, validation_loader)
         table = summarize(open_run("runs/a"))
 
-    A transformers trainer tells of an evaluation when it is over, so its batches, or the probe set in `loader`, pass
-    through the network once more:
+    A transformers trainer reports an evaluation only when it is over, so the evaluation's batches, or the probe set in
+    `loader`, pass through the network once more:
 
         recording = RecorderCallback(None, find_gates(model, {"pixel_values": images}), "runs/a")
         transformers.Trainer(model, arguments, callbacks=[recording], ...).train()
 
-    Epochs of the run have the trainer's numbers: Lightning's `current_epoch`, transformers' finished epochs. A trainer
-    that validates several times an epoch has its recordings numbered by step. A training that is resumed, from its last
-    checkpoint or an older one, records again what it does again. Outside of a training, `validate` and `evaluate`
-    are recorded under the number of the epoch that was trained last, unless the run holds that already. Lightning's
-    sanity check is read as well, and thrown away: what cannot be recorded fails there, and not after an epoch.
+    Epochs of the run have the trainer's numbers: Lightning's `current_epoch`, or the number of epochs that transformers
+    has finished. If a trainer validates several times an epoch, its recordings are numbered by step. A training that
+    is resumed, from its last checkpoint or an older one, records again the epochs that it repeats. Outside of a
+    training, `validate` and `evaluate` are recorded under the number of the last trained epoch, unless the run holds
+    that epoch already. Lightning's sanity check is recorded as well and thrown away, so that whatever cannot be
+    recorded fails there instead of after an epoch.
     """
 
     def __init__(
@@ -93,44 +94,44 @@ class RecorderCallback(_OtherHooks):
         recorded: Callable[[str, int], object] | None = None,
         **options: Any,
     ) -> None:
-        """Keep what each epoch's Recorder takes.
+        """Keep the arguments for each epoch's Recorder.
 
         Args:
             loader: the probe set for `fit` and transformers; None to record what a trainer validates on.
             gates: from `find_gates`.
             path: directory of the run.
-            model: the network inside a Lightning module; None when the module's own `forward` was searched.
-            identify: takes a validation batch and the number of samples before it, returns ids and labels. By default
+            model: the network inside a Lightning module; None if the gates were found in the module itself.
+            identify: takes a validation batch and the number of samples before it; returns ids and labels. By default
                 batches are (images, labels, sample ids), (images, labels) or mappings with "labels" and "sample_ids".
-            by: what numbers the recordings, "epoch" or "step"; None: steps where a trainer validates several times an
-                epoch, else epochs.
+            by: what numbers the recordings, "epoch" or "step"; None: the step if a trainer validates several times an
+                epoch, else the epoch.
             dataloader: which of several validation loaders to record; None: each into a run of its own,
-                PATH/validation-0 and so on. Evaluation data sets of transformers that have names go to PATH/NAME.
+                PATH/validation-0 and so on. Named evaluation data sets of transformers go to PATH/NAME.
             recorded: called with the run's path and the epoch's number once an epoch is recorded, in a group of
-                processes by the first: for instance a `stripe.Tracker` of TensorBoard or Weights & Biases.
-            options: further arguments of Recorder, such as `allow_mixed=True`, without which a run takes epochs of one
-                network and of one list of samples alone.
+                processes only by the first; for instance a `stripe.Tracker` for TensorBoard or Weights & Biases.
+            options: further arguments of Recorder, such as `allow_mixed=True`, without which a run takes only epochs
+                of one network and of one list of samples.
         """
         if by not in (None, "epoch", "step"):
             raise ValueError(f"by {by!r}; expected 'epoch', 'step' or None")
         self._loader, self._model, self._identify = loader, model, identify
         self._by, self._dataloader, self._on_recorded = by, dataloader, recorded
         self._gates, self._path, self._options = gates, os.fspath(path), options
-        self._recorded: dict[tuple[str, int], int] = {}  # by run and number, the step
-        self._last: dict[str, int] = {}  # number and step of the last recording; checkpoints keep it
-        self._resumed: Mapping[str, Any] | None = None  # the checkpoint that Lightning goes on from
-        self._training = self._begun = False  # transformers'; whether it began anew
+        self._recorded: dict[tuple[str, int], int] = {}  # (run, number) -> step
+        self._last: dict[str, int] = {}  # number and step of the last recording; saved in checkpoints
+        self._resumed: Mapping[str, Any] | None = None  # the checkpoint from which Lightning resumes
+        self._training = self._begun = False  # whether transformers is training, and whether it began from scratch
         self._told: set[str] = set()
         self._open = ExitStack()
-        self._recorder: Recorder | None = None  # that reads a validation of Lightning's
-        self._reading: int | None = None  # the place of its loader among the validation loaders
+        self._recorder: Recorder | None = None  # the open recorder of a Lightning validation
+        self._reading: int | None = None  # the index of its loader among the validation loaders
 
     # ---- stripe.training.fit ----
     def on_epoch_end(self, *event: Any, **of_transformers: Any) -> None:
         """Record the probe set when `fit` ends an epoch: `event` is the network, the epoch's number, and metrics.
 
-        transformers has an event of this name, told by what comes with it, and it is passed over. Raises ValueError
-        when there is no probe set.
+        transformers has an event of the same name, recognised by its keyword arguments, which is ignored. Raises
+        ValueError if there is no probe set.
         """
         if of_transformers:
             return
@@ -143,23 +144,23 @@ class RecorderCallback(_OtherHooks):
 
     # ---- Lightning ----
     def setup(self, trainer: Any, module: nn.Module, stage: str) -> None:
-        """Forget the checkpoint of the call before."""
+        """Forget the checkpoint of the trainer's previous call."""
         self._resumed = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: number and step of the last recording."""
+        """Return what a checkpoint saves: the number and step of the last recording."""
         return dict(self._last)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what a checkpoint kept."""
+        """Restore what a checkpoint saved."""
         self._last = dict(state)
 
     def on_load_checkpoint(self, trainer: Any, module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-        """Note the epoch and the step of the network that is loaded."""
+        """Note the epoch and the step of the network that is being loaded."""
         self._resumed = {key: checkpoint[key] for key in ("epoch", "global_step")}
 
     def on_fit_start(self, trainer: Any, module: nn.Module) -> None:
-        """Refuse to begin a training where another one was recorded (FileExistsError)."""
+        """Refuse to begin a training in a run that holds another training (FileExistsError)."""
         if self._resumed is None:
             self._require_new(self._path, self._run_named("validation-0"))
 
@@ -191,12 +192,12 @@ class RecorderCallback(_OtherHooks):
         self._finish()
 
     def on_exception(self, trainer: Any, module: nn.Module, exception: BaseException) -> None:
-        """Stop reading and drop the recording."""
+        """Stop reading and drop the unfinished recording."""
         self._recorder = None
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
     def _start(self, trainer: Any, module: nn.Module, dataloader: int) -> None:
-        """Open a recorder for one loader of a validation, unless it is not to be recorded."""
+        """Open a recorder for one loader of a validation, if it is to be recorded."""
         self._moment, options = self._moment_of(trainer), self._options
         several = self._dataloader is None and len(trainer.num_val_batches) > 1
         self._run = self._run_named(f"validation-{dataloader}" if several else "")
@@ -211,7 +212,7 @@ class RecorderCallback(_OtherHooks):
         self._recorder = self._open.enter_context(recorder)
 
     def _finish(self) -> None:
-        """Publish what is open, if anything is."""
+        """Publish the open recording, if there is one."""
         recorder, self._recorder = self._recorder, None
         self._open.close()
         if recorder and not self._trial:
@@ -230,13 +231,13 @@ class RecorderCallback(_OtherHooks):
 
     # ---- transformers ----
     def on_train_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse to begin a training where another one was recorded (FileExistsError)."""
+        """Refuse to begin a training in a run that holds another training (FileExistsError)."""
         self._training, self._begun = True, state.global_step == 0
         if self._begun:
             self._require_new(self._path)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Note that a training is over."""
+        """Note that the training is over."""
         self._training = self._begun = False
 
     def on_evaluate(
@@ -250,7 +251,7 @@ class RecorderCallback(_OtherHooks):
         eval_dataloader: Batches | None = None,
         **_: Any,
     ) -> None:
-        """Record the probe set, or else the batches of this evaluation."""
+        """Record the probe set or, without one, the batches of this evaluation."""
         loader = eval_dataloader if self._loader is None else self._loader
         if loader is None:
             raise ValueError("nothing to record: the trainer has no evaluation data, and RecorderCallback no loader")
@@ -264,7 +265,7 @@ class RecorderCallback(_OtherHooks):
             return
         self._number_by(loader)
         options = self._options | {"overwrite": True}
-        with torch.random.fork_rng(devices=[]):  # a loader's pass draws a number, which the training is not to miss
+        with torch.random.fork_rng(devices=[]):  # a pass over a loader draws a number; the training must not notice
             with Recorder(model, self._gates, self._run, **options) as recorder:
                 recorder.record(loader, epoch=number, step=state.global_step, identify=self._identified)
         self._remember()
@@ -274,7 +275,7 @@ class RecorderCallback(_OtherHooks):
         return os.path.join(self._path, name) if name else self._path
 
     def _require_new(self, *runs: str) -> None:
-        """Refuse to record a training that begins into runs that hold another one's epochs (FileExistsError)."""
+        """Refuse to record a new training into runs that hold the epochs of another one (FileExistsError)."""
         mine = {run for run, _ in self._recorded}
         for run in runs:
             if run not in mine and not self._options.get("overwrite") and (epochs := _epochs_of(run)):
@@ -284,7 +285,7 @@ class RecorderCallback(_OtherHooks):
                 )
 
     def _is_wanted(self) -> bool:
-        """Tell whether to record now, with a warning where what the run holds is replaced or kept."""
+        """Return whether to record now; warn if an epoch of the run is replaced, or kept instead of a new recording."""
         run, number = self._run, self._moment.number
         before = self._recorded.get((run, number))
         if self._moment.training or self._options.get("overwrite"):
@@ -306,18 +307,18 @@ class RecorderCallback(_OtherHooks):
         self._announce(self._run, self._moment.number)
 
     def _announce(self, run: str, number: int) -> None:
-        """Tell that an epoch is in the run, in a group of processes by the first of them."""
+        """Call `recorded` for an epoch that is in the run; in a group of processes, only the first one does."""
         alone = self._options.get("shared") is False or not group.is_running()
         if self._on_recorded and (alone or group.place()["rank"] == 0):
             self._on_recorded(run, number)
 
     def _number_by(self, loader: Any) -> None:
-        """Identify the samples of one pass over a loader."""
+        """Prepare to identify the samples of one pass over a loader."""
         alone = self._options.get("shared") is False or not group.is_running()
         self._identify_now = self._identify or Numbering(loader, alone=alone)
 
     def _identified(self, batch: Any, seen: int) -> tuple[Any, Any | None]:
-        """Return ids and labels of a batch; labels that are no classes are unknown, which is said once."""
+        """Return the ids and labels of a batch; labels that are not classes become unknown, with one warning."""
         sample_ids, labels = self._identify_now(batch, seen)
         classes = classes_of(labels, len(sample_ids))
         if classes is None and labels is not None:
@@ -331,19 +332,19 @@ class RecorderCallback(_OtherHooks):
 
 
 def _epochs_of(run: str) -> list[int]:
-    """Return the epochs that a run holds; none where there is no run."""
+    """Return the epochs that a run holds; [] if there is no run."""
     with suppress(FileNotFoundError):
         return open_run(run).epochs
     return []
 
 
 def _loader_at(loaders: Any, position: int) -> Any:
-    """Return one of a trainer's validation loaders, which may be one, a list or a mapping."""
+    """Return the validation loader at `position`; a trainer may have a single loader, a list or a mapping."""
     several = [*loaders.values()] if isinstance(loaders, Mapping) else loaders
     return several[position] if isinstance(several, list | tuple) else several
 
 
 def _data_set_of(metrics: Mapping[str, Any]) -> str:
-    """Return the name of an evaluation's data set, "" where it has none: metrics are called eval_NAME_runtime."""
+    """Return the name of an evaluation's data set, "" if it has none, from the metric eval_NAME_runtime."""
     found = next((key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")), "eval")
     return re.sub(r"[^\w.-]", "_", found.removeprefix("eval").removeprefix("_"))

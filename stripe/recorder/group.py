@@ -1,4 +1,4 @@
-"""What the processes of a job agree on when they record one run: beginning, end, and who owns a sample."""
+"""What the processes of a job agree on when they record one run: when it begins and ends, and who stores a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import distributed
 
 
 def is_running() -> bool:
-    """Tell whether several processes of torch.distributed run here."""
+    """Return whether this process belongs to a torch.distributed group of several processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -22,15 +22,15 @@ def place() -> dict[str, Any]:
 
 
 def barrier() -> None:
-    """Wait for the group; RuntimeError of one line when one of its processes is gone."""
+    """Wait for the group; a one-line RuntimeError if one of its processes is gone."""
     _together(distributed.barrier)
 
 
 def owned(ids: NDArray[np.int64], stored: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
-    """Tell which of the samples `ids` (n,) this process is to store; the others are stored already or by a lower rank.
+    """Return which of the samples `ids` (n,) this process must store; the others are stored already or by a lower rank.
 
-    Every process calls it, with the `ids` that it holds back and the ones that it has `stored`. Samplers that must give
-    every process the same number of samples, or of batches, repeat some in the last batch of a process.
+    Every process calls it, with the `ids` that it has not stored yet and those that it has `stored`. Samplers that must
+    give every process the same number of samples, or of batches, repeat some samples in a process's last batch.
     """
     shares: list[Any] = [None] * distributed.get_world_size()
     mine = np.concatenate([np.zeros(0, np.int64), *stored])

@@ -1,4 +1,7 @@
-"""Recorder: attention of a running network into a run on disk. Hooks live in `with`; memory grows by the ids alone."""
+"""Recorder: attention of a running network into a run on disk.
+
+Hooks are in place only inside the `with` block, and memory grows only by the sample ids.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,16 @@ from stripe.recorder.batches import Identify, Numbering, input_of, moved
 from stripe.store import CONTENTS, KINDS, EpochWriter, RunWriter
 
 Batches = Iterable[Any]
-"""Batches (images, labels, sample ids), (images, labels), or mappings with "labels" and "sample_ids"."""
+"""Batches are (images, labels, sample ids), (images, labels), or mappings with "labels" and "sample_ids"."""
 
 FORWARDS = ("one", "last", "all")
-"""What a commit stores of several forward passes: it refuses them, it takes the last, or the rows of all in order."""
+"""What a commit does after several forward passes: refuse them, store the last one, or the rows of all in order."""
 
 
 class Recorder:
     """Reads the gates of a network on every forward pass and stores what is committed.
 
-    `record` runs a loader through the network; a loop of one's own commits after each forward pass:
+    `record` runs the network over a loader; a loop of your own commits after each forward pass:
 
         model = timm.create_model("seresnet50", pretrained=True).eval()
         gates = find_gates(model, next(iter(loader))[0])
@@ -45,14 +48,14 @@ class Recorder:
                 recorder.commit(sample_ids, labels)
         attention = open_run("runs/a").attention(gates[0].name, epoch=0)  # (samples, channels)
 
-    An epoch is finished when `record` returns, the next one begins or the `with` ends; an exception leaves an
-    unfinished one out of the run.
+    An epoch is finished when `record` returns, when the next epoch begins or when the `with` block ends; after an
+    exception, an unfinished epoch is not part of the run.
 
     The processes of a job (torchrun) record one run on a file system they share: each commits its own samples, and all
     begin and end the same epochs. A sample that a sampler repeats in the last batch of a process is stored once.
 
-    What is read is this network, run by one thread at a time. Copies of it made inside the `with`, for instance by
-    `copy.deepcopy`, are not read; to load one that was pickled there, `stripe` must be installed.
+    Only this network is read, run by one thread at a time. Copies of it made inside the `with` block, for instance by
+    `copy.deepcopy`, are not read; loading a copy that was pickled there requires `stripe` to be installed.
     """
 
     def __init__(
@@ -73,29 +76,29 @@ class Recorder:
         shared: bool | None = None,
         forwards: Literal["one", "last", "all"] = "one",
     ) -> None:
-        """Prepare to record `gates` of `model` into the run at `path`, a new one or one with the same gates.
+        """Prepare to record `gates` of `model` into the run at `path`, which is new or has the same gates.
 
         Args:
             model: the network.
             gates: from `find_gates(model, images)`, or `run.gates` of a run of this network.
             path: directory of the run.
-            squeeze: store what each gate scales, averaged over space, as well.
+            squeeze: also store what each gate scales, averaged over space.
             dtype: "float32" or "float16".
-            contents: "samples", a row for each; or "moments" over them alone, in memory and on disk independent
-                of their number; or "label-moments", these with the mean of every class.
-            description: of the model, plain values, for the manifest.
-            data: of the images, plain values, for the manifest.
+            contents: "samples", a row for each sample; "moments", only the moments over samples, whose memory and disk
+                space do not depend on the number of samples; or "label-moments", these and the mean of every class.
+            description: plain values that describe the model, for the manifest.
+            data: plain values that describe the images, for the manifest.
             seeds: plain values, for the manifest.
-            files: by sample id, the name of the file, where samples are files; `run.files` gives them back.
+            files: the file name of each sample id, if samples are files; `run.files` returns them.
             overwrite: replace epochs that the run holds.
-            allow_mixed: record also another network or other samples than those of the run, which then says so.
-            shared: record together with the other processes of torch.distributed's group, as is done by default where
-                there are several; False: this process records alone, for instance because no other one does.
-            forwards: what a commit stores when several forward passes went before it: "one" refuses them, "last" takes
-                the last one, and "all" takes the rows of all, one after another, each with a sample id of its own.
+            allow_mixed: also accept a network or samples other than those of the run, which is then marked as mixed.
+            shared: record together with the other processes of torch.distributed's group, as is done by default if
+                there are several; False: this process records alone, for instance because no other process records.
+            forwards: what a commit does after several forward passes: "one" refuses them, "last" stores the last one,
+                and "all" stores the rows of all, one after another, each row with a sample id of its own.
 
         Raises:
-            ValueError: there is no gate, or `forwards` is another word.
+            ValueError: `gates` is empty, or `forwards` is not one of FORWARDS.
         """
         if not gates:
             raise ValueError("no gate to record: expected what find_gates returns for a network with channel attention")
@@ -123,8 +126,8 @@ class Recorder:
         self._columns, width = _side_by_side(self.gates, KINDS if squeeze else KINDS[:1])
         self._passes = _Passes(self._columns.keys(), width, forwards)
         self._epoch: tuple[int, EpochWriter] | None = None
-        self._batch: _Batch | None = None  # committed, and still to be stored
-        self._stored: list[NDArray[np.int64]] = []  # ids of the epoch, where other processes ask for them
+        self._batch: _Batch | None = None  # committed but not stored yet
+        self._stored: list[NDArray[np.int64]] = []  # the epoch's stored ids, kept only when several processes record
         self._open = ExitStack()  # the writer and the hooks
         self._open_epoch = ExitStack()
 
@@ -153,14 +156,14 @@ class Recorder:
     def commit(self, sample_ids: Any, labels: Any | None = None, *, epoch: int = 0, step: int | None = None) -> None:
         """Store what the forward pass since the last commit gave for the samples (N,) with their labels (N,).
 
-        `step` is how many updates of its weights the network has had, for the manifest. Nothing of a commit that is
-        refused is stored.
+        `step` is the number of weight updates that the network has had, for the manifest. Nothing of a refused commit
+        is stored.
 
         Raises:
-            RuntimeError: no forward pass has been made, to its end, since the last commit; or several, where
-                `forwards` is "one"; or it was another thread's.
-            ValueError: the samples differ in number from those of the forward pass, or repeat.
-            FileExistsError: the run holds this epoch.
+            RuntimeError: no forward pass has been completed since the last commit, or several have and `forwards` is
+                "one", or the forward pass was made by another thread.
+            ValueError: the number of samples differs from that of the forward pass, or sample ids repeat.
+            FileExistsError: the run holds this epoch already.
             OSError: the run cannot be written.
         """
         block = self._passes.take()
@@ -170,15 +173,16 @@ class Recorder:
             )
         rows = self._begin(epoch, step)
         batch = _Batch(rows, block, sample_ids, labels)
-        self._store()  # the batch before, while a device computes this one
+        self._store()  # the previous batch, while the device computes this one
         self._batch = batch
         if not (batch.copying or self._together):
             self._store()
 
     def _store(self, *, shared_out: bool = False) -> None:
-        """Append the committed batch that is still to be stored, if there is one; `shared_out`: what is this process's.
+        """Append the committed batch that is not stored yet, if there is one.
 
-        The last batch of an epoch is shared out: samplers repeat samples there.
+        With `shared_out`, only the samples that this process is to store are appended. This is meant for the last
+        batch of an epoch, in which samplers repeat samples.
         """
         batch, self._batch = self._batch, None
         nothing: list[Any] = [None, np.zeros(0, np.int64), None]
@@ -206,12 +210,12 @@ class Recorder:
         identify: Identify | None = None,
         progress: Progress = iter,
     ) -> None:
-        """Run the network, in eval mode, over `loader` and store every batch as `epoch`.
+        """Run the network, in eval mode, over `loader` and store every batch as part of `epoch`.
 
         Batches are (images, labels, sample ids), (images, labels), or mappings of the network's arguments with "labels"
-        and "sample_ids"; samples without ids are numbered on. `identify` reads other batches: it takes one and the
-        number of samples before it, and returns ids and labels. Raises what `commit` raises. The training flags are
-        restored.
+        and "sample_ids"; samples without ids are numbered consecutively. For batches of another form, pass `identify`:
+        it takes a batch and the number of samples before it, and returns ids and labels. Raises what `commit` raises.
+        The modules' training flags are restored at the end.
         """
         training = [(module, module.training) for module in self.model.modules()]
         device, seen = device_of(self.model), 0
@@ -231,7 +235,7 @@ class Recorder:
                 module.training = flag
 
     def _begin(self, epoch: int, step: int | None) -> EpochWriter:
-        """Return the writer of an epoch; a change of number finishes the epoch before."""
+        """Return the writer of an epoch; a new number finishes the previous epoch."""
         number, step = _as_int(epoch), None if step is None else _as_int(step)
         if self._epoch is None or self._epoch[0] != number:
             self._finish()
@@ -241,26 +245,26 @@ class Recorder:
         return self._epoch[1]
 
     def _settle(self, error: type[BaseException] | None, *_: object) -> None:
-        """Store what is still to be stored before the epoch ends, but not after an exception."""
+        """Store the batch that is not stored yet before the epoch ends, unless an exception ends it."""
         if error is None:
             self._store(shared_out=self._together)
         self._batch = None
 
     def _finish(self) -> None:
-        """Publish the epoch that is open, if one is."""
+        """Publish the open epoch, if there is one."""
         self._epoch = None
         self._open_epoch.close()
 
 
 class _Passes:
-    """What forward passes gave since the last commit: of each that was made to its end a block (N, width) of values.
+    """The values that forward passes gave since the last commit: a block (N, width) for each completed pass.
 
-    Blocks of each gate's own would lie scattered among the network's feature maps, which would then need more memory.
+    Separate blocks for the gates would fragment the memory of the network's feature maps, which would then need more.
     """
 
     def __init__(self, columns: Iterable[tuple[str, str]], width: int, forwards: str) -> None:
         self._columns, self._width, self._forwards = frozenset(columns), width, forwards
-        self._thread: int | None = None  # that runs the network now, or ran it last
+        self._thread: int | None = None  # the thread that runs the network, or ran it last
         self._running = False
         self._lock = Lock()
         self.forget()
@@ -269,25 +273,25 @@ class _Passes:
         """Drop everything."""
         self._running = False
         self._block: Tensor | None = None
-        self._kept: set[tuple[str, str]] = set()  # whose columns of the block hold values
+        self._kept: set[tuple[str, str]] = set()  # the kinds and gates whose columns of the block are filled
         self._blocks: list[Tensor] = []
 
     def begin(self, _: Any) -> None:
-        """Make ready for a forward pass; RuntimeError when another thread is in the middle of one."""
+        """Prepare for a forward pass; RuntimeError if another thread is in the middle of one."""
         with self._lock:
             if self._running and self._thread != get_ident():
                 raise RuntimeError(
                     "two threads run this network while a Recorder reads it, and their values could not be told apart: "
                     "let one thread run it, or give each a copy and a Recorder of its own"
                 )
-            if self._running or self._forwards == "last":  # one was interrupted, or nobody asked for it
+            if self._running or self._forwards == "last":  # the pass before was interrupted, or is superseded
                 self.forget()
             self._thread, self._running = get_ident(), True
             self._block, self._kept = None, set()
 
     def keep(self, column: tuple[str, str], place: slice, values: Tensor) -> None:
-        """Copy a gate's values (N, C) into their place; ValueError when other gates gave another number of rows."""
-        if not self._running:  # a part of the network is computed again, in a backward pass
+        """Copy a gate's values (N, C) into their columns; ValueError if N differs from that of the gates before it."""
+        if not self._running:  # a part of the network is being recomputed during a backward pass
             return
         if self._block is None:
             with torch.inference_mode(False):  # the next forward pass may be in another mode
@@ -301,18 +305,18 @@ class _Passes:
         self._kept.add(column)
 
     def complete(self, _: Any) -> None:
-        """Take the forward pass for made."""
+        """Keep the block of a forward pass in which every gate gave its values."""
         if self._block is not None and self._columns == self._kept:
             self._blocks = [*(self._blocks if self._forwards == "all" else self._blocks[:1]), self._block]
             self._running, self._block = False, None
 
     def leave(self, _: Any) -> None:
-        """Drop everything when a forward pass failed: what was before it may be of other samples."""
+        """Drop everything if a forward pass failed: the passes before it may be of other samples."""
         if self._running and self._thread == get_ident():
             self.forget()
 
     def take(self) -> Tensor:
-        """Return what is to be committed; RuntimeError when that is nothing, or not clear."""
+        """Return the values to commit; RuntimeError if there are none, or if it is not clear which are meant."""
         blocks, interrupted = self._blocks, self._running
         self.forget()
         if interrupted or not blocks:
@@ -328,7 +332,7 @@ class _Passes:
 
 
 class _Batch:
-    """What was committed, copied to the processor; from a CUDA device without waiting for it."""
+    """A committed batch, copied to the CPU; from a CUDA device, the copy is asynchronous."""
 
     def __init__(self, rows: EpochWriter, block: Tensor, sample_ids: Any, labels: Any | None) -> None:
         self.rows = rows
@@ -339,26 +343,26 @@ class _Batch:
             self._copied.record(torch.cuda.current_stream(block.device))
 
     def arrive(self) -> list[Any]:
-        """Wait for the copies; return values (N, width), ids and labels as arrays."""
+        """Wait for the copies and return the values (N, width), ids and labels, tensors as arrays."""
         if self._copied:
             self._copied.synchronize()
         return [part.numpy() if isinstance(part, Tensor) else part for part in self._parts]
 
 
 def _to_processor(values: Any) -> Any:
-    """Copy a tensor into memory of the processor, pinned where it comes from a CUDA device."""
+    """Copy a tensor to CPU memory, which is pinned if the tensor comes from a CUDA device; return anything else."""
     return (
         values.detach().to("cpu", non_blocking=values.device.type == "cuda") if isinstance(values, Tensor) else values
     )
 
 
 def _as_int(number: Any) -> Any:
-    """Return an integer of another library, such as NumPy's, as Python's; anything else as it is, to be refused."""
+    """Return an integer of another library, such as NumPy, as a Python int; anything else as it is, to be refused."""
     return index(number) if hasattr(number, "__index__") and not isinstance(number, bool) else number
 
 
 def _side_by_side(gates: Sequence[Gate], kinds: Sequence[str]) -> tuple[dict[tuple[str, str], slice], int]:
-    """Return the columns of each kind and gate in a matrix of all, and its width."""
+    """Return the columns of each kind and gate in one matrix that holds all of them, and the matrix's width."""
     columns, width = {}, 0
     for kind in kinds:
         for gate in gates:

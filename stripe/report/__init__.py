@@ -1,7 +1,7 @@
-"""A run, or two, as one self-contained HTML page: no network, nothing of a run runs as script, at most LIMIT bytes.
+"""One run or two as a self-contained HTML page of at most LIMIT bytes.
 
-Curves and heatmaps are SVG, drawn by the script in page/: plotly would take half of the page's bytes and would read
-gate names as markup.
+The page needs no network access, and no text of a run can run as script. Curves and heatmaps are SVG, drawn by the
+script in page/: plotly would take half of the page's bytes and would interpret gate names as markup.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from stripe.store import Run
 __all__ = ["LIMIT", "SETTLED_DRIFT", "address", "read_beside", "render", "write"]
 
 LIMIT = 10_000_000  # bytes of the page
-RESERVE = 20_000  # bytes for what the panels say of themselves beside their values
+RESERVE = 20_000  # bytes for what describes the panels, apart from their values
 SCRIPTS = ("parts", "tables", "charts", "heatmap", "sections", "page")
-"""The page's script, in the order in which its files are joined."""
+"""The files of the page's script, in the order in which they are joined."""
 
 _PAGE = Path(__file__).parent / "page"
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
@@ -62,17 +62,17 @@ def render(
     """Return the page of a run.
 
     Args:
-        run: of samples or of moments; these have no heatmaps.
-        other: a second run, compared with the first, gate by gate of the same name.
-        validation: what ``Validation.to_dict`` gave, of this run's gates.
-        fold: tables (lists of plain records) and figures by name, such as fold.json's.
-        tolerance: a gate has settled at the first epoch after which its drift stays below.
-        command: how the page is made, shown on it.
+        run: a run of samples or of moments; a run of moments has no heatmaps.
+        other: a second run; its gates are compared with the first run's gates of the same names.
+        validation: the result of ``Validation.to_dict`` for this run's gates.
+        fold: tables (lists of plain records) and figures by name, such as the content of fold.json.
+        tolerance: a gate has settled at the first epoch after which its drift stays below this value.
+        command: the command that makes the page, shown on it.
         progress: wraps the iterators over epochs.
 
     Raises:
-        ValueError: no finished epoch; a validation of other gates, or of an epoch that the run does not hold; two runs
-            without a gate of the same name; gates that do not fit on a page.
+        ValueError: the run has no finished epoch; the validation is of other gates, or of an epoch that the run does
+            not hold; the two runs have no gate of the same name; or the gates do not fit on a page.
 
     Example:
         >>> import stripe
@@ -112,7 +112,7 @@ def render(
 
 
 def write(run: Run, path: str | os.PathLike[str], **choices: Any) -> Path:
-    """Write ``render(run, **choices)`` to `path`, whole or not at all; OSError where that cannot be."""
+    """Write ``render(run, **choices)`` to `path`, whole or not at all; OSError if `path` cannot be written."""
     path = Path(path)
     page = render(run, **choices)
     write_text(path, page)
@@ -127,7 +127,7 @@ def _describe(
     tolerance: float,
     most: int,
 ) -> dict[str, Any]:
-    """Return what the page knows of a run, without heatmaps."""
+    """Return what the page shows of a run, without the heatmaps."""
     learned = learned_vectors(run, validation)
     epoch = validation["epoch"] if validation else max(run.epochs, default=0)
     return {
@@ -143,7 +143,7 @@ def _describe(
 
 
 def _page(content: dict[str, Any]) -> str:
-    """Fill the template; the policy allows this style and this script alone."""
+    """Fill the template; the content security policy allows only this style and this script."""
     style = (_PAGE / "page.css").read_text(encoding="utf-8")
     script = "\n".join((_PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     policy = (
@@ -157,7 +157,7 @@ def _page(content: dict[str, Any]) -> str:
         "STYLE": style,
         "SCRIPT": script,
         "DATA": data,
-    }.items():  # what is foreign last
+    }.items():  # the data comes last, so that its texts are not searched for placeholders
         page = page.replace(f"{{{{{place}}}}}", text, 1)
     return page
 

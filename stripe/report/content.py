@@ -1,4 +1,4 @@
-"""What the page says in numbers and words: every text plain, every number finite or null, rounded to five digits."""
+"""The page's content: texts are plain, and numbers are finite or null and rounded to five digits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from stripe.report.packing import Plain, coded, numbers, plain, spread
 from stripe.stats.spectrum import SHOWN_SAMPLES
 from stripe.store import Run
 
-RECORDS = (500, 100, 20, 4)  # of a table from a file, and points of a curve, by how little room there is
-MAX_COLUMNS = 40  # of such a table
+RECORDS = (500, 100, 20, 4)  # rows of a table from a file, and points of a curve; fewer if the page is short of room
+MAX_COLUMNS = 40  # of a table from a file
 MEASURES = ("strength", "strength_low", "strength_high", "cv", "std", "drift", "label_share", "sample_share")
-MAX_SUMMARY = 2_000  # letters
-MAX_CLASSES = 10  # of whose means a gate's figure is drawn
+MAX_SUMMARY = 2_000  # characters
+MAX_CLASSES = 10  # classes whose means are drawn in a gate's figure
 CURVES = ("lr", "train_loss", "val_loss", "train_accuracy", "val_accuracy")  # of metrics.csv
 
 Learned = dict[str, list[Plain]]  # by gate, (channels,)
@@ -34,7 +34,7 @@ Learned = dict[str, list[Plain]]  # by gate, (channels,)
 
 
 def shown_epochs(run: Run, most: int) -> list[int]:
-    """Return the epochs of the curves."""
+    """Return the epochs that the curves show, at most `most`."""
     return [run.epochs[i] for i in spread(len(run.epochs), most)]
 
 
@@ -47,7 +47,7 @@ def describe_gates(
     tolerance: float,
     most: int,
 ) -> list[dict[str, Any]]:
-    """Return what the page knows of each gate: its statistics by epoch, its stripe, class means, learned vector."""
+    """Return what the page shows of each gate: its statistics by epoch, stripe, class means and learned vector."""
     gates, shown = [], spread(len(run.epochs), most)
     stripes = run.moments([stripe_epoch])
     for gate in run.gates:
@@ -71,8 +71,8 @@ def describe_gates(
 
 
 def tables_of(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> dict[str, pd.DataFrame]:
-    """Return each gate's rows of summarize."""
-    last = run.epochs[-1:]  # whose ranks are told
+    """Return each gate's rows of the table that `stripe.stats.summarize` makes."""
+    last = run.epochs[-1:]  # the only epoch whose ranks are shown
     rows = stats.tabulate(
         measured
         for epoch in progress(run.epochs)
@@ -82,7 +82,7 @@ def tables_of(run: Run, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> d
 
 
 def _class_means(stripe: stats.Moments) -> dict[str, Any] | None:
-    """Return the mean attention of some classes, (classes, channels); None where there are not two."""
+    """Return the mean attention of at most MAX_CLASSES classes, (classes, channels); None for fewer than two."""
     means = stats.class_means(stripe)
     if len(means) < 2:
         return None
@@ -91,7 +91,7 @@ def _class_means(stripe: stats.Moments) -> dict[str, Any] | None:
 
 
 def _shares(run: Run, gate: str, epoch: int) -> list[list[Plain]] | None:
-    """Return the share of variance that the first directions hold, and its ends; None without enough samples."""
+    """Return the share of variance that the first k directions hold, with its interval; None for too few samples."""
     if not run.has_samples:
         return None
     ids = run.samples(epoch)
@@ -104,7 +104,7 @@ def _shares(run: Run, gate: str, epoch: int) -> list[list[Plain]] | None:
 
 
 def learned_vectors(run: Run, validation: Mapping[str, Any] | None) -> Learned:
-    """Return a validation's vectors of the run's gates, which may be fewer; ValueError where they are another's."""
+    """Return a validation's vectors, of all or some of the run's gates; ValueError if they are of another run."""
     if validation is None:
         return {}
     vectors, epoch = validation.get("learned"), validation.get("epoch")
@@ -133,10 +133,10 @@ def _is_vector(value: object) -> bool:
 
 
 def read_beside(run: Run, name: str, path: str | os.PathLike[str] | None = None) -> dict[str, Any] | None:
-    """Return the object in the JSON file `path`, else in the run's own file `name`; None where there is neither.
+    """Return the object in the JSON file `path` or, without a `path`, in the run's own file `name`; None if missing.
 
     Raises:
-        ValueError: the file is not JSON, or holds something other than an object.
+        ValueError: the file is not JSON, or it holds something other than an object.
         OSError: `path` cannot be read.
     """
     try:
@@ -152,10 +152,10 @@ def read_beside(run: Run, name: str, path: str | os.PathLike[str] | None = None)
 
 
 def training_curves(run: Run, most: int) -> dict[str, list[Plain]] | None:
-    """Return the epochs and curves of the run's metrics.csv, at most `most` epochs; None where there are none.
+    """Return the epochs and curves of the run's metrics.csv, at most `most` epochs; None if there is no such file.
 
     Raises:
-        ValueError: the file has no epochs.
+        ValueError: the file is damaged or has no epochs.
     """
     text = run.read_text("metrics.csv")
     if text is None:
@@ -181,7 +181,7 @@ def _number(text: str | None) -> Plain:
 
 
 def address(path: str) -> str:
-    """Return a run's path as it may be shown: a URI without its user, password and query, which hold keys."""
+    """Return a run's path as it may be shown: a URI loses its user, password and query, which may hold keys."""
     if "://" not in path:
         return path
     parts = urlsplit(path)
@@ -191,8 +191,8 @@ def address(path: str) -> str:
 def judged(validation: Mapping[str, Any], most: int) -> dict[str, Any]:
     """Turn a validation into words, tables and facts, without its vectors.
 
-    The table of gates begins with what the verdict follows from, the columns of the file's legend; others go into a
-    second table.
+    The table of gates has the columns that the file's legend explains, from which the verdict follows; the other
+    columns go into a second table.
     """
     gates, legend = validation.get("gates"), validation.get("legend")
     rows = [row for row in gates if isinstance(row, dict)] if isinstance(gates, list) else []
@@ -222,7 +222,7 @@ def judged(validation: Mapping[str, Any], most: int) -> dict[str, Any]:
 def document(content: Mapping[str, Any], most: int) -> dict[str, Any]:
     """Turn plain JSON into tables, one for each list of records, and facts, a line for each other value.
 
-    What it says under "legend" of the columns of its tables, by table and column, explains their heads.
+    The value of "legend", texts by table and column, explains the headings of the columns.
     """
     facts: list[list[Plain]] = []
     tables = []
@@ -260,7 +260,7 @@ def about(run: Run, most: int) -> list[dict[str, Any]]:
     recorded = "attention and squeeze" if manifest.squeeze else "attention"
     what = {
         "path": address(run.path),
-        "recorded": f"{recorded}, {manifest.dtype}" if run.has_samples else "moments alone, no row per sample",
+        "recorded": f"{recorded}, {manifest.dtype}" if run.has_samples else "only moments, no row per sample",
         "epochs": f"{len(run.epochs)}, {run.epochs[0]} to {run.epochs[-1]}",
         **({"mixed": run.mixed} if run.mixed else {}),
         "gates": len(run.gates),

@@ -1,4 +1,4 @@
-"""Heatmaps small enough for a page: some images, channels and epochs, evenly chosen; a byte a value."""
+"""Heatmaps small enough for a page: evenly chosen images, channels and epochs, with one byte per value."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ SIZES = (
     (50, 64),
     (40, 64),
     (1, 1),
-)  # images and channels, by what is given up to make room
+)  # images and channels; each step gives up more of them to make room
 
 Indices = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a run is shown: epochs, how many images, and the channels of each gate."""
+    """The part of a run that is shown: the epochs, the number of images, and the channels of each gate."""
 
     epochs: list[int]
     rows: int
     channels: dict[str, list[int]]
 
     def bytes(self, kinds: int) -> int:
-        """Return at most how many bytes the panels take, in base64."""
+        """Return an upper bound on the bytes that the panels of `kinds` kinds take, in base64."""
         width = sum(len(channels) for channels in self.channels.values())
         panels = len(self.epochs) * kinds
-        ids = len(self.epochs) * self.rows * 36  # where every epoch has images of its own
+        ids = len(self.epochs) * self.rows * 36  # the worst case: every epoch has images of its own
         indices = sum(7 * len(channels) for channels in self.channels.values())
         return int(1.34 * panels * width * (self.rows + 1)) + len(self.channels) * (200 + 40 * panels) + ids + indices
 
 
 def choose(run: Run, room: int, samples: int) -> Choice:
-    """Choose, of an epoch's `samples` and the channels, as many as fit into `room` bytes at all epochs."""
+    """Choose as many of an epoch's `samples` and of the channels as fit into `room` bytes over all epochs."""
     epochs = [run.epochs[i] for i in spread(len(run.epochs), MAX_EPOCHS)]
     for size, smaller in pairwise(SIZES):
         for rows, width in np.geomspace(size, smaller, 50).round().astype(int).tolist():
@@ -59,7 +59,7 @@ def choose(run: Run, room: int, samples: int) -> Choice:
 def sample_panels(
     run: Run, room: int, *, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> dict[str, Any] | None:
-    """Return the panels of every gate, kind and epoch in at most `room` bytes; None for a run without samples."""
+    """Return the panels of every gate and kind in at most `room` bytes; None for a run without samples."""
     if not run.has_samples:
         return None
     samples, kinds = len(run.samples(run.epochs[-1])), KINDS[: _kinds(run)]
@@ -106,7 +106,7 @@ def _kinds(run: Run) -> int:
 def _chosen_rows(
     run: Run, choice: Choice, progress: Callable[[Iterable[Any]], Iterable[Any]]
 ) -> Iterator[tuple[int, Indices, dict[str, list[Any]]]]:
-    """Yield epoch, row numbers and the images there: those of the last epoch wherever an epoch holds them all."""
+    """Yield epochs, row numbers and the images in these rows: those chosen from the last epoch if all are there."""
     last = run.samples(choice.epochs[-1])
     wanted = last[spread(len(last), choice.rows)]
     for epoch in progress(choice.epochs):
@@ -122,9 +122,9 @@ def _chosen_rows(
 def _read(
     run: Run, epoch: int, kind: str, rows: Indices, choice: Choice
 ) -> tuple[dict[str, Values], dict[str, stats.Moments]]:
-    """Return the chosen values of every gate, (images, channels), and the moments of all where they are of a squeeze.
+    """Return the chosen values of every gate, (images, channels), and, for the squeeze, the moments of all values.
 
-    One row group at a time is held beside them.
+    Apart from these, one row group at a time is in memory.
     """
     found = {gate: np.empty((len(rows), len(channels)), np.float32) for gate, channels in choice.channels.items()}
     moments: dict[str, stats.Moments] = {}
@@ -134,7 +134,7 @@ def _read(
         here = np.flatnonzero((rows >= start) & (rows < start + size))
         for gate, values in batch.items():
             found[gate][here] = values[rows[here] - start][:, choice.channels[gate]]
-            if kind == "squeeze":  # those of the attention are beside the rows
+            if kind == "squeeze":  # the moments of the attention are kept beside the rows
                 its = stats.Moments.of(values, sample_ids=np.arange(start, start + size))
                 moments[gate] = moments[gate].merge(its) if gate in moments else its
         start += size
@@ -142,5 +142,5 @@ def _read(
 
 
 def _measure(moments: stats.Moments) -> list[Plain]:
-    """Return strength and CV."""
+    """Return the strength and the CV."""
     return numbers([stats.stripe_strength(moments).strength, stats.coefficient_of_variation(moments)])

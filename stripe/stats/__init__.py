@@ -1,9 +1,9 @@
 """Statistics over samples: arrays of shape (samples, channels) in, frozen dataclasses or one DataFrame out.
 
-Law: NumPy, SciPy and pandas alone; nothing here knows a path or a network; moments of parts merge into those of the
-whole. What takes attention takes an array or its moments alike. Non-finite values are never repaired: a sample that
-has one is counted and left out of its gate's statistics, and the gate is flagged "nonfinite"; only a channel without
-any finite value is left out instead of its samples.
+Rules: statistics are computed with NumPy, SciPy and pandas alone; nothing here reads a file or knows a network; moments
+of parts merge into those of the whole. Most functions of attention take an array or its moments alike. Non-finite
+values are never repaired: a sample with such a value is counted and left out of its gate's statistics, and the gate is
+flagged "nonfinite". Only a channel without a single finite value is left out itself, instead of its samples.
 """
 
 from stripe.stats.arithmetic import SEED, Array, Counts, Labels

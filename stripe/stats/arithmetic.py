@@ -1,4 +1,4 @@
-"""Arithmetic that the statistics share: what arrays they take, work a block at a time, means and ratios with NaN."""
+"""Arithmetic that the statistics share: the shape of arrays, work in portions, means and ratios with NaN."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def matrix(values: Array) -> Array:
 
 
 def portions(total: int, width: int) -> Iterator[int]:
-    """Yield numbers of rows of ``width`` values that sum to ``total``, each within the memory for counts."""
+    """Yield numbers of rows that sum to ``total``, each of at most COUNT_VALUES values at ``width`` values a row."""
     step = max(1, COUNT_VALUES // width)
     for start in range(0, total, step):
         yield min(step, total - start)
 
 
 def mean_of(values: npt.NDArray[Any]) -> float:
-    """Mean of all values, NaN of none."""
+    """Return the mean of all values, NaN if there are none."""
     return float(values.mean()) if values.size else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Whether attention varies less over images at the end of a training than at its beginning: change, with intervals."""
+"""Whether attention varies less over images at the end of training than at its beginning: changes, with intervals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Change:
         change: after / before for cv and within; after - before for strength, whose values lie in 0 to 1.
         low: the lower end of the interval of the change.
         high: the upper end.
-        direction: "falls" or "rises" where the interval leaves no change out, else "unsettled"; "unknown" without one.
+        direction: "falls" or "rises" if the interval excludes no change, else "unsettled"; "unknown" without interval.
     """
 
     measure: str
@@ -45,8 +45,8 @@ class Change:
 def change_between(before: Moments, after: Moments, measure: str = "cv", *, confidence: float = CONFIDENCE) -> Change:
     """Compare one gate in two epochs, with an interval over samples by the jackknife over blocks of samples.
 
-    Epochs of the same samples are compared block by block: what an image does in both cancels. Epochs of other
-    samples are compared as independent ones. cv and within are jackknifed as logarithms.
+    Epochs of the same samples are compared block by block, so that what an image does in both cancels. Epochs of
+    different samples are treated as independent. cv and within are jackknifed as logarithms.
 
     Args:
         before: the gate's moments in the earlier epoch.
@@ -106,7 +106,7 @@ Scale = Callable[[Variance], Any]
 
 
 def _scales(measure: str) -> tuple[Scale, Callable[[float], Any], float]:
-    """Return what is jackknifed, how its differences are told, and what is no change."""
+    """Return the figure that is jackknifed, how its differences are expressed, and the value that means no change."""
     if measure == "strength":
         return (lambda variance: variance.strength), float, 0.0
 

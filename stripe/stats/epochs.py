@@ -27,9 +27,9 @@ COLUMNS = {
     "gate": "the name of the gate",
     "channels": "how many channels it has",
     "samples": "how many samples were measured",
-    "left_out": "how many were not, because a value of theirs is not finite",
+    "left_out": "how many samples were left out, because a value of theirs is not finite",
     "strength": "stripe strength, the share of variance that the channel alone explains; 1: perfect stripes",
-    "strength_low": "lower end of its confidence interval, 95 % unless another level was asked for",
+    "strength_low": "lower end of its confidence interval, 95 % unless another level was requested",
     "strength_high": "upper end of that interval",
     "cv": "how far the gate is from constant, relative to its mean vector; 0: every sample gets the same vector",
     "std": "standard deviation over samples, the mean over channels",
@@ -37,10 +37,10 @@ COLUMNS = {
     "within": "variance over samples, the mean over channels; strength = between / (between + within)",
     "sample_share": "share of variance that shifts all channels of a sample together",
     "rest_share": "share of variance that neither channel nor sample explains",
-    "drift": "mean absolute change of the mean vector since the recorded epoch before; NaN at the first",
+    "drift": "mean absolute change of the mean vector since the previous recorded epoch; NaN at the first",
     "label_share": "share of the within part that the class explains (eta squared); NaN without labels",
     "label_omega": "the same, corrected for what chance alone would explain (omega squared)",
-    "rank": "how many directions the samples vary in (participation ratio); NaN unless asked for",
+    "rank": "how many directions the samples vary in (participation ratio); NaN unless requested",
     "flags": "dead (all values equal), constant (no sample differs), saturated (at a bound), nonfinite",
 }
 """Columns of `summarize` and what they mean."""
@@ -67,8 +67,8 @@ def drift(before: Moments, after: Moments) -> float:
 def settled_epoch(epochs: npt.ArrayLike, drifts: npt.ArrayLike, tolerance: float) -> int | None:
     """First epoch after which drift stays under the tolerance; None if it never does.
 
-    ``drifts[i]`` leads from ``epochs[i - 1]`` to ``epochs[i]``, so ``drifts[0]`` is NaN; NaN is under no
-    tolerance.
+    ``drifts[i]`` leads from ``epochs[i - 1]`` to ``epochs[i]``, so ``drifts[0]`` is NaN. A NaN never counts as under
+    the tolerance.
     """
     epochs = np.asarray(epochs)
     moving = np.flatnonzero(~(np.asarray(drifts, dtype=np.float64) < tolerance))
@@ -78,7 +78,7 @@ def settled_epoch(epochs: npt.ArrayLike, drifts: npt.ArrayLike, tolerance: float
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One gate in one epoch: its moments, and whatever of its row does not depend on other epochs."""
+    """One gate in one epoch: its moments, and the part of its row that does not depend on other epochs."""
 
     epoch: int
     gate: str
@@ -96,15 +96,15 @@ def summarize(
 ) -> pd.DataFrame:
     """Tabulate every statistic, one row per epoch and gate, from the moments that a run keeps beside its rows.
 
-    Rows are read where a run has no moments, for the label's share where it has too many classes to keep their
+    Rows are read only if the run has no moments, for the label's share if there are too many classes to keep their
     means, and for the rank.
 
     Args:
         run: what `stripe.open_run` returns, or the path of a run.
-        epochs: the finished ones by default.
-        gates: of the run, or their names; all by default.
-        rank: take the effective rank as well, which reads the rows; NaN without it.
-        confidence: of the strength's interval.
+        epochs: epochs of the run; all finished ones by default.
+        gates: gates of the run, or their names; all by default.
+        rank: compute the effective rank as well, which reads the rows; otherwise it is NaN.
+        confidence: confidence level of the strength's interval.
 
     Returns:
         A table with the columns of `COLUMNS`:
@@ -113,7 +113,8 @@ def summarize(
 
     Raises:
         FileNotFoundError: there is no run at the path.
-        ValueError: the run holds no finished epoch or no such epoch or gate, or the confidence is not between 0 and 1.
+        ValueError: the run holds no finished epoch, or not the epoch or gate requested, or the confidence is not
+            between 0 and 1.
 
     Example:
         >>> import stripe
@@ -157,19 +158,19 @@ def measure(
 
 
 def _moments(run: RecordedRun, epochs: Sequence[int], gates: Sequence[str]) -> Iterator[tuple[int, dict[str, Moments]]]:
-    """Yield each epoch and its moments by gate; where they are kept, the next epoch's are read meanwhile."""
+    """Yield each epoch and its moments by gate; if the run keeps moments, the next epoch's are read meanwhile."""
 
     def read(epoch: int) -> dict[str, Moments]:
         return {gate: moments for (_, gate), moments in run.moments([epoch], gates).items()}
 
     found = ((epoch, read(epoch)) for epoch in epochs)
-    return ahead(found) if run.keeps_moments else found  # measuring rows takes long to be interrupted in a thread
+    return ahead(found) if run.keeps_moments else found  # measuring rows is too long for an uninterruptible thread
 
 
 def tabulate(measured: Iterable[Measured]) -> pd.DataFrame:
-    """Put measured gates, epochs ascending, into a table with the drift from each gate's epoch before.
+    """Put measured gates, epochs ascending, into a table with the drift from each gate's previous epoch.
 
-    Raises ValueError when there is none.
+    Raises ValueError when ``measured`` is empty.
     """
     rows: list[dict[str, Any]] = []
     last: dict[str, Moments] = {}
@@ -183,7 +184,7 @@ def tabulate(measured: Iterable[Measured]) -> pd.DataFrame:
 
 
 def row_of(moments: Moments, form: str = "multiplicative", *, confidence: float = CONFIDENCE) -> dict[str, Any]:
-    """Return what moments tell of a gate of this form, by the names of `summarize`'s columns: all but the rank."""
+    """Return the statistics of `summarize` that follow from a gate's moments and form: all but the drift and rank."""
     strength, interval = stripe_strength(moments), strength_interval(moments, confidence=confidence)
     shares, classes = two_way_shares(moments), label_share(moments)
     return {

@@ -1,4 +1,4 @@
-"""What is wrong with a gate: kept apart from how constant it is."""
+"""What is wrong with a gate, kept apart from how constant it is."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from stripe.stats.measuring import BOUNDS, NEAR_BOUND
 from stripe.stats.moments import Moments, moments_of
 
 SATURATED_SHARE = 0.99  # more than this share of saturated values flags the gate
-DEAD_RANGE = 1e-6  # a gate whose values span no more than this is dead; channels that each do are constant
-SCALES = ("multiplicative", "radix")  # forms whose values lie between two bounds, mostly
+DEAD_RANGE = 1e-6  # a gate is dead if all its values span no more than this, constant if those of each channel do
+SCALES = ("multiplicative", "radix")  # forms whose values mostly lie between two bounds
 
 
 def flags(attention: Array | Moments, form: str = "multiplicative") -> tuple[str, ...]:
-    """Name what is wrong with a gate; a stripe is none of it.
+    """Name what is wrong with a gate; that it is a stripe is no fault.
 
     "dead": all values are equal within 1e-6. "constant": each channel gives every sample one value within 1e-6,
-    though channels differ; a module whose hidden units are all inactive reads as a perfect stripe. "saturated": over
-    99 % of the values are within 0.001 of a bound of the gate. "nonfinite": some values are not finite.
+    though channels differ; a module whose hidden units are all inactive thus looks like a perfect stripe.
+    "saturated": over 99 % of the values are within 0.001 of a bound of the gate. "nonfinite": some values are not
+    finite.
 
     Args:
         attention: (samples, channels), or their moments.
-        form: of the gate. What scales is bounded by 0 and, where no value exceeds it, by 1 or by 2, as of
-            2 * sigmoid; what is added to a map has no bounds.
+        form: form of the gate. A scale is bounded by 0 and by the first of 1 and 2 (as of 2 * sigmoid) that no value
+            exceeds, if there is one; what is added to a map has no bounds.
 
     Example:
         >>> import numpy as np

@@ -12,16 +12,16 @@ import numpy.typing as npt
 from stripe.stats.arithmetic import Array, Counts, Labels
 
 BLOCKS = 32
-"""Into how many blocks samples are dealt; with no more samples than that, each is a block of its own."""
+"""How many blocks samples are dealt into; if there are no more samples than that, each is a block of its own."""
 
-COARSE_BITS = 63 - 5  # the five highest of a key's 63 bits number 32 blocks
+COARSE_BITS = 63 - 5  # the five highest of a key's 63 bits are the number of its block, of 32
 
 
 def block_keys(sample_ids: Labels) -> Counts:
     """Hash sample ids (N,) to keys from 0 to 2^63 - 1, (N,): the mixing function of SplitMix64 (Steele et al. 2014).
 
-    Which block a sample belongs to depends on its id alone, so that parts of a run, ranks and machines agree on it,
-    and neighbouring ids are not dealt alike.
+    Which block a sample belongs to depends on its id alone, so that parts of a run, ranks and machines agree on it.
+    Neighbouring ids are scattered over the blocks.
     """
     key = np.asarray(sample_ids).astype(np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -36,14 +36,14 @@ def coarse(keys: Counts) -> Counts:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Groups of samples at one gate, ascending by key: what a statistic over samples needs of each.
+    """Groups of samples at one gate, ascending by key: what a statistic over samples needs to know of each group.
 
     Attributes:
         keys: what the samples of a group share, (groups,): a block's number, or a class (-1: unknown).
-        counts: samples of each, (groups,).
-        means: mean vector of each, (groups, channels).
+        counts: number of samples in each group, (groups,).
+        means: mean vector of each group, (groups, channels).
         scatter: sum over samples and channels of squared deviations from the group's means, (groups,).
-        rows: sum over samples of the squared deviation of a row's mean from the mean of such means, (groups,).
+        rows: sum over samples of the squared deviation of a row's mean from the group's mean of these, (groups,).
     """
 
     keys: Counts
@@ -54,7 +54,7 @@ class Groups:
 
     @classmethod
     def empty(cls, channels: int) -> Groups:
-        """Return no group at all."""
+        """Return an empty set of groups."""
         none = np.empty(0, np.int64)
         return cls(none, none, np.empty((0, channels)), np.empty(0), np.empty(0))
 
@@ -74,16 +74,16 @@ class Groups:
 
     @cached_property
     def deviations(self) -> Deviations:
-        """Return how far each group, of which there is one at least, lies from the mean of all samples."""
+        """Return how far each group lies from the mean of all samples; there must be at least one group."""
         weights = self.counts.astype(np.float64)
-        off = self.means - self.means[0]  # sums about a member's mean do not cancel
+        off = self.means - self.means[0]  # sums about one group's mean do not cancel
         mean = weights @ off / weights.sum()
         off -= mean
         off = _numbers(off)
         return Deviations(self.means[0] + mean, off, _squares(off), _mean(off))
 
     def is_close(self, other: Groups, *, rtol: float) -> bool:
-        """Tell whether these are the same groups of the same samples, but for the rounding of means."""
+        """Tell whether these are the same groups of the same samples, up to rounding."""
         if not (np.array_equal(self.keys, other.keys) and np.array_equal(self.counts, other.counts)):
             return False
         size = self.scatter + self.counts * np.nansum(np.square(self.means), axis=1)
@@ -93,24 +93,24 @@ class Groups:
         )
 
     def merge(self, other: Groups) -> Groups:
-        """Combine with groups of other samples; groups of one key become one."""
+        """Combine with groups of other samples; groups with the same key become one."""
         both = ((getattr(self, name), getattr(other, name)) for name in ("keys", "counts", "means", "scatter", "rows"))
         joined = Groups(*(np.concatenate(pair) for pair in both))
         return joined.regrouped(joined.keys)
 
     def chosen(self, keep: npt.NDArray[np.bool_]) -> Groups:
-        """Return some of the groups, (groups,) marked by ``keep``."""
+        """Return the groups that ``keep`` (groups,) marks."""
         if keep.all():
             return self
         return Groups(self.keys[keep], self.counts[keep], self.means[keep], self.scatter[keep], self.rows[keep])
 
     def regrouped(self, keys: Counts) -> Groups:
-        """Put groups to which ``keys`` (groups,) gives one key together (Chan, Golub, LeVeque 1983)."""
+        """Join the groups to which ``keys`` (groups,) gives the same key (Chan, Golub, LeVeque 1983)."""
         if not len(keys):
             return self
         found, firsts, places = np.unique(keys, return_index=True, return_inverse=True)
         counts = _sums(places, self.counts).astype(np.int64)
-        shift = self.means[firsts]  # sums about a member's mean do not cancel
+        shift = self.means[firsts]  # sums about one member's mean do not cancel
         off: Array = self.means - shift[places]
         mean = np.zeros_like(shift)
         np.add.at(mean, places, off * self.counts[:, None])
@@ -125,7 +125,7 @@ class Groups:
         )
 
     def with_channels(self, keep: npt.NDArray[np.bool_]) -> Groups:
-        """Put the channels of these groups among others, (channels,) marked by ``keep``; the others' means are NaN."""
+        """Place the channels of these groups where ``keep`` (channels,) is true; the means of the others are NaN."""
         means = np.full((len(self.keys), keep.size), np.nan)
         means[:, keep] = self.means
         return Groups(self.keys, self.counts, means, self.scatter, self.rows)
@@ -136,10 +136,10 @@ class Deviations:
     """How far groups lie from the mean of all samples.
 
     Attributes:
-        mean: of all samples, (channels,).
-        off: of each group's means from it, (groups, channels that are numbers).
-        squares: sum over these channels of its squares, (groups,).
-        rows: its mean over them, (groups,); 0 where there is none.
+        mean: mean of all samples, (channels,).
+        off: deviations of each group's means from ``mean``, (groups, channels whose mean is not NaN).
+        squares: sum of the squares of ``off`` over these channels, (groups,).
+        rows: mean of ``off`` over these channels, (groups,); 0 if there are none.
     """
 
     mean: Array
@@ -149,7 +149,7 @@ class Deviations:
 
     @cached_property
     def centred(self) -> tuple[float, Array]:
-        """Return the middle of the channels' means, those that are numbers, and how far each lies from it."""
+        """Return the middle (average) of the channels' means that are not NaN, and how far each lies from it."""
         mean = self.mean[~np.isnan(self.mean)]
         off = mean - mean[:1]  # exactly 0 where all are equal
         middle = off.sum() / max(off.size, 1)
@@ -157,12 +157,12 @@ class Deviations:
 
 
 def _sums(places: npt.NDArray[np.intp], values: npt.NDArray[Any]) -> Array:
-    """Add up values by place, all of which come."""
+    """Add up values by place; every place occurs."""
     return np.bincount(places, values).astype(np.float64)
 
 
 def _numbers(off: Array) -> Array:
-    """Leave out the channels that are not numbers, which they are in no group."""
+    """Leave out the channels that are NaN; such a channel is NaN in every group."""
     missing = np.isnan(off[0])
     return off[:, ~missing] if missing.any() else off
 

@@ -15,7 +15,7 @@ from stripe.stats.moments import Moments, moments_of
 from stripe.stats.variance import Variance
 
 CONFIDENCE = 0.95
-NO_SHAPE = (math.inf, -math.inf)  # bounds of a skewness and an excess kurtosis of which nothing is known
+NO_SHAPE = (math.inf, -math.inf)  # bounds of the skewness and the excess kurtosis that exclude nothing
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,28 @@ class Interval:
 def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDENCE) -> Interval:
     """Confidence interval of the stripe strength over samples, by the jackknife over blocks of samples.
 
-    Blocks are left out one by one: of samples dealt by their ids into 32, or single samples where there are no more
-    than 32. The figure that is jackknifed is log(V / W), the variance of the channels' means over that within
-    channels, which leaves no scale of its own; its end points, turned back into strengths, take R / N off V as the
-    estimate does. Ends follow Student's t, with the degrees of freedom that the kurtosis of the jackknife's values
-    leaves (Satterthwaite 1946), after Hall's cubic transformation for their skewness (Hall 1992); kurtosis and skewness
-    are corrected for the number of blocks. Where every sample is a block of its own, they are at least what the squared
-    deviations of all single values imply: heavy tails show in these before they show in so few samples. The estimate
-    always lies inside.
+    Blocks are left out one by one: 32 blocks into which samples are dealt by their ids, or single samples if there are
+    no more than 32. The jackknifed figure is log(V / W), with V the variance of the channels' means and W that within
+    channels; it does not depend on the scale of the attention. When its end points are turned back into strengths,
+    R / N is subtracted from V as in the estimate. The ends follow Student's t, with degrees of freedom from the
+    kurtosis of the jackknife's values (Satterthwaite 1946), after Hall's cubic transformation for their skewness
+    (Hall 1992); kurtosis and skewness are corrected for the number of blocks. If every sample is a block of its own,
+    both are taken to be at least as strong as the squared deviations of all single values imply, in which heavy tails
+    show before they show in so few samples. The interval always contains the estimate.
 
-    The channels are those of this network; samples are taken as independent draws. Simulated at 0.95 (``study.py
-    coverage``, 500 gates of each kind), it holds the true strength in 0.93 to 0.99 of cases for 20 to 1,000 samples
-    and 16 to 256 channels where the noise is normal: independent, of rank one, or half of it common to a row. Where
-    the noise is heavy-tailed (Student's t with 3 degrees of freedom) it holds it in 0.91 to 0.99 of cases for 20
-    samples, but only in 0.87 to 0.93 for 100 and 1,000, whose single values are not kept.
+    The channels are taken as fixed, those of this network, and the samples as independent draws. Simulated at 0.95
+    (``study.py coverage``, 500 gates of each kind), the interval covers the true strength in 0.93 to 0.99 of cases for
+    20 to 1,000 samples and 16 to 256 channels if the noise is normal: independent, of rank one, or half of it common
+    to a row. With heavy-tailed noise (Student's t with 3 degrees of freedom) it covers the strength in 0.91 to 0.99 of
+    cases for 20 samples, but only in 0.87 to 0.93 for 100 and 1,000 samples, whose single values are not kept.
 
     Args:
         attention: (samples, channels), or their moments.
-        confidence: how often the interval is to hold the true strength, between 0 and 1.
+        confidence: how often the interval should cover the true strength, between 0 and 1.
 
     Returns:
-        The interval within 0 and 1; NaN where the strength is, or where there are fewer than three samples; 0 to 1
-        where all but one block have nothing that varies.
+        The interval within 0 and 1; NaN if the strength is NaN or there are fewer than three samples; 1 to 1 if no
+        channel varies over samples; 0 to 1 if nothing varies any more once one of the blocks is left out.
 
     Raises:
         ValueError: the confidence is not between 0 and 1.
@@ -84,19 +84,20 @@ def strength_interval(attention: Array | Moments, *, confidence: float = CONFIDE
 def drift_interval(before: Moments, after: Moments, *, confidence: float = CONFIDENCE) -> Interval:
     """Confidence interval of the drift between two epochs of the same samples, by the jackknife over blocks of them.
 
-    A mean of absolute values lies above the truth where channels move less than their means are known; the jackknife's
-    estimate of this bias (Quenouille 1956) is taken off both ends, so the drift itself can lie above the interval.
-    Simulated at 0.95 (500 gates of 64 channels; 1,000 samples whose values change by a standard deviation of 0.03, so
-    that the mean of a channel is known to 0.001), it holds a true drift of 0.008 in 0.95 of cases, 0.0024 in 0.92 and
-    0.0008 in 0.84. Where no mean moves, most intervals lie above 0, by less than a mean's standard error.
+    A mean of absolute values overestimates the truth if channels move by less than the error of their means. The
+    jackknife's estimate of this bias (Quenouille 1956) is subtracted from both ends, so the drift itself can lie above
+    the interval. Simulated at 0.95 (500 gates of 64 channels; 1,000 samples whose values change by a standard deviation
+    of 0.03, so that the mean of a channel is known to 0.001), the interval covers a true drift of 0.008 in 0.95 of
+    cases, 0.0024 in 0.92 and 0.0008 in 0.84. If no mean moves, most intervals lie above 0, by less than a mean's
+    standard error.
 
     Args:
         before: the gate's moments in the earlier epoch, of three samples or more.
         after: the gate's moments in the later one.
-        confidence: how often the interval is to hold the true drift, between 0 and 1.
+        confidence: how often the interval should cover the true drift, between 0 and 1.
 
     Returns:
-        The interval, at least 0; NaN where the epochs are not of the same samples.
+        The interval, at least 0; NaN if the epochs are not of the same samples, or of fewer than three.
 
     Raises:
         ValueError: the confidence is not between 0 and 1.
@@ -126,11 +127,12 @@ def _log_contrast(variance: Variance) -> Any:
 
 
 def _shape_of_values(blocks: Groups) -> tuple[float, float]:
-    """Return the skewness and the excess kurtosis that single values imply for what W adds to the log contrast.
+    """Return the skewness and the excess kurtosis that single values imply for W's part of the log contrast.
 
-    A sample adds its squared deviations, summed over C channels. Were these independent, the sum would have their
-    skewness over the square root of C and their excess kurtosis over C; log(V / W) falls where W rises. They bound
-    nothing where blocks hold several samples, whose single values are not kept, or where all squares are alike.
+    A sample adds its squared deviations, summed over C channels, to W. If these were independent, the sum would have
+    their skewness over the square root of C and their excess kurtosis over C. The skewness changes sign, since
+    log(V / W) falls as W rises. NO_SHAPE is returned if blocks hold several samples, whose single values are not kept,
+    or if all squares are equal.
     """
     if blocks.counts.max() > 1:
         return NO_SHAPE
@@ -147,14 +149,15 @@ def _shape_of_values(blocks: Groups) -> tuple[float, float]:
 def jackknife(
     counts: Counts, every: float, without: Array, confidence: float, *, shape: tuple[float, float] = NO_SHAPE
 ) -> tuple[float, float]:
-    """Return the ends of the interval of a figure from its value of all samples and its values without each block.
+    """Return the ends of a figure's interval from its value for all samples and its values without each block.
 
     Args:
         counts: samples in each block, (blocks,).
-        every: the figure of all samples.
-        without: the figure of all samples but those of a block, (blocks,).
+        every: the figure for all samples.
+        without: the figure for all samples except those of each block, (blocks,).
         confidence: between 0 and 1.
-        shape: what the skewness is at most and the excess kurtosis at least, where more is known than the blocks tell.
+        shape: upper bound of the skewness and lower bound of the excess kurtosis, if more is known than the blocks
+            show.
 
     The blocks may differ in size (Busing, Meijer, van der Leeden 1999).
     """
@@ -172,10 +175,10 @@ def jackknife(
 
 
 def _shape(off: Array) -> tuple[float, float]:
-    """Return skewness and excess kurtosis of what so few deviations are drawn from, both corrected for their number.
+    """Return skewness and excess kurtosis of the population of a few deviations, corrected for their number.
 
     The deviations have mean square 1. The sample's own figures are too small, the more so the heavier the tails: the
-    skewness is corrected by Bobee and Robitaille (1975), the kurtosis is the unbiased one of normal samples (Fisher).
+    skewness is corrected after Bobee and Robitaille (1975); the kurtosis is Fisher's, unbiased for normal samples.
     """
     n, squares = len(off), off * off
     skewness, excess = float(squares @ off) / n, float(squares @ squares) / n - 3
@@ -184,7 +187,7 @@ def _shape(off: Array) -> tuple[float, float]:
 
 
 def _unskewed(t: float, skewness: float, blocks: int) -> float:
-    """Invert Hall's transformation: where the studentized mean of so many skewed values lies when t is normal's."""
+    """Invert Hall's transformation: return the skewed studentized mean that corresponds to Student's t."""
     a = skewness / math.sqrt(blocks) / 3
     return (math.cbrt(1 + 3 * a * (t - a / 2)) - 1) / a if abs(a) > 1e-6 else t
 

@@ -1,4 +1,4 @@
-"""Classes: the mean attention of each, and how much of the variance across samples is explained by what they show."""
+"""Classes: the mean attention of each, and how much of the variance across samples the classes explain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def class_means(attention: Array | Moments, labels: Labels | None = None) -> dic
         labels: the class of every sample, (samples,); below 0 where it is unknown, and such samples are left out.
 
     Returns:
-        By class, ascending, its mean vector (channels,); nothing where no class is known, or where moments kept none
+        The mean vector (channels,) of each class, ascending; empty if no class is known, or if the moments kept none
         because there were more than `CLASSES`.
 
     Raises:
@@ -53,7 +53,7 @@ def label_share(attention: Array | Moments, labels: Labels | None = None) -> Lab
     """Explain the variance across samples by class: one-way ANOVA pooled over channels.
 
     omega^2 = (SSB - (k - 1) MSW) / (SST + MSW) (Hays 1963) can fall below 0 by chance. Samples with a label
-    under 0 are left out; NaN with fewer than two classes.
+    under 0 are left out; both shares are NaN with fewer than two classes.
 
     Args:
         attention: (samples, channels), with the labels; or moments that were measured with them.

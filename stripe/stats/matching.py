@@ -81,7 +81,7 @@ def permutation_test(learned: Array, stripe: Array, *, permutations: int = PERMU
     if not reach > 0:
         return math.nan
     rng = np.random.default_rng(seed)
-    needed = a @ b - 1e-12 * reach  # rounding must not part equal shuffles
+    needed = a @ b - 1e-12 * reach  # rounding must not tell equal shuffles apart
     count = sum(
         np.count_nonzero(rng.permuted(np.broadcast_to(a, (portion, a.size)), axis=1) @ b >= needed)
         for portion in portions(permutations, a.size)
@@ -90,20 +90,20 @@ def permutation_test(learned: Array, stripe: Array, *, permutations: int = PERMU
 
 
 def wasserstein(a: Array, b: Array) -> float:
-    """Distance of two vectors (channels,) of one length as sets of values: mean difference of the sorted ones."""
+    """Return the distance of two vectors (channels,) as sets of values: mean absolute difference, both sorted."""
     return float(_sorted_difference(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)))
 
 
 def swap_test(a: Array, b: Array, *, permutations: int = PERMUTATIONS, seed: int = SEED) -> float:
-    """One-sided p-value of the Wasserstein distance when the values of both vectors (channels,) are dealt anew.
+    """One-sided p-value of the Wasserstein distance when the pooled values of both vectors (channels,) are shuffled.
 
-    Small where they are not of one distribution; NaN when the distance is.
+    Small if the two are not from one distribution; NaN when the distance is.
     """
     pooled, distance = np.concatenate([a, b]).astype(np.float64), wasserstein(a, b)
     if math.isnan(distance):
         return math.nan
     rng = np.random.default_rng(seed)
-    needed = distance - 1e-12 * np.abs(pooled).max()  # rounding must not part equal deals
+    needed = distance - 1e-12 * np.abs(pooled).max()  # rounding must not tell equal shuffles apart
     count = 0
     for portion in portions(permutations, pooled.size):
         dealt = rng.permuted(np.broadcast_to(pooled, (portion, pooled.size)), axis=1)
@@ -112,7 +112,7 @@ def swap_test(a: Array, b: Array, *, permutations: int = PERMUTATIONS, seed: int
 
 
 def benjamini_hochberg(p: Array) -> Array:
-    """Adjust p-values (tests,) for the false discovery rate (Benjamini, Hochberg 1995), NaN left out."""
+    """Adjust p-values (tests,) for the false discovery rate (Benjamini, Hochberg 1995); NaN is not counted."""
     p = np.asarray(p, dtype=np.float64)
     order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]
     scaled = p[order] * order.size / np.arange(1, order.size + 1)

@@ -1,4 +1,4 @@
-"""Measuring batches of many gates at once, side by side as the columns of one matrix: gates are many and narrow."""
+"""Measure batches of many gates at once, side by side as columns of one matrix, since gates are many and narrow."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from stripe.stats.arithmetic import BLOCK_VALUES, Array, Counts, Labels
 from stripe.stats.groups import BLOCKS, Groups, block_keys, coarse
 
 NEAR_BOUND = 1e-3  # a value this close to a bound of its gate counts as saturated
-FEW = 4  # rows a group, from which adding them up together is faster than one by one
-BOUNDS = (0.0, 1.0, 2.0)  # what gates can be bounded by; which of them are its own, the gate's form tells
+FEW = 4  # rows per group, from which summing them together is faster than one by one
+BOUNDS = (0.0, 1.0, 2.0)  # possible bounds of gates; `flags` decides from a gate's form and values which it has
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,19 +31,19 @@ class Sums:
 
 
 class Measuring:
-    """Sums over the samples of gates side by side, about one vector close to all of them.
+    """Sums over the samples of gates side by side, of deviations from one vector that is close to all samples.
 
-    Sums of squares about a vector near the mean do not cancel (Chan, Golub, LeVeque 1983), and sums about one and the
-    same vector simply add up, batch after batch; values must be finite.
+    Sums of squares about a vector near the mean do not cancel (Chan, Golub, LeVeque 1983), and sums about the same
+    vector simply add up, batch after batch. Values must be finite.
     """
 
     def __init__(self, channels: Mapping[str, int], classes: int | None) -> None:
-        """Measure gates of so many ``channels`` by name; keep at most so many ``classes``, None: however many."""
+        """Measure gates, given their ``channels`` by name; keep at most ``classes`` classes, or all of them if None."""
         ends = np.cumsum(list(channels.values()))
         self._columns = {g: slice(e - c, e) for (g, c), e in zip(channels.items(), ends.tolist(), strict=True)}
         self._starts = [columns.start for columns in self._columns.values()]
         self._width = int(ends[-1])
-        self._gate_of = np.repeat(np.arange(len(channels)), list(channels.values()))  # each column, (width,)
+        self._gate_of = np.repeat(np.arange(len(channels)), list(channels.values()))  # of each column, (width,)
         self._shift: Array | None = None
         self._m2 = np.zeros(self._width)  # about the shift
         self._low, self._high = np.full(self._width, np.inf), np.full(self._width, -np.inf)
@@ -70,7 +70,7 @@ class Measuring:
             rows = slice(start, min(start + step, count))
             deviations, squares = (each[: rows.stop - start] for each in (buffer, squared))
             for gate, columns in self._columns.items():
-                deviations[:, columns] = batch[gate][rows]  # cast first: to subtract mixed precisions is slower
+                deviations[:, columns] = batch[gate][rows]  # cast first: subtracting in mixed precision is slower
             self._bound(deviations)
             deviations -= self._shift
             np.multiply(deviations, deviations, out=squares)
@@ -104,7 +104,7 @@ class Measuring:
         }
 
     def _bound(self, values: Array) -> None:
-        """Take the least and the greatest of values (n, width), and count those near the bounds of gates."""
+        """Update the least and the greatest values by ``values`` (n, width), and count those near each bound."""
         low, high = values.min(axis=0), values.max(axis=0)
         np.minimum(self._low, low, out=self._low)
         np.maximum(self._high, high, out=self._high)
@@ -116,18 +116,18 @@ class Measuring:
 
 
 class _GroupSums:
-    """Sums by group about the shift: of deviations, of their squares by gate, of squared sums of a row by gate."""
+    """Sums by group: of deviations from the shift, of their squares by gate, and of squared row sums by gate."""
 
     def __init__(self, width: int, gates: int) -> None:
         self.places: dict[int, int] = {}  # by key
         self._counts: list[int] = []
         self._deviations: list[Array] = []  # (width,) each
-        self._squares: list[Array] = []  # (gates,) each, as the next
+        self._squares: list[Array] = []  # (gates,) each, like _rows
         self._rows: list[Array] = []
         self._width, self._gates = width, gates
 
     def add(self, keys: list[int], deviations: Array, squares: Array, rows: Array) -> None:
-        """Add rows (n, width) and what is known of them by gate, (n, gates), to the groups of their keys."""
+        """Add deviations (n, width), and their squares and row sums by gate, (n, gates), to the groups of the keys."""
         table: list[Array] = [deviations, squares, np.square(rows)]
         counts = [1] * len(keys)
         if len(set(keys)) * FEW <= len(keys):  # put rows of a group together first: fewer, longer sums
@@ -142,7 +142,7 @@ class _GroupSums:
                 np.add(sums[place], each[number], out=sums[place])
 
     def rekey(self, rename: object) -> None:
-        """Put groups together whose keys become one."""
+        """Rename the keys, and join the groups whose keys become equal."""
         old = _GroupSums(self._width, self._gates)
         old.__dict__, self.__dict__ = self.__dict__, old.__dict__
         for key, place in old.places.items():
@@ -187,6 +187,6 @@ class _GroupSums:
 
 
 def centre(values: npt.NDArray[np.floating]) -> Array:
-    """Return the mean over a few samples, (channels,), exactly their value where they are equal."""
+    """Return the mean over samples, (channels,), which is exactly their value where they are equal."""
     mean: Array = values.mean(axis=0, dtype=np.float64)
     return np.where(values.min(axis=0) == values.max(axis=0), values[0], mean).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Moments of a gate's attention, which merge: all that the statistics of a run need to know of its samples."""
+"""Mergeable moments of a gate's attention: all that the statistics of a run need to know of its samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stripe.stats.variance import Variance
 Mask = npt.NDArray[np.bool_]
 
 CLASSES = 200
-"""The most classes whose means are kept beside a recording's rows; of more, the label's share takes the rows."""
+"""The most classes whose means are kept beside a recording's rows; with more, the label's share reads the rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Moments:
     """What is kept of the attention vectors of one gate in one epoch; arrays per channel are (channels,) float64.
 
     A sample with a value that is not finite is left out, with all its channels, and counted. Only a channel without
-    a single finite value is left out as a channel; its mean and all else of it is NaN.
+    a single finite value is left out as a channel; its mean and its other figures are NaN.
 
     Attributes:
         count: samples that were measured.
@@ -35,10 +35,10 @@ class Moments:
         high: greatest value.
         near: how many values are within 0.001 of 0, of 1 and of 2, (3,).
         nonfinite: how many values are not finite.
-        left_out: how many samples were left out for one.
+        left_out: how many samples were left out for such a value.
         broken: marks the channels without a finite value.
-        blocks: the samples dealt by their ids into 32 blocks, or one each where there are no more than 32.
-        classes: the samples by label, -1 where it is unknown; None where there were too many classes to keep.
+        blocks: the samples dealt by their ids into 32 blocks, or a block per sample if there are no more than 32.
+        classes: the samples by label, -1 where it is unknown; None if there were too many classes to keep.
     """
 
     count: int
@@ -63,8 +63,8 @@ class Moments:
             labels: the class of each sample, (samples,); negative where it is unknown, as all are by default.
 
         Raises:
-            ValueError: the values are not (samples, channels) with at least one of each, or ids or labels are not
-                as many as the samples.
+            ValueError: the values are not (samples, channels) with at least one of each, or there is not one id or
+                label for each sample.
 
         Example:
             >>> import numpy as np
@@ -121,7 +121,7 @@ class Moments:
         )
 
     def is_close(self, other: Moments, *, rtol: float = 1e-9) -> bool:
-        """Tell whether these are the moments of the same samples, but for the rounding of another order of adding."""
+        """Tell whether these are the moments of the same samples, up to the rounding of another order of summation."""
         exact = ("count", "low", "high", "near", "nonfinite", "left_out", "broken")
         if not all(np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in exact):
             return False
@@ -154,26 +154,26 @@ class Moments:
         return np.isfinite(self.mean)
 
     def _without_samples(self, broken: Mask) -> Moments:
-        """Leave out every sample: each has a value that is not finite in a channel that is sound elsewhere."""
+        """Leave out every sample, since each is not finite in a channel that has finite values elsewhere."""
         return _with_broken(None, broken, nonfinite=self.nonfinite, left_out=self.left_out + self.count)
 
 
 def _dealt(moments: Moments, count: int) -> Groups:
-    """Return the blocks of a part of ``count`` samples: those that each hold one sample are put together if need be."""
+    """Return a part's blocks for a whole of ``count`` samples: blocks of single samples are joined if it is larger."""
     blocks = moments.blocks
     return blocks.regrouped(coarse(blocks.keys)) if moments.count <= BLOCKS < count else blocks
 
 
 def moments_of(attention: Array | Moments) -> Moments:
-    """Return moments as they are, and those of an array (samples, channels)."""
+    """Return moments as they are, or measure those of an array (samples, channels)."""
     return attention if isinstance(attention, Moments) else Moments.of(attention)
 
 
 class GateMoments:
-    """The moments of many gates over batches of samples, measured as they come: what a recording keeps, and reads."""
+    """The moments of many gates, measured batch by batch while samples are recorded or read."""
 
     def __init__(self, channels: Mapping[str, int], *, classes: int | None = CLASSES) -> None:
-        """Measure gates of so many ``channels`` by name; keep at most so many ``classes``, None: however many."""
+        """Measure gates, given their ``channels`` by name; keep at most ``classes`` classes, or all of them if None."""
         self._channels, self._limit = dict(channels), classes
         self._measuring = Measuring(channels, classes)
         self._others: dict[str, Moments] = {}  # of batches with values that are not finite
@@ -189,11 +189,11 @@ class GateMoments:
 
     @property
     def empty(self) -> bool:
-        """Whether no sample has come."""
+        """Whether no sample has been added."""
         return not (self._measuring.count or self._others)
 
     def moments(self) -> dict[str, Moments]:
-        """Return the moments of every gate so far; ValueError when no sample has come."""
+        """Return the moments of every gate so far; ValueError when no sample has been added."""
         if self.empty:
             raise ValueError("no sample has been measured")
         found = dict(self._others)
@@ -230,7 +230,7 @@ def _from_sums(sums: Sums) -> Moments:
 
 
 def _with_broken(found: Moments | None, broken: Mask, *, nonfinite: int, left_out: int) -> Moments:
-    """Put what was found of the sound channels among the broken ones; None: no sample is left."""
+    """Put the moments of the sound channels among the broken ones; ``found`` is None if no sample is left."""
     channels = broken.size
     if found is None:
         nothing = np.full(channels, np.nan)

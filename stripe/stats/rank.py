@@ -14,9 +14,9 @@ from stripe.stats.measuring import centre
 from stripe.stats.moments import Moments
 from stripe.stats.runs import RecordedRun, ahead
 
-MANY = 16  # samples a channel, from which products of float32 values are taken in float32
-ROWS = 1024  # whose products are taken together
-HELD_VALUES = 2**24  # products and rows that are held at once, 128 MB: gates take turns where theirs are more
+MANY = 16  # samples per channel, from which products of float32 values are taken in float32
+ROWS = 1024  # rows whose products are taken together
+HELD_VALUES = 2**24  # values of products and rows held at once, 128 MB; gates that need more together take turns
 
 
 def effective_rank(values: Array) -> float:
@@ -24,10 +24,10 @@ def effective_rank(values: Array) -> float:
 
     Both sums are estimated without bias, whatever the distribution: they are means over four samples x, y, z, w of
     |x - y|^2 |z - w|^2 / 4 and of ((x - y)(z - w))^2 / 4, the second the estimate of Himeno and Yamada (2014). The
-    eigenvalues of the estimated covariance alone would tell too few directions, as their squares are too large. It is
-    1 where all samples lie on a line, at most the number of channels, and NaN when no channel varies or with fewer
-    than four samples. For float32 values with at least 16 samples a channel it is within 1e-5, relative, of what
-    float64 gives.
+    eigenvalues of the estimated covariance alone would give too few directions, since the sum of their squares is too
+    large. The rank is 1 if all samples lie on a line, at most the number of channels, and NaN when no channel varies
+    or with fewer than four samples. For float32 values with at least 16 samples per channel it is within 1e-5,
+    relative, of what float64 gives.
 
     Example:
         >>> import numpy as np
@@ -46,8 +46,8 @@ def effective_rank(values: Array) -> float:
 def effective_ranks(run: RecordedRun, epoch: int, moments: Mapping[str, Moments]) -> dict[str, float]:
     """Return the effective rank in an epoch of every gate whose moments are given, reading its rows.
 
-    Gates are spread over the processor's cores. The BLAS takes one core for each: its own threads, awake between
-    products as small as these, would take the cores from those that read and unpack the rows.
+    Gates are spread over the processor's cores. The BLAS is limited to one core per gate: its own threads would stay
+    awake between products as small as these, and take the cores from the threads that read and unpack the rows.
     """
     from threadpoolctl import threadpool_limits
 
@@ -63,7 +63,7 @@ def effective_ranks(run: RecordedRun, epoch: int, moments: Mapping[str, Moments]
 
 
 def _turns(moments: Mapping[str, Moments]) -> Iterator[list[str]]:
-    """Yield the gates that have samples, as many at once as memory is for."""
+    """Yield the gates that have samples, as many at once as HELD_VALUES allows."""
     turn: list[str] = []
     held = 0
     for gate, each in moments.items():
@@ -92,25 +92,25 @@ def _sound(values: Array, moments: Moments) -> Array:
 
 
 class _Products:
-    """Products of channels about the mean, summed over samples; of samples, where they are fewer than the channels.
+    """Products of channels about the mean, summed over samples; or of samples, if they are fewer than the channels.
 
-    Rounded to float32, the product of a block's rows is off by some 1e-7; blocks are added up in float64. What is
-    subtracted for the bias is small beside it where samples are many.
+    In float32, the products of a block's rows are off by about 1e-7, relative; blocks are added up in float64. What is
+    subtracted for the bias is small beside the products if there are many samples.
     """
 
     def __init__(self, samples: int, mean: Array, low: Array, high: Array, dtype: npt.DTypeLike) -> None:
-        """Expect so many rows of type ``dtype`` whose channels have this mean, lowest and highest value."""
+        """Expect ``samples`` rows of type ``dtype`` whose channels have this mean, lowest and highest value."""
         channels = mean.size
         many = samples >= MANY * channels
         self._dtype = np.float32 if dtype == np.float32 and many else np.float64
         reach = np.frexp(max((high - mean).max(), (mean - low).max()))[1]
-        self._scale = 2.0 ** -int(np.clip(reach, -100, 100))  # the largest deviation is about 1; nothing is rounded
+        self._scale = 2.0 ** -int(np.clip(reach, -100, 100))  # makes the largest deviation about 1, without rounding
         self._near: Array = (mean * self._scale).astype(self._dtype)
-        self._rest: Array = (mean * self._scale - self._near).astype(self._dtype)  # what float32 leaves of the mean
+        self._rest: Array = (mean * self._scale - self._near).astype(self._dtype)  # what rounding took off the mean
         self._samples, self._channels = samples, channels
         self._block, self._filled = np.empty((min(ROWS, samples), channels), self._dtype), 0
         self._gram: Array | None = None if samples < channels else np.zeros((channels, channels))
-        self._rows: list[Array] = []  # where there is no gram
+        self._rows: list[Array] = []  # kept if there is no gram
         self._fourth = 0.0
 
     def add(self, values: Array) -> None:
@@ -124,7 +124,7 @@ class _Products:
                 self._sum_up()
 
     def _sum_up(self) -> None:
-        """Add up the products of the rows that wait."""
+        """Add the products of the rows in the block to the sums."""
         part, self._filled = self._block[: self._filled], 0
         part -= self._rest
         squares = np.einsum("nc,nc->n", part, part).astype(np.float64)
@@ -135,7 +135,7 @@ class _Products:
             self._gram += part.T @ part
 
     def effective_rank(self) -> float:
-        """Return what `effective_rank` does, once all rows have come."""
+        """Return the effective rank, once all rows have been added."""
         self._sum_up()
         gram = self._gram
         if gram is None:
@@ -145,7 +145,7 @@ class _Products:
 
 
 def participation_ratio(samples: int, products: Array, fourth: float) -> float:
-    """Return the effective rank by the products of deviations from the mean and the sum of their lengths' 4th powers.
+    """Return the effective rank from products of deviations from the mean and the sum of their lengths' 4th powers.
 
     ``products`` are of channels, summed over samples, or of samples, summed over channels: the result is the same.
     """

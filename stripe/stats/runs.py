@@ -48,12 +48,12 @@ class RecordedRun(Protocol):
 
     @property
     def has_samples(self) -> bool:
-        """Whether there are vectors and labels; else there are moments alone."""
+        """Whether the run holds vectors and labels; otherwise it holds moments alone."""
         ...
 
     @property
     def keeps_moments(self) -> bool:
-        """Whether moments of all samples are at hand without reading a row."""
+        """Whether the moments of all samples are available without reading a row."""
         ...
 
     def attention(self, gate: str, epoch: int) -> Array:
@@ -61,7 +61,7 @@ class RecordedRun(Protocol):
         ...
 
     def batches(self, epoch: int, gates: Sequence[str]) -> Iterator[Mapping[str, Array]]:
-        """Attention vectors of several gates by name, a number of samples at a time."""
+        """Attention vectors of several gates by name, in batches of samples."""
         ...
 
     def labels(self, epoch: int) -> Labels:
@@ -74,7 +74,7 @@ class RecordedRun(Protocol):
 
 
 def opened(run: RecordedRun | str | os.PathLike[str]) -> RecordedRun:
-    """Return a run, which may be given as its path.
+    """Return a run, given as itself or as its path.
 
     A path is opened by the package's own `open_run`, looked up by name: the store builds on the statistics, so they
     cannot import it.
@@ -96,7 +96,7 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def gates_of(run: RecordedRun, gates: Sequence[Gate | str] | None) -> list[NamedGate]:
-    """Return those gates of a run, which may be given by name, all by default; ValueError for one it does not have."""
+    """Return the given gates of a run (gates or names, None: all); ValueError for a gate that it does not have."""
     known = {gate.name: gate for gate in run.gates}
     names = list(known) if gates is None else [name_of(gate) for gate in gates]
     for name in names:

@@ -15,15 +15,15 @@ from stripe.stats.measuring import centre
 from stripe.stats.moments import Mask
 from stripe.stats.rank import effective_rank, participation_ratio
 
-DIRECTIONS = 8  # that are told apart unless more are asked for
-SHOWN_SAMPLES = 1000  # at most, on which figures and pages find the directions
+DIRECTIONS = 8  # directions that are found by default
+SHOWN_SAMPLES = 1000  # the most samples in which figures and pages find the directions
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The directions in which attention (samples, channels) varies most, K of them, the widest first.
+    """The K directions in which attention (samples, channels) varies most, the widest first.
 
-    A direction's sign is that which makes its largest entry positive, so that the directions of two runs compare.
+    A direction's sign makes its largest entry positive, so that the directions of two runs can be compared.
 
     Attributes:
         shares: the part of the variance over samples that lies in the first k directions, for k = 1 to K, (K,).
@@ -51,7 +51,7 @@ class Spectrum:
         return scores
 
     def project(self, attention: Array, directions: int) -> Array:
-        """Return the attention (samples, channels) with what the first so many directions do not hold left out."""
+        """Return the attention (samples, channels) reduced to its mean and its part along the first ``directions``."""
         kept = self.directions[:directions]
         projected: Array = self.mean + (attention - self.mean) @ kept.T @ kept
         return projected
@@ -62,18 +62,18 @@ def spectrum(
 ) -> Spectrum:
     """Find the directions in which attention varies over samples, and the share of its variance that the first k hold.
 
-    They are the principal components: the eigenvectors of the covariance of (samples, channels). The largest of
-    eigenvalues that were estimated lie above the true ones, so the shares are corrected by the jackknife over blocks
-    of samples (Quenouille 1956), on their logits; their intervals are those of `strength_interval`. Simulated at 0.95
-    (500 samples, 16 to 256 channels, 1, 3 or 10 directions and a tenth of noise; ``tests/test_spectrum.py``) they hold
-    the share of all true directions in 0.91 to 1.0 of cases; where directions are hardly wider than the next ones, the
-    shares of fewer of them in 0.85 to 0.95.
+    The directions are the principal components: the eigenvectors of the covariance of (samples, channels). The largest
+    estimated eigenvalues lie above the true ones, so the shares are corrected by the jackknife over blocks of samples
+    (Quenouille 1956), on their logits; their intervals are computed as in `strength_interval`. Simulated at 0.95 (500
+    samples, 16 to 256 channels, 1, 3 or 10 directions and a tenth of noise; ``tests/test_spectrum.py``) the intervals
+    cover the share of all true directions in 0.91 to 1.0 of cases, and the shares of fewer directions in 0.85 to 0.95
+    if these are hardly wider than the next ones.
 
     Args:
         attention: (samples, channels); a sample with a value that is not finite is left out.
-        directions: how many, K; no more than there are channels, and samples less one.
+        directions: how many, K; fewer are found if there are not as many channels, or samples less one.
         sample_ids: (samples,), by which samples are dealt into blocks; their positions by default.
-        confidence: how often an interval is to hold the true share, between 0 and 1.
+        confidence: how often an interval should cover the true share, between 0 and 1.
 
     Returns:
         The spectrum; its shares are NaN where no channel varies.
@@ -153,7 +153,7 @@ def _figures(
 
 
 def _leave_one_out(off: Array, blocks: list[Mask], kept: int) -> Iterator[tuple[Array, float, float]]:
-    """Yield the largest `kept` sums of squares along a direction, the total and the rank without each block."""
+    """Yield, without each block, the `kept` largest sums of squares along directions, the total and the rank."""
     samples, channels = off.shape
     wide = samples < channels
     gram = off @ off.T if wide else off.T @ off
@@ -174,14 +174,14 @@ def _leave_one_out(off: Array, blocks: list[Mask], kept: int) -> Iterator[tuple[
 
 
 def _logits(variances: Array, total: float) -> Array:
-    """Return the logits of the shares of the first k directions; a share of all is held just under 1."""
+    """Return the logits of the shares of the first k directions; a share of 1 is kept just under 1."""
     shares = np.clip(np.cumsum(variances) / total, 1e-300, 1 - 1e-15)
     logits: Array = np.log(shares) - np.log1p(-shares)
     return logits
 
 
 def _corrected(counts: Counts, every: float, without: Array, confidence: float) -> tuple[float, float, float]:
-    """Return a figure less its bias, and its interval about that."""
+    """Return a figure less its bias, and the ends of its interval, shifted by the same amount."""
     if not np.isfinite(every) or np.ptp(without) == 0:
         return every, every, every
     sizes = counts.sum() / counts
@@ -193,7 +193,7 @@ def _corrected(counts: Counts, every: float, without: Array, confidence: float) 
 def canonical_correlations(scores: Array, others: Array) -> Array:
     """Return the canonical correlations of two gates' scores of the same samples, the largest first (Hotelling 1936).
 
-    The largest is the highest correlation that any weighing of the one's scores has with any weighing of the other's.
+    The largest is the highest correlation between any weighted sum of one gate's scores and any of the other's.
 
     Args:
         scores: (samples, k), such as `Spectrum.scores` gives.
@@ -203,7 +203,7 @@ def canonical_correlations(scores: Array, others: Array) -> Array:
         (min(k, j),), between 0 and 1.
 
     Raises:
-        ValueError: they are not of the same number of samples, or these are not more than k and j.
+        ValueError: the numbers of samples differ, or are not larger than k and j.
 
     Example:
         >>> import numpy as np

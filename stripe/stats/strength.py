@@ -1,4 +1,4 @@
-"""How constant a gate is: the analysis of variance over samples and channels, and what is read off it."""
+"""How constant a gate is: the figures that follow from the analysis of variance over samples and channels."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def stripe_strength(attention: Array | Moments) -> Strength:
     """Share of variance that the channel alone explains: 1 is perfect stripes, NaN where nothing varies.
 
     W is the mean variance across samples. B is the variance of the channels' means less R / samples, floored at 0,
-    where R is the residual mean square of the two-way layout. The ratio is the intraclass correlation ICC(2,1) of
-    samples as raters of channels (Shrout and Fleiss 1979); see `intraclass_correlations` for its relatives. It says
-    how much channels differ for what samples differ, contrast: see `coefficient_of_variation` for constancy.
+    where R is the residual mean square of the two-way layout. The ratio B / (B + W) is the intraclass correlation
+    ICC(2,1) of samples as raters of channels (Shrout and Fleiss 1979); see `intraclass_correlations` for its relatives.
+    It measures contrast: how much channels differ relative to how much samples differ. For constancy, see
+    `coefficient_of_variation`.
 
     Args:
         attention: (samples, channels), or their moments.
@@ -42,7 +43,7 @@ def stripe_strength(attention: Array | Moments) -> Strength:
 
 
 def coefficient_of_variation(attention: Array | Moments) -> float:
-    """CV = sqrt(W / mean of squared channel means): how far a gate is from constant, whatever its channels are.
+    """CV = sqrt(W / mean of squared channel means): how far a gate is from constant, whether or not channels differ.
 
     ``attention`` is (samples, channels), or their moments. 0: every sample gets the same vector. NaN when the mean
     vector is 0, or there are fewer than two samples.
@@ -59,19 +60,19 @@ def coefficient_of_variation(attention: Array | Moments) -> float:
 
 @dataclass(frozen=True)
 class IntraclassCorrelations:
-    """Correlations of two samples as raters of channels, for one sample each (Shrout and Fleiss 1979)."""
+    """Intraclass correlations of samples as raters of channels, for a single rater (Shrout and Fleiss 1979)."""
 
     icc_1_1: float  # one-way: (BMS - WMS) / (BMS + (N - 1) WMS)
     icc_2_1: float  # two-way random effects, absolute agreement: the stripe strength
-    icc_3_1: float  # two-way mixed effects, consistency: (BMS - EMS) / (BMS + (N - 1) EMS), rows' shifts left aside
+    icc_3_1: float  # two-way mixed effects, consistency: (BMS - EMS) / (BMS + (N - 1) EMS), ignoring shifts of rows
 
 
 def intraclass_correlations(attention: Array | Moments) -> IntraclassCorrelations:
-    """Name the stripe strength and its relatives; floored at 0, NaN where nothing varies.
+    """Return the stripe strength and its relatives, floored at 0; NaN where nothing varies.
 
     With V the variance of the channels' means, W the mean variance across samples and R the residual mean square,
-    ICC(1,1) takes V - W / N for the channels' component over all, ICC(2,1) V - R / N over all, and ICC(3,1)
-    V - R / N over itself and R. ``attention`` is (samples, channels), or their moments.
+    ICC(1,1) is B / (B + W) with B = V - W / N, ICC(2,1) is B / (B + W) with B = V - R / N, and ICC(3,1) is B / (B + R)
+    with the same B. ``attention`` is (samples, channels), or their moments.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""The analysis of variance of attention over samples and channels, for all samples or for each of many groups."""
+"""The analysis of variance of attention over samples and channels, for all samples or without each of many groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stripe.stats.groups import Groups
 
 @dataclass(frozen=True, eq=False)
 class Variance:
-    """The variance of (samples, channels), split by a two-way layout without replication; fields are alike in shape.
+    """The variance of (samples, channels), split by a two-way layout without replication, of one or of many sets.
 
     Attributes:
         samples: N.
@@ -55,9 +55,9 @@ class Variance:
         whole, about, counts = groups.pooled, groups.deviations, groups.counts
         middle, mean = about.centred
         left = whole.counts[0] - counts
-        weight = counts / left  # by which the mean moves away from a group that goes
-        lost = weight * whole.counts[0]  # of the squared distance between the group and the whole
-        squares, own = mean @ mean, about.squares - mean.size * np.square(about.rows)  # of deviations from middles
+        weight = counts / left  # how far the mean moves away from a group left out, as a share of their distance
+        lost = weight * whole.counts[0]  # the factor of the squared distance between the group and the whole
+        squares, own = mean @ mean, about.squares - mean.size * np.square(about.rows)  # of deviations from the middles
         moved = squares - 2 * weight * (about.off @ mean) + np.square(weight) * own
         moved[moved < 1e-13 * (squares + np.square(weight) * own)] = 0.0  # what rounding leaves of equal means
         return cls.of_sums(
@@ -71,7 +71,7 @@ class Variance:
 
     @classmethod
     def of_sums(cls, samples: Any, channels: int, *, scatter: Any, rows: Any, middle: Any, squares: Any) -> Variance:
-        """Split the variance from sums as in `Groups` and that of squares of the channels' means about their middle."""
+        """Split the variance, from sums as in `Groups` and the squares of the channels' means about their middle."""
         others = channels - 1 if channels > 1 else math.nan
         within, row = ratio(scatter, (samples - 1.0) * channels), ratio(rows, samples - 1.0)
         rest = np.maximum(within - row, 0.0) * (channels / others)
@@ -81,7 +81,8 @@ class Variance:
     def between(self) -> Any:
         """Component of variance between channels, B = V - R / N, not under 0.
 
-        R / N is how much the samples left in the channels' means; what shifts a row as a whole shifts all of them.
+        R / N is what the samples add to the variance of the channels' means; a shift of a whole row adds nothing to it,
+        since it moves all of these means alike.
         """
         plain = self.spread - self.rest / self.samples
         return max(plain, 0.0) if isinstance(plain, float) else np.maximum(plain, 0.0)

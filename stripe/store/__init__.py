@@ -1,13 +1,13 @@
-"""Runs on disk: attention as Parquet beside a manifest; a file is visible once whole, an epoch once named.
+"""Runs on disk: attention as Parquet beside a manifest; an epoch exists once the manifest names it.
 
 A run is a directory, or an object-storage prefix such as ``s3://bucket/run``::
 
-    run.json                                    the manifest, the only word on what is finished
+    run.json                                    the manifest: it alone says which epochs are finished
     attention/epoch=0012/part-0000-000.parquet  a row per sample: sample, label, attention:<gate>, squeeze:<gate>
-    .moments/epoch=0012/part-0000-000.moments   the moments of all rows of the epoch, a Parquet table; see `Moments`
-    moments/epoch=0012/part-0000-000.parquet    in place of both, in a run of moments: that table alone
-    .unfinished/epoch=0013/                     what is being written; readers never look here
-    .damaged/                                   what a repair set aside
+    .moments/epoch=0012/part-0000-000.moments   a Parquet table of the moments of all the epoch's rows; see `Moments`
+    moments/epoch=0012/part-0000-000.parquet    that table alone, instead of the two files above, in a run of moments
+    .unfinished/epoch=0013/                     files that are still being written; readers never look here
+    .damaged/                                   files that a repair has set aside
 """
 
 from stripe.store.checking import EpochCheck, RunCheck, check_run, repair_run

@@ -1,4 +1,4 @@
-"""Checking and repairing a run: what is whole is told epoch by epoch; repair moves files aside and deletes none."""
+"""Checking and repairing a run, epoch by epoch; a repair sets parts aside and deletes none that was published."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ DAMAGED = ".damaged"
 
 @dataclass(frozen=True)
 class EpochCheck:
-    """What was found of an epoch; no problem: all its values can be read, and are those that were written.
+    """The result of checking an epoch: if ``problem`` is None, all its values are readable and as they were written.
 
-    ``moments`` says the same of the moments kept beside its rows: "whole" where they are those of the rows, "none"
-    where there are none, as of an early version, or what is wrong with them. They can be rebuilt from whole rows.
+    ``moments`` describes the moments kept beside the rows: "whole" if they agree with the rows, "none" if there are
+    none, as in runs of early versions, and otherwise what is wrong with them. They can be rebuilt from whole rows.
     """
 
     epoch: int
@@ -57,18 +57,18 @@ class EpochCheck:
 
     @property
     def whole(self) -> bool:
-        """Whether the rows, and the moments there are, can be relied on."""
+        """Whether the rows, and the moments if there are any, can be relied on."""
         return self.problem is None and self.moments in ("whole", "none")
 
 
 @dataclass(frozen=True)
 class RunCheck:
-    """What was found of a run.
+    """The result of checking a run.
 
     Attributes:
-        path: where it is.
-        problem: what is wrong with run.json, in which case ``epochs`` are those that can be rebuilt; None: nothing.
-        epochs: the finished ones, ascending.
+        path: the run's directory or address.
+        problem: what is wrong with run.json, or None; if it is damaged, ``epochs`` are those that can be rebuilt.
+        epochs: the finished epochs, ascending.
         interrupted: epochs whose recording is under way or was interrupted; they are not part of the run.
         unnamed: parts that belong to no finished epoch.
     """
@@ -86,25 +86,25 @@ class RunCheck:
 
 
 def check_run(path: str | os.PathLike[str]) -> RunCheck:
-    """Read every byte of a run; FileNotFoundError where there is none, ValueError for one of a newer version."""
+    """Check every byte of a run; FileNotFoundError if there is no run, ValueError if a newer version wrote it."""
     return _check(Directory(path))[0]
 
 
 def repair_run(path: str | os.PathLike[str]) -> RunCheck:
-    """Make a run whole again and return what is left of it; doing it twice, or after a crash, is safe.
+    """Make a run whole again and return the check of what is left; repeating it, also after a crash, is safe.
 
-    Damaged epochs leave the manifest, which is rebuilt from the parts where it cannot be read. Moments that are
-    missing, damaged or not those of the rows beside them are measured anew from the rows. Parts that no epoch
-    names, and an unreadable run.json, go to ``.damaged/``; what an interrupted recording staged is deleted.
-    Raises what ``check_run`` does, BlockingIOError while the run is being written, and ValueError where run.json
-    cannot be read and no part is whole.
+    Damaged epochs are removed from the manifest, which is rebuilt from the parts if it cannot be read. Moments that
+    are missing, damaged or at odds with the rows beside them are measured anew from the rows. Parts that no epoch
+    names, and an unreadable run.json, are moved to ``.damaged/``; what an interrupted recording staged is deleted.
+    Raises what ``check_run`` raises, BlockingIOError while the run is being written, and ValueError if run.json
+    cannot be read and no part is readable either.
     """
     directory = Directory(path)
-    _check(directory)  # before anything is created
+    _check(directory)  # raises before anything is created
     with directory.sole_writer():
         check, manifest = _check(directory)
         if manifest is None:
-            raise ValueError(f"{check.problem}; it cannot be rebuilt either: no part that is left tells how")
+            raise ValueError(f"{check.problem}; it cannot be rebuilt either: no readable part is left")
         with directory.writing():
             if not check.whole or any(epoch.moments != "whole" for epoch in check.epochs):
                 if check.problem and directory.holds(MANIFEST):
@@ -120,7 +120,7 @@ def repair_run(path: str | os.PathLike[str]) -> RunCheck:
 
 
 def _of_whole_epochs(directory: Directory, manifest: Manifest, check: RunCheck) -> Manifest:
-    """Return the manifest without damaged epochs, once moments that cannot be relied on have been measured anew."""
+    """Measure anew the moments that cannot be relied on, and return the manifest without the damaged epochs."""
     whole = {epoch.epoch: epoch.moments == "whole" for epoch in check.epochs if not epoch.problem}
     epochs = (each for each in manifest.epochs if each.epoch in whole)
     kept = (each if whole[each.epoch] else _with_moments(directory, manifest, each) for each in epochs)
@@ -128,7 +128,7 @@ def _of_whole_epochs(directory: Directory, manifest: Manifest, check: RunCheck) 
 
 
 def _with_mixed_samples(directory: Directory, manifest: Manifest) -> Manifest:
-    """Return a manifest that was rebuilt, and says whether its epochs are of different samples, as their rows tell."""
+    """Return a rebuilt manifest, marked as mixed if the rows show that its epochs are of different samples."""
     if not manifest.has_samples:
         return manifest
     samples = [np.sort(samples_of(directory, manifest, epoch)) for epoch in manifest.epochs]
@@ -138,7 +138,7 @@ def _with_mixed_samples(directory: Directory, manifest: Manifest) -> Manifest:
 
 
 def _check(directory: Directory) -> tuple[RunCheck, Manifest | None]:
-    """Return what was found, and the manifest, rebuilt where it cannot be read and a part tells how."""
+    """Return the check and the manifest; one that cannot be read is rebuilt, or None if no part can be read."""
     problem, manifest = None, None
     try:
         manifest = directory.read_manifest()
@@ -174,7 +174,7 @@ def _check_epoch(directory: Directory, manifest: Manifest, epoch: Epoch) -> Epoc
 
 
 def _compared(directory: Directory, manifest: Manifest, epoch: Epoch, measured: Mapping[str, Moments]) -> str:
-    """Say of the moments kept beside an epoch's rows what `EpochCheck` does, given those of the rows."""
+    """Return `EpochCheck.moments` of an epoch by comparing its kept moments with those ``measured`` from its rows."""
     name = manifest.moments_file(epoch)
     try:
         kept = read_moments(directory, manifest, epoch)
@@ -191,7 +191,7 @@ def _compared(directory: Directory, manifest: Manifest, epoch: Epoch, measured: 
 
 
 def _refuse_newer(directory: Directory) -> None:
-    """Leave alone what a newer version of stripe wrote (ValueError)."""
+    """Refuse a run that a newer version of stripe wrote (ValueError)."""
     try:
         with directory.files.open_input_file(MANIFEST) as stream:
             schema = json.loads(stream.read())["schema"]
@@ -202,9 +202,9 @@ def _refuse_newer(directory: Directory) -> None:
 
 
 def _rebuilt(directory: Directory) -> Manifest | None:
-    """Put the manifest together from the parts of all epochs but the interrupted ones; None where no part is whole.
+    """Rebuild the manifest from the parts of all epochs except the interrupted ones; None if no part can be read.
 
-    What cannot be known is whether an epoch had further parts, of which no trace is left.
+    It cannot be known whether an epoch had further parts of which no trace is left.
     """
     infos = [info for root in ROOTS for info in directory.files_in(root) if PART_NAME.fullmatch(info.base_name)]
     described = [(info, *_describe(directory, info)) for info in infos]
@@ -230,9 +230,9 @@ def _rebuilt(directory: Directory) -> Manifest | None:
 
 
 def _describe(directory: Directory, info: fs.FileInfo) -> tuple[str | None, Part, dict[str, Any]]:
-    """Return the origin that a part carries, what a manifest says of it, and the notes that it carries.
+    """Return the origin in a part's metadata, the part as a manifest describes it, and the notes in its metadata.
 
-    The origin is None where the footer is unreadable; parts of early versions have no notes.
+    The origin is None if the footer is unreadable; parts of early versions have no notes.
     """
     try:
         with directory.reading(), directory.files.open_input_file(info.path) as stream:
@@ -250,7 +250,7 @@ def _describe(directory: Directory, info: fs.FileInfo) -> tuple[str | None, Part
 
 
 def _moments_crc(directory: Directory, manifest: Manifest, epoch: Epoch) -> int | None:
-    """Return what a manifest says of the moments beside an epoch's rows: None where there are none."""
+    """Return the CRC-32 of the file of moments beside an epoch's rows; None if there is no such file."""
     if not manifest.has_samples:
         return None
     try:
@@ -260,7 +260,7 @@ def _moments_crc(directory: Directory, manifest: Manifest, epoch: Epoch) -> int 
 
 
 def _with_gaps(parts: Iterable[Part]) -> list[Part]:
-    """Add the parts that are missing between the first and the last of a rank."""
+    """Add the parts that are missing between the first and the last part of each rank."""
     known = {rank_and_sequence(part.name): part for part in parts}
     for rank in {rank for rank, _ in known}:
         sequences = [sequence for each, sequence in known if each == rank]
@@ -270,7 +270,7 @@ def _with_gaps(parts: Iterable[Part]) -> list[Part]:
 
 
 def _with_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> Epoch:
-    """Measure the rows of an epoch anew, and write their moments beside them by rename."""
+    """Measure the moments of an epoch's rows anew, and write them beside the rows by rename."""
     if not manifest.has_samples:
         return epoch
     moments = measure_rows(directory, manifest, epoch, [gate.name for gate in manifest.gates])
@@ -278,7 +278,7 @@ def _with_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> Epo
 
 
 def _set_aside(directory: Directory, name: str, keep: bool = False) -> None:
-    """Move a file to ``.damaged/``, or copy it with ``keep``; readers that look for Parquet do not find it there."""
+    """Move a file to ``.damaged/``, or copy it if ``keep``, under a name that Parquet readers do not pick up."""
     stem, number = f"{DAMAGED}/{name.removesuffix('.parquet')}", 0
     while directory.holds(target := f"{stem}.{number}"):
         number += 1

@@ -1,4 +1,4 @@
-"""A run's directory: local, or a prefix of an object store, behind one seam; the lock and the atomic manifest."""
+"""A run's directory, local or a prefix in an object store, behind one interface; the lock and the atomic manifest."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from stripe.store.local import LocalFiles
 from stripe.store.manifest import FOLDERS, MANIFEST, MOMENTS_FOLDER, PART_NAME, Manifest, epoch_number
 
 STAGING = ".unfinished"
-FILES = "files.csv"  # which file each sample is, where samples are files
+FILES = "files.csv"  # the file of each sample, if samples are files
 FILES_COLUMNS = ("sample", "file")
 ROOTS = sorted({*FOLDERS.values()})
 
 
 class Directory:
-    """A run's directory behind Arrow's file systems: local, or what a URI names. All paths are inside it."""
+    """A run's directory, local or named by a URI, through Arrow's file systems; all paths are relative to it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Point at ``path``, a directory or a URI, which need not exist; a leading ~ is the user's home."""
@@ -42,11 +42,11 @@ class Directory:
         self.files = fs.SubTreeFileSystem(root, base) if self._local_root is None else LocalFiles(root)
 
     def holds(self, name: str) -> bool:
-        """Return whether there is such a file or folder."""
+        """Return whether there is a file or folder ``name``."""
         return bool(self.files.get_file_info(name).type != fs.FileType.NotFound)
 
     def sync(self, *names: str) -> None:
-        """Push local files or folders to the disk, so that they survive a power cut."""
+        """Sync local files or folders to the disk, so that they survive a power cut."""
         if self._local_root is None:
             return
         for name in names:
@@ -54,7 +54,7 @@ class Directory:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn a failed write into an OSError of one line that names the run."""
+        """Turn a failed write into a one-line OSError that names the run."""
         try:
             yield
         except UnsafePath as error:
@@ -64,7 +64,7 @@ class Directory:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turn a failure of the storage, and not damaged content, into an OSError of one line that names the run."""
+        """Turn a failure of the storage, but not damaged content, into a one-line OSError that names the run."""
         try:
             yield
         except OSError as error:
@@ -78,7 +78,7 @@ class Directory:
 
     @contextmanager
     def sole_writer(self) -> Iterator[locks.Confirm]:
-        """Make the directory and keep other writers off it; see ``stripe.locks.sole_writer``."""
+        """Create the directory and keep other writers off it; see ``stripe.locks.sole_writer``."""
         what = f"run '{self.path}'"
         with self.writing():
             self.files.base_fs.create_dir(self.files.base_path, recursive=True)
@@ -90,7 +90,7 @@ class Directory:
                 yield confirm
 
     def read_manifest(self) -> Manifest:
-        """Read run.json; FileNotFoundError when there is none, ValueError when it is damaged."""
+        """Read run.json; FileNotFoundError if there is none, ValueError if it is damaged."""
         with self.reading():
             return self._read_manifest()
 
@@ -109,13 +109,13 @@ class Directory:
             raise ValueError(f"run '{self.path}': {error}") from error
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Replace run.json, after everything it names is on the disk."""
+        """Replace run.json; call this once everything that it names is on the disk."""
         with self.replacing(MANIFEST, staged=f".{MANIFEST}") as stream:
             stream.write(manifest.to_json().encode())
 
     @contextmanager
     def replacing(self, name: str, *, staged: str) -> Iterator[pa.NativeFile]:
-        """Give a stream to write the file ``staged``, which takes the place of ``name`` at the end by one rename."""
+        """Yield a stream that writes the file ``staged``; at the end, one rename puts it in the place of ``name``."""
         with self.writing():
             stream = self.files.open_output_stream(staged)
             try:
@@ -130,7 +130,7 @@ class Directory:
                 raise
 
     def read_text(self, name: str) -> str | None:
-        """Return a file beside the manifest; None where there is none, ValueError for one of too many bytes."""
+        """Return the text of a file beside the manifest; None if there is no such file, ValueError if it is too big."""
         if not self.holds(name):
             return None
         with self.files.open_input_file(name) as stream:
@@ -138,7 +138,7 @@ class Directory:
             return str(stream.read(), encoding="utf-8")
 
     def read_files(self) -> dict[int, str]:
-        """Return, by sample id, the names in FILES; ValueError for a file of that name that is no such table."""
+        """Return the names in FILES by sample id, {} if there is no such file; ValueError if it is damaged."""
         text = self.read_text(FILES)
         try:
             heading, *rows = csv.reader(io.StringIO(text or ",".join(FILES_COLUMNS), newline=""), strict=True)
@@ -148,7 +148,7 @@ class Directory:
             raise ValueError(f"run '{self.path}': {FILES} is damaged ({one_line(error)}): remove it") from error
 
     def write_files(self, files: Mapping[int, str]) -> None:
-        """Add names of files by sample id to FILES; ValueError where a sample has another name there."""
+        """Add file names by sample id to FILES; ValueError if a sample has a different name there."""
         files = {sample: name.encode(errors="backslashreplace").decode() for sample, name in files.items()}
         held = self.read_files()
         other = next((sample for sample, name in files.items() if held.get(sample, name) != name), None)
@@ -164,7 +164,7 @@ class Directory:
                 stream.write(text.getvalue().encode())
 
     def files_in(self, folder: str) -> list[fs.FileInfo]:
-        """List the files under ``folder``, by path; none when there is no such folder."""
+        """List the files under ``folder``, sorted by path; [] if there is no such folder."""
         if isinstance(self.files, LocalFiles):
             infos = self.files.get_file_info(list(self.files.walk(folder)))
         else:
@@ -179,7 +179,7 @@ class Directory:
         return {number for info in infos if (number := epoch_number(info.path)) is not None}
 
     def unnamed(self, manifest: Manifest) -> list[str]:
-        """List the parts in the folders of epochs, and the moments of epochs, that the manifest does not name."""
+        """List the parts and the files of moments that the manifest does not name."""
         named = {f"{manifest.folder(found.epoch)}/{part.name}" for found in manifest.epochs for part in found.parts}
         named |= {manifest.moments_file(found) for found in manifest.epochs if found.moments is not None}
         found = [info.path for root in ROOTS for info in self.files_in(root) if PART_NAME.fullmatch(info.base_name)]
@@ -187,7 +187,7 @@ class Directory:
         return [path for path in found if path not in named]
 
     def clear(self, *epochs: int) -> None:
-        """Undo interrupted recordings, and any of ``epochs``: delete parts the manifest does not name, then STAGING."""
+        """Undo interrupted recordings and those of ``epochs``: delete their unnamed parts, then STAGING."""
         begun = self.interrupted().union(epochs)
         for path in self.unnamed(self.read_manifest()) if begun else ():
             if epoch_number(path) in begun:
@@ -197,7 +197,7 @@ class Directory:
 
 
 class _StoredClaims:
-    """Claims of writers in an object store."""
+    """Claims of writers in an object store; see ``stripe.locks``."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory, self._files = directory, directory.files
@@ -221,5 +221,5 @@ class _StoredClaims:
 
 
 def out_of_reach(error: BaseException) -> bool:
-    """Tell a failure of the storage from damaged content, for which Arrow raises OSError without a number."""
+    """Return whether the storage failed; for damaged content Arrow raises OSError without a number."""
     return isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error))

@@ -1,4 +1,4 @@
-"""How a run looks in a notebook: what its manifest says, as HTML in which every name is escaped."""
+"""How a run looks in a notebook: its manifest as HTML, in which every name is escaped."""
 
 import html
 from typing import Any
@@ -7,11 +7,11 @@ from stripe.gate import table
 from stripe.messages import listing
 from stripe.store.manifest import KINDS, Manifest
 
-ROWS = 12  # gates shown; of more the middle is left out
+ROWS = 12  # gates shown; of a longer list the middle is left out
 
 
 def run_html(path: str, manifest: Manifest) -> str:
-    """Return how a run was made, what it holds, and its gates, without reading its values."""
+    """Return HTML that shows how a run was made, what it holds, and its gates, without reading its values."""
     kinds = " and ".join(KINDS if manifest.squeeze else KINDS[:1])
     rows = listing(sorted({sum(part.rows for part in epoch.parts) for epoch in manifest.epochs}))
     facts = {
@@ -28,6 +28,6 @@ def run_html(path: str, manifest: Manifest) -> str:
 
 
 def _sentence(description: dict[str, Any]) -> str:
-    """Write a description as "name value, ...", without what is unset or too long to read."""
+    """Write a description as "name value, ...", without values that are unset or too long to read."""
     texts = {name: str(value) for name, value in description.items() if value not in (None, False)}
     return ", ".join(f"{name} {text}" for name, text in texts.items() if len(text) <= 60)

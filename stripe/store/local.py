@@ -1,4 +1,4 @@
-"""A run's folder on a local disk, which may come from a stranger: no write leaves it, and no pipe is opened."""
+"""A run's folder on a local disk, which may be untrusted: no write leaves the folder, and no pipe is opened."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from stripe.files import own_path, require_regular
 
 
 class LocalFiles(fs.SubTreeFileSystem):  # type: ignore[misc]
-    """Arrow's local files below a folder, guarded.
+    """Arrow's local file system below a folder, guarded.
 
-    Writing, renaming and removing refuse links, pipes and devices on their way; reading follows links, as caches of
-    downloads are made of them, but opens regular files alone. UnsafePath is raised for all else.
+    Writing, renaming and removing refuse a path with a link, pipe or device on it. Reading follows links, because
+    download caches consist of them, but opens only regular files. Anything else raises UnsafePath.
     """
 
     def __init__(self, root: str) -> None:
-        """Guard what lies below ``root``, which need not exist and may itself be a link."""
+        """Guard the files below ``root``, which need not exist and may itself be a link."""
         super().__init__(root, fs.LocalFileSystem())
         self._root = root
 
     def walk(self, folder: str) -> Iterator[str]:
-        """Yield the regular files under ``folder``; links are passed over, wherever they lead."""
+        """Yield the regular files under ``folder``; links are skipped, wherever they lead."""
         try:
             top = own_path(self._root, folder)
         except OSError:
@@ -43,7 +43,7 @@ class LocalFiles(fs.SubTreeFileSystem):  # type: ignore[misc]
         return super().open_input_file(path)
 
     def open_output_stream(self, path: str, *arguments: Any, **options: Any) -> pa.NativeFile:
-        """Write a new file; one that is there goes first, since it may have another name elsewhere (a hard link)."""
+        """Write a new file; an existing one is unlinked first, since it may have a hard link elsewhere."""
         own_path(self._root, path).unlink(missing_ok=True)
         return super().open_output_stream(path, *arguments, **options)
 
@@ -64,11 +64,11 @@ class LocalFiles(fs.SubTreeFileSystem):  # type: ignore[misc]
         super().copy_file(src, dest)
 
     def delete_file(self, path: str) -> None:
-        """Remove a file, or a link itself."""
+        """Remove a file; of a link, the link itself."""
         own_path(self._root, posixpath.dirname(path))
         super().delete_file(path)
 
     def delete_dir(self, path: str) -> None:
-        """Remove a folder with all in it; links in it are removed, not followed."""
+        """Remove a folder and its content; links inside it are removed, not followed."""
         own_path(self._root, path)
         super().delete_dir(path)

@@ -1,4 +1,4 @@
-"""The manifest: everything run.json says, checked field by field; nothing here touches a disk."""
+"""The manifest: everything run.json says, checked field by field; this module does no I/O."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ UNKNOWN_LABEL = -1
 VALUE_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 KINDS = ("attention", "squeeze")
 CONTENTS = ("samples", "moments", "label-moments")
-"""What a run holds: a row per sample, or moments over samples alone, or these with the mean of every class."""
+"""What a run holds: a row per sample, or only the moments over samples, or these and the mean of every class."""
 
 MIXED = ("network", "samples")
-"""What the epochs of a run may have different ones of, on request; comparing these epochs then tells little."""
+"""In what the epochs of a run may differ, if that is allowed; comparing such epochs then says little."""
 
 MANIFEST = "run.json"
 ORIGIN = "stripe"  # the key, in a part's metadata, of Manifest.origin
-NOTES = "stripe.epoch"  # and that of Manifest.notes
+NOTES = "stripe.epoch"  # likewise, the key of Manifest.notes
 FOLDERS = {"samples": "attention", "moments": "moments", "label-moments": "moments"}  # by contents
 MOMENTS_FOLDER, MOMENTS_SUFFIX = ".moments", ".moments"  # of the files beside the rows; Polars reads whole folders
 PART_NAME = re.compile(r"part-([0-9]{4})-([0-9]{3,9})\.parquet")
-MAX_CHANNELS = 2**20  # this and the next refuse a hostile manifest, far above any real one
+MAX_CHANNELS = 2**20  # this and MAX_COUNT are far above any real value; they refuse a hostile manifest
 MAX_COUNT = 2**50
 LAYOUT = re.compile(r"N(?=[^C]*C[^C]*$)[RGCDHWLS]{1,15}")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A finished Parquet file: its name inside the epoch's folder, rows, size, and CRC-32 of its footer."""
+    """A finished Parquet file: its name inside the epoch's folder, its rows and size, and the CRC-32 of its footer."""
 
     name: str
     rows: int
     bytes: int
-    footer: int | None = None  # pages carry their own checksums; early runs have none of the footer
+    footer: int | None = None  # None in early runs; the pages carry checksums of their own
 
     def __post_init__(self) -> None:
-        """Refuse a name that could lead out of the folder, and sizes that are none (ValueError)."""
+        """Refuse a name that could lead out of the folder, and impossible sizes (ValueError)."""
         require(type(self.name) is str and PART_NAME.fullmatch(self.name), f"unsafe part name {self.name!r:.80}")
         require_count(self.rows, 1, MAX_COUNT, f"rows of {self.name}")
         require_count(self.bytes, 1, MAX_COUNT, f"bytes of {self.name}")
@@ -54,10 +54,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished epoch: its number, its parts in the order they are read, and the step of the training, where known.
+    """A finished epoch: its number, its parts in the order they are read, and the training step, if known.
 
-    A step is an update of the weights; an epoch recorded after the first 500 of them has step 500. ``moments`` is the
-    CRC-32 of the file with the moments of all its rows, None where there is no such file.
+    A step is an update of the weights; an epoch recorded after the first 500 updates has step 500. ``moments`` is the
+    CRC-32 of the file with the moments of the epoch's rows, None if there is no such file.
     """
 
     epoch: int
@@ -66,7 +66,7 @@ class Epoch:
     moments: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a number that is no epoch, an epoch without parts, and a part named twice (ValueError)."""
+        """Refuse an invalid number, an epoch without parts, and a part named twice (ValueError)."""
         require_count(self.epoch, 0, MAX_COUNT, "epoch")
         require_count(0 if self.step is None else self.step, 0, MAX_COUNT, f"step of epoch {self.epoch}")
         crc = 0 if self.moments is None else self.moments
@@ -90,10 +90,10 @@ class Manifest:
     gates: tuple[Gate, ...]
     contents: str = CONTENTS[0]
     epochs: tuple[Epoch, ...] = ()
-    mixed: tuple[str, ...] = ()  # what differs between epochs, of MIXED, where that was asked for
+    mixed: tuple[str, ...] = ()  # which of MIXED differ between epochs, if that was allowed
 
     def __post_init__(self) -> None:
-        """Refuse fields of the wrong type, unknown or unfit choices and repeated names (ValueError)."""
+        """Refuse fields of the wrong type, unknown or incompatible choices and repeated names (ValueError)."""
         require_count(self.schema, SCHEMA_VERSION, SCHEMA_VERSION, "schema version")
         for field, kind in {"created": str, "squeeze": bool, "dtype": str, "contents": str}.items():
             require(type(getattr(self, field)) is kind, f"'{field}': expected {kind.__name__}")
@@ -112,9 +112,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Parse run.json strictly: anything but a manifest of this version, or one before, is a ValueError of one line.
+        """Parse run.json strictly: anything but a manifest of this or an earlier version raises a one-line ValueError.
 
-        Version 1 said less of a gate; its gates come without what a network would have to be read by.
+        Version 1 said less about gates; gates read from it lack what is needed to record a network again.
         """
         try:
             record = json.loads(text)
@@ -130,30 +130,30 @@ class Manifest:
             raise ValueError(f"{MANIFEST} is not usable ({why}): {remedy}") from error
 
     def to_json(self) -> str:
-        """Write run.json; TypeError or ValueError for a description that is not plain JSON."""
+        """Return the text of run.json; TypeError or ValueError if a description is not plain JSON."""
         return json.dumps(asdict(self), indent=1, allow_nan=False)
 
     def origin(self) -> str:
-        """Return what every part carries, so that run.json can be rebuilt: all but the epochs and the time."""
+        """Return what every part carries so that run.json can be rebuilt: all but epochs, time and ``mixed``."""
         return json.dumps(
             asdict(replace(self, created="", epochs=(), mixed=())), separators=(",", ":"), allow_nan=False
         )
 
     def notes(self, step: int | None) -> str:
-        """Return what the parts of an epoch carry beside their origin, since it may differ from epoch to epoch."""
+        """Return what the parts of an epoch carry in addition to their origin: facts that may differ between epochs."""
         return json.dumps({"step": step, "mixed": self.mixed}, separators=(",", ":"))
 
     @property
     def has_samples(self) -> bool:
-        """Whether there is a row per sample."""
+        """Whether the run holds a row per sample."""
         return self.contents == CONTENTS[0]
 
     def folder(self, epoch: int) -> str:
-        """Return where the parts of ``epoch`` lie."""
+        """Return the folder of the parts of ``epoch``."""
         return f"{FOLDERS[self.contents]}/{epoch_name(epoch)}"
 
     def moments_file(self, epoch: Epoch) -> str:
-        """Return where the moments of an epoch's rows lie: its first part's name tells it from what it replaced."""
+        """Return the path of an epoch's moments; it is named after the first part, so overwriting changes it."""
         first = epoch.parts[0].name.removesuffix(".parquet")
         return f"{MOMENTS_FOLDER}/{epoch_name(epoch.epoch)}/{first}{MOMENTS_SUFFIX}"
 
@@ -164,7 +164,7 @@ class Manifest:
 
     @cached_property
     def row_schema(self) -> pa.Schema:
-        """Columns of a row for each sample; the label is null where it is unknown."""
+        """Columns of a part that holds a row per sample; an unknown label is null."""
         value = pa.field("element", VALUE_TYPES[self.dtype], nullable=False)
         columns = [pa.field("sample", pa.int64(), nullable=False), pa.field("label", pa.int32())]
         for kind in KINDS if self.squeeze else KINDS[:1]:
@@ -175,7 +175,7 @@ class Manifest:
 
 
 def read_notes(text: bytes | None) -> dict[str, Any]:
-    """Read what `Manifest.notes` wrote; nothing where there is nothing, ValueError for anything else."""
+    """Read what `Manifest.notes` wrote: {} for None, ValueError for anything malformed."""
     if text is None:
         return {}
     try:
@@ -191,7 +191,7 @@ def read_notes(text: bytes | None) -> dict[str, Any]:
 def _epoch(*, parts: Any, **plain: Any) -> Epoch:
     """Build an epoch from the object in run.json.
 
-    Early runs had moments beside each part, and said so of it; they are passed over, and the rows measured.
+    Early runs kept moments beside each part and named them in its entry; these are ignored, and the rows measured.
     """
     found = [{name: value for name, value in {**part}.items() if name != "moments"} for part in parts]
     return Epoch(**plain, parts=tuple(Part(**part) for part in found))
@@ -215,7 +215,7 @@ def _gate(*, product: Any, attention: Any, squeeze: Any, after: Any, **plain: An
 def _gate_of_version_1(
     *, name: str, channels: int, layout: str, form: Any, source: str | None, site: str | None
 ) -> Gate:
-    """Build a gate from what the first version said of it: where its attention comes from, but not how to meet it."""
+    """Build a gate from its description in version 1, which has the source of its attention but not its product."""
     attention = None if source is None else Tap(source, call=0, side="output", position=0)
     gate = Gate(name, channels, form, layout, "" if site is None else site, attention=attention)
     require_gate(gate)
@@ -223,7 +223,7 @@ def _gate_of_version_1(
 
 
 def require_gate(gate: Gate) -> None:
-    """Refuse a gate that cannot name or size a column, or lead a hook to its place (ValueError)."""
+    """Refuse a gate that cannot name or size a column, or that cannot lead a hook to its place (ValueError)."""
     require(
         type(gate.name) is str and 0 < len(gate.name) <= 1000,
         f"gate name {gate.name!r:.80}: expected 1 to 1000 characters",
@@ -255,12 +255,12 @@ def epoch_name(epoch: int) -> str:
 
 
 def epoch_number(path: str) -> int | None:
-    """Return the epoch in whose folder ``path`` lies, or which it names; None for another path."""
+    """Return the epoch whose folder ``path`` is, or is in; None for any other path."""
     found = re.search(r"(?:^|/)epoch=([0-9]{4,15})(?:/|$)", path)
     return int(found[1]) if found else None
 
 
 def rank_and_sequence(part: str) -> tuple[int, int]:
-    """Return the numbers in a part's name."""
+    """Return the rank and the sequence number in a part's name."""
     rank, sequence = part.removesuffix(".parquet").split("-")[-2:]
     return int(rank), int(sequence)

@@ -1,4 +1,4 @@
-"""Moments as a Parquet table: for each gate a row of all samples, one of every block of samples, one of every class."""
+"""Moments as a Parquet table: per gate a row for all samples, one for each block of samples, one for each class."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _VECTOR = pa.list_(pa.float64())
 MOMENTS_SCHEMA = pa.schema(
     [
         pa.field("gate", pa.string(), nullable=False),
-        pa.field("block", pa.int64()),  # this and the label: null in the row of all samples
+        pa.field("block", pa.int64()),  # block and label are null in the row of all samples
         pa.field("label", pa.int64()),  # -1: unknown
         pa.field("count", pa.int64(), nullable=False),
         pa.field("mean", _VECTOR, nullable=False),
         *(pa.field(name, pa.float64()) for name in ("scatter", "rows")),  # null in the row of all samples
-        *(pa.field(name, _VECTOR) for name in ("m2", "low", "high")),  # these and the next: in that row alone
+        *(pa.field(name, _VECTOR) for name in ("m2", "low", "high")),  # from here on null except in that row
         pa.field("broken", pa.list_(pa.bool_())),
         pa.field("near", pa.list_(pa.int64())),
         *(pa.field(name, pa.int64()) for name in ("nonfinite", "left_out", "blocks", "classes")),
@@ -34,12 +34,12 @@ MOMENTS_SCHEMA = pa.schema(
 )
 """Columns of a table of moments; `stripe.stats.Moments` and `Groups` say what they mean.
 
-``blocks`` and ``classes`` count the rows of these that follow; ``classes`` is null where they were not kept.
+``blocks`` and ``classes`` count the rows of blocks and of classes that follow; ``classes`` is null if none were kept.
 """
 
 
 def to_table(moments: Mapping[str, Moments], schema: pa.Schema = MOMENTS_SCHEMA) -> pa.Table:
-    """Put the moments of gates into one table, gate after gate."""
+    """Put the moments of several gates into one table, one gate after another."""
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for gate, each in moments.items():
         classes = None if each.classes is None else len(each.classes.keys)
@@ -55,7 +55,7 @@ def to_table(moments: Mapping[str, Moments], schema: pa.Schema = MOMENTS_SCHEMA)
 
 
 def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moments]:
-    """Read the moments of gates with so many channels by name; ValueError when the table is not of these gates."""
+    """Read the moments of the gates in ``channels`` (name -> channels); ValueError if the table does not fit them."""
     table = table.combine_chunks()
     table.validate(full=True)
     mean, m2, low, high, broken, near = (_flat(table, name) for name in ("mean", "m2", "low", "high", "broken", "near"))
@@ -65,7 +65,7 @@ def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moment
     require(single["gate"].to_pylist() == list(channels), "other gates than the manifest's")
     sizes = _sizes(single)
     starts = np.flatnonzero(table["blocks"].is_valid().to_numpy())
-    require(starts.tolist() == [0, *accumulate(sizes)][:-1] and sum(sizes) == len(count), "other rows than it counts")
+    require(starts.tolist() == [0, *accumulate(sizes)][:-1] and sum(sizes) == len(count), "rows do not fit its counts")
     widths = list(channels.values())
     lengths = {len(each) for each in (m2, low, high, broken)} | {sum(widths)}
     told = sum(width * size for width, size in zip(widths, sizes, strict=True))
@@ -110,7 +110,7 @@ def from_table(table: pa.Table, channels: Mapping[str, int]) -> dict[str, Moment
 
 
 def merged(parts: Iterable[Mapping[Key, Moments]]) -> dict[Key, Moments]:
-    """Merge the moments of several parts, each of which may hold those of many gates."""
+    """Merge the moments of several parts, each of which may hold many gates."""
     whole: dict[Key, Moments] = {}
     for part in parts:
         whole |= {key: whole[key].merge(its) if key in whole else its for key, its in part.items()}
@@ -126,11 +126,11 @@ def _rows(key: str, groups: Groups) -> list[dict[str, Any]]:
 
 
 def _sizes(single: pa.Table) -> list[int]:
-    """Return how many rows each gate has, from the rows of all samples; ValueError for counts that are none."""
+    """Return each gate's number of rows, from its row of all samples; ValueError for invalid counts."""
     counts = {name: single[name].to_pylist() for name in ("nonfinite", "left_out", "blocks")}
     counts["classes"] = [each or 0 for each in single["classes"].to_pylist()]
     for name, values in counts.items():
-        require(all(each is not None and each >= 0 for each in values), f"{name} that are no counts")
+        require(all(each is not None and each >= 0 for each in values), f"{name} that are not counts")
     return [1 + blocks + classes for blocks, classes in zip(counts["blocks"], counts["classes"], strict=True)]
 
 
@@ -141,7 +141,7 @@ def _values(table: pa.Table, name: str) -> NDArray[Any]:
 
 
 def _flat(table: pa.Table, name: str) -> NDArray[Any]:
-    """Return the values of a column of vectors, one after the other; ValueError where one is null."""
+    """Return the values of a column of vectors, concatenated; ValueError if any value is null."""
     values = table[name].combine_chunks().flatten()
     require(not values.null_count, f"vectors of {name} with nulls in them")
     return values.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]

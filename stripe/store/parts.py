@@ -1,4 +1,4 @@
-"""Parquet parts: row groups are encoded into staged files of bounded size; the moments of all rows go beside them."""
+"""Parquet parts: row groups are encoded into staged files of bounded size, with a file of all rows' moments beside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stripe.stats import GateMoments, Moments
 
 PART_BYTES = 2**30
-MAX_FOOTER_BYTES = 64 * 2**20  # refuses a damaged or hostile length, far above any real one
+MAX_FOOTER_BYTES = 64 * 2**20  # far above any real footer; a larger one is damaged or hostile
 
 Block = Mapping[str, NDArray[Any]]  # column -> (rows,) or (rows, channels)
 
@@ -30,16 +30,16 @@ Block = Mapping[str, NDArray[Any]]  # column -> (rows,) or (rows, channels)
 class PartWriter:
     """Encodes a rank's rows of an epoch into staged parts, and measures them.
 
-    One thread may write while another measures, and neither while it is closed.
+    One thread may call ``write`` while another calls ``measure``; neither may run during ``close``.
 
-    Parts are of about ``PART_BYTES``. The moments of all rows are a file beside them, with MOMENTS_SUFFIX and no
-    sequence number; in a run of moments they are the only part.
+    A part has about ``PART_BYTES``. The moments of all rows go into a file beside the parts, whose name has
+    MOMENTS_SUFFIX instead of a sequence number; in a run of moments they are the only part.
     """
 
     def __init__(self, directory: Directory, manifest: Manifest, name: str, step: int | None = None) -> None:
-        """Write parts of the run that ``manifest`` describes, each staged as ``name`` and a sequence number.
+        """Write parts of the run that ``manifest`` describes, each staged as ``name`` plus a sequence number.
 
-        ``step`` is that of the epoch they belong to.
+        ``step`` is the step of the epoch that the parts belong to.
         """
         self._directory, self._manifest, self._prefix = directory, manifest, name
         schema = manifest.arrow_schema
@@ -53,14 +53,14 @@ class PartWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Abandon a part that was not closed; its file is cleared with the epoch."""
+        """Abandon a part that was not closed; its file is deleted with the rest of the epoch."""
         if self._writer:
-            self._writer.is_open = False  # or it would write a footer, now or when collected
+            self._writer.is_open = False  # otherwise it would write a footer, now or when garbage-collected
             with suppress(OSError):
                 self._sink.close()
 
     def write(self, block: Block) -> None:
-        """Write rows as a row group, by column."""
+        """Write rows, given by column, as one row group."""
         columns = [_to_arrow(field, block[field.name]) for field in self._schema]
         rows = pa.Table.from_arrays(columns, schema=self._schema)
         with self._directory.writing():
@@ -71,11 +71,11 @@ class PartWriter:
                 self._sequence += 1
 
     def measure(self, block: Block) -> None:
-        """Take rows into the moments, by column."""
+        """Add rows, given by column, to the moments."""
         measure(self._measured, self._manifest, block)
 
     def close(self) -> None:
-        """Complete the open part, if there is one, write the moments of all rows, and push both to the disk."""
+        """Complete the open part, if there is one, write the moments of all rows, and sync both to the disk."""
         if self._measured.empty:
             return
         beside = f"{self._prefix}{MOMENTS_SUFFIX}", MOMENTS_SCHEMA
@@ -104,7 +104,7 @@ class PartWriter:
 
 
 def parquet_writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
-    """Encode tables of this schema into ``sink``; moments are few, and written as they are."""
+    """Return a writer that encodes tables of ``schema`` into ``sink``; moments are small, so they stay uncompressed."""
     vectors = [field for field in schema if pa.types.is_fixed_size_list(field.type)]
     return pq.ParquetWriter(
         sink,
@@ -120,7 +120,7 @@ def parquet_writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_moments(directory: Directory, name: str, moments: Mapping[str, Moments]) -> int:
-    """Write the moments of an epoch whose parts are in their place, by rename; return the CRC-32 of the file."""
+    """Write, by rename, the moments of an epoch whose parts are in place; return the CRC-32 of the file."""
     with directory.writing():
         directory.files.create_dir(posixpath.dirname(name), recursive=True)
     with (
@@ -138,8 +138,12 @@ def checksum(directory: Directory, name: str) -> int:
 
 
 def measuring(manifest: Manifest) -> GateMoments:
-    """Return what measures the rows of an epoch: means of classes are kept where they are asked for, or few."""
-    from stripe.stats import CLASSES, GateMoments  # a run can be read without it
+    """Return an empty accumulator for an epoch's rows.
+
+    It keeps the means of all classes for "label-moments", of at most ``CLASSES`` classes for "samples", and of none
+    for "moments".
+    """
+    from stripe.stats import CLASSES, GateMoments  # imported here because reading a run does not need it
 
     channels = {gate.name: gate.channels for gate in manifest.gates}
     classes = {"samples": CLASSES, "moments": 0, "label-moments": None}
@@ -147,20 +151,20 @@ def measuring(manifest: Manifest) -> GateMoments:
 
 
 def measure(measured: GateMoments, manifest: Manifest, block: Block) -> None:
-    """Add rows, by column, to what has been measured."""
+    """Add rows, given by column, to the accumulator ``measured``."""
     batch = {gate.name: block[f"attention:{gate.name}"] for gate in manifest.gates}
     measured.add(batch, block["sample"], block["label"])
 
 
 def _to_arrow(field: pa.Field, values: NDArray[Any]) -> pa.Array:
-    """Wrap a column without copying it; negative labels become null."""
+    """Wrap a column as an Arrow array without copying it; negative labels become null."""
     if pa.types.is_fixed_size_list(field.type):
         return pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(values)), type=field.type)
     return pa.array(values, mask=values < 0 if field.nullable else None)
 
 
 def read_footer(stream: pa.NativeFile) -> bytes:
-    """Read a Parquet file's metadata with the eight bytes that end it; ValueError when the length makes no sense."""
+    """Read a Parquet file's metadata and the eight bytes after it; ValueError if the stated length is implausible."""
     size = stream.size()
     require(size > 12, f"{size} bytes are no Parquet file")
     stream.seek(size - 8)
@@ -171,5 +175,5 @@ def read_footer(stream: pa.NativeFile) -> bytes:
 
 
 def parse_footer(footer: bytes) -> pq.FileMetaData:
-    """Parse what ``read_footer`` returned."""
+    """Parse the bytes that ``read_footer`` returned."""
     return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))

@@ -1,4 +1,4 @@
-"""Reading a run: finished epochs as arrays, a row group at a time; what is damaged is named."""
+"""Reading a run: finished epochs as arrays, one row group at a time; errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a recorded run for reading: a directory, ~ being the user's home, or an address such as s3://BUCKET/RUN.
+    """Open a recorded run for reading: a directory (~ is the user's home) or an address such as s3://BUCKET/RUN.
 
     Raises:
-        FileNotFoundError: there is no run.
-        ValueError: it is damaged.
+        FileNotFoundError: there is no run at `path`.
+        ValueError: the run's manifest is damaged.
 
     Example:
         >>> import stripe
@@ -48,15 +48,15 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 class Run:
     """A recorded run, read-only: its manifest's fields, and the values of its finished epochs as arrays.
 
-    One that was recorded as moments (``has_samples`` is False) has ``moments`` alone.
+    A run that was recorded as moments (``has_samples`` is False) offers only ``moments``.
 
     Attributes:
-        path: its directory or address.
+        path: the run's directory or address.
         epochs: numbers of the finished epochs, ascending.
         gates: the recorded gates, in order of execution; they show themselves as a table.
-        model: what describes the network, such as create_model's arguments.
-        data: what describes the images: uri, split, size, mean, std.
-        has_samples: whether there is a row for each sample.
+        model: description of the network, such as create_model's arguments.
+        data: description of the images: uri, split, size, mean, std.
+        has_samples: whether the run holds a row for each sample.
         manifest: everything that run.json holds.
     """
 
@@ -73,17 +73,17 @@ class Run:
 
     @property
     def steps(self) -> dict[int, int]:
-        """By epoch, how many updates of the weights the network had had, where the recording knew."""
+        """By epoch, the number of weight updates that the network had had, if the recording knew it."""
         return {epoch.epoch: epoch.step for epoch in self.manifest.epochs if epoch.step is not None}
 
     @property
     def keeps_moments(self) -> bool:
-        """Whether moments of all samples are at hand without reading a row."""
+        """Whether the moments of all samples can be had without reading any rows."""
         return not self.has_samples or all(epoch.moments is not None for epoch in self.manifest.epochs)
 
     @property
     def mixed(self) -> str:
-        """A sentence that says what differs between the epochs of a run that was recorded so; else ""."""
+        """A sentence that says in what the epochs of a mixed run differ; "" for a run that is not mixed."""
         kinds = " and ".join({"network": "networks"}.get(kind, kind) for kind in self.manifest.mixed)
         return (
             f"Epochs of this run are of different {kinds}: do not read change over epochs as training." if kinds else ""
@@ -100,19 +100,19 @@ class Run:
         return run_html(self.path, self.manifest)
 
     def read_text(self, name: str) -> str | None:
-        """Return a file beside the manifest, such as metrics.csv or validation.json; None where there is none."""
+        """Return the text of a file beside the manifest, such as metrics.csv; None if there is no such file."""
         return self._directory.read_text(name)
 
     @property
     def files(self) -> dict[int, str]:
-        """By sample id, the file that was recorded, relative to the folder in `data`; empty where none was named.
+        """By sample id, the name of the sample's file, relative to the folder in `data`; empty if none were named.
 
-        So the images of rows can be looked at: ``[run.files[sample] for sample in run.samples(epoch)[rows]]``.
+        It leads from rows to their images: ``[run.files[sample] for sample in run.samples(epoch)[rows]]``.
         """
         return self._directory.read_files()
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
-        """Return the sample ids (N,) in the order recorded, rank after rank."""
+        """Return the sample ids (N,) in the order they were recorded, one rank after another."""
         self._require_rows()
         return samples_of(self._directory, self.manifest, self._epoch(epoch))
 
@@ -127,15 +127,16 @@ class Run:
         return np.concatenate([batch[name_of(gate)] for batch in self.batches(epoch, [gate])])
 
     def squeeze(self, gate: Gate | str, epoch: int) -> NDArray[np.float32]:
-        """Return what a gate scales, averaged over space, (N, C); ValueError when it was not recorded."""
+        """Return what a gate scales, averaged over space, (N, C); ValueError if the run has no squeeze."""
         return np.concatenate([batch[name_of(gate)] for batch in self.batches(epoch, [gate], kind="squeeze")])
 
     def batches(
         self, epoch: int, gates: Sequence[Gate | str] | None = None, kind: str = "attention"
     ) -> Iterator[dict[str, NDArray[np.float32]]]:
-        """Iterate over row groups, each gate name -> (n, C), read-only; memory stays at one row group.
+        """Iterate over row groups, each a dict of gate name -> (n, C), read-only; one row group is in memory at a time.
 
-        ``kind`` is attention or squeeze, ``gates`` all by default. ValueError lists the right names.
+        ``kind`` is "attention" or "squeeze"; ``gates`` are all by default. The ValueError for an unknown name lists
+        the valid ones.
         """
         chosen = self._channels(gates)
         require(kind in KINDS, f"no kind '{kind}'; expected one of {listing(KINDS)}")
@@ -149,7 +150,7 @@ class Run:
     def to_pandas(self, gate: Gate | str, epoch: int) -> pd.DataFrame:
         """Return a tidy frame, one row per sample and channel.
 
-        Columns: epoch, gate, sample, label (missing where unknown), channel, attention and, when recorded, squeeze.
+        Columns: epoch, gate, sample, label (missing where unknown), channel, attention and, if recorded, squeeze.
         """
         attention = self.attention(gate, epoch)
         samples, channels = attention.shape
@@ -169,7 +170,7 @@ class Run:
     def moments(
         self, epochs: Sequence[int] | None = None, gates: Sequence[Gate | str] | None = None
     ) -> dict[tuple[int, str], Moments]:
-        """Return the moments of each epoch and gate: those kept beside the rows, or measured from rows without them."""
+        """Return the moments of each epoch and gate: those kept in the run, else measured from the rows."""
         chosen = self._channels(gates)
         found: dict[tuple[int, str], Moments] = {}
         for number in self.epochs if epochs is None else epochs:
@@ -181,7 +182,7 @@ class Run:
         return found
 
     def _channels(self, gates: Sequence[Gate | str] | None) -> dict[str, int]:
-        """Return the channels of the gates asked for, by name; all by default."""
+        """Return the number of channels of the given gates, by name; of all gates by default."""
         channels = {gate.name: gate.channels for gate in self.gates}
         names = channels if gates is None else [name_of(gate) for gate in gates]
         unknown = [name for name in names if name not in channels]
@@ -189,7 +190,7 @@ class Run:
         return {name: channels[name] for name in names}
 
     def _tables(self, epoch: int, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Iterate over the row groups of an epoch; ValueError for a run without rows."""
+        """Iterate over the row groups of an epoch; ValueError if the run has no rows."""
         self._require_rows()
         return read_epoch(self._directory, self.manifest, self._epoch(epoch), columns)
 
@@ -200,7 +201,7 @@ class Run:
         )
 
     def _epoch(self, number: int) -> Epoch:
-        """Return what the manifest says of an epoch; ValueError for one that was not recorded."""
+        """Return the manifest's entry for an epoch; ValueError if the epoch was not recorded."""
         epochs = {epoch.epoch: epoch for epoch in self.manifest.epochs}
         require(number in epochs, f"run '{self.path}' has no epoch {number}; it has {listing(self.epochs)}")
         return epochs[number]
@@ -211,7 +212,8 @@ def read_part(
 ) -> Iterator[pa.Table]:
     """Iterate over a part's row groups, all columns by default.
 
-    FileNotFoundError for a part that is missing; ValueError for one cut, damaged, or not what the manifest says.
+    Raises FileNotFoundError if the part is missing, and ValueError if it is truncated, damaged, or not as the manifest
+    describes it.
     """
     name = f"{manifest.folder(epoch)}/{part.name}"
     with _damage_named(directory, name, f"record epoch {epoch} again with --overwrite"):
@@ -230,15 +232,15 @@ def read_epoch(
 
 
 def samples_of(directory: Directory, manifest: Manifest, epoch: Epoch) -> NDArray[np.int64]:
-    """Return the sample ids of an epoch, in the order recorded."""
+    """Return the sample ids of an epoch, in the order they were recorded."""
     tables = read_epoch(directory, manifest, epoch, ["sample"])
     return np.concatenate([table["sample"].to_numpy() for table in tables])
 
 
 def read_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> dict[str, Moments] | None:
-    """Return the moments of an epoch's rows by gate; None where they are not kept, or their file is gone.
+    """Return the moments of an epoch's rows by gate; None if they were not kept or their file is gone.
 
-    Raises ValueError for a file that is cut, damaged, or not what the manifest says.
+    Raises ValueError if the file is truncated, damaged, or not as the manifest describes it.
     """
     if not manifest.has_samples:
         parts = (pa.concat_tables(read_part(directory, manifest, epoch.epoch, part)) for part in epoch.parts)
@@ -253,7 +255,7 @@ def read_moments(directory: Directory, manifest: Manifest, epoch: Epoch) -> dict
 def read_moments_file(
     directory: Directory, manifest: Manifest, name: str, crc: int | None = None
 ) -> dict[str, Moments]:
-    """Return the moments that a file beside the rows holds, by gate; ValueError where it has another CRC-32."""
+    """Return the moments in a file beside the rows, by gate; ValueError if its CRC-32 is not ``crc``."""
     with directory.reading(), directory.files.open_input_file(name) as stream:
         content = stream.read_buffer()
     require(crc in (None, zlib.crc32(content)), "it differs from what was written")
@@ -263,7 +265,7 @@ def read_moments_file(
 
 
 def measure_rows(directory: Directory, manifest: Manifest, epoch: Epoch, gates: Sequence[str]) -> dict[str, Moments]:
-    """Return the moments of some gates by reading an epoch's rows."""
+    """Measure the moments of ``gates`` from an epoch's rows."""
     chosen = replace(manifest, gates=tuple(gate for gate in manifest.gates if gate.name in gates))
     measured = measuring(chosen)
     columns = ["sample", "label", *(f"attention:{gate.name}" for gate in chosen.gates)]
@@ -298,13 +300,13 @@ def _row_groups(
         table = file.read_row_group(index, columns)
         rows = metadata.row_group(index).num_rows
         require(table.num_rows == rows, f"{table.num_rows} rows in row group {index}; expected {rows}")
-        table.validate()  # columns of the same length, vectors within what was read
+        table.validate()  # checks that columns have one length and that vectors lie within the buffers read
         yield table
 
 
 @contextmanager
 def _damage_named(directory: Directory, name: str, remedy: str) -> Iterator[None]:
-    """Turn what a damaged file raises into a ValueError of one line that names it and the remedy."""
+    """Turn the errors that a damaged file causes into a one-line ValueError that names the file and the remedy."""
     try:
         yield
     except FileNotFoundError as error:
@@ -317,10 +319,10 @@ def _damage_named(directory: Directory, name: str, remedy: str) -> Iterator[None
 
 
 def _to_numpy(column: pa.ChunkedArray, channels: int) -> NDArray[Any]:
-    """View a column of vectors of one size as (rows, channels), copying only what Arrow split or float16 stored."""
+    """View a column of fixed-size vectors as (rows, channels); it is copied only if Arrow split it or it is float16."""
     chunks = [
         chunk.values.slice(chunk.offset * channels, len(chunk) * channels).to_numpy().reshape(-1, channels)
-        for chunk in column.chunks  # flatten() would look at every vector
+        for chunk in column.chunks  # flatten() would visit every vector
     ]
     values = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
     return values.astype(np.float32, copy=False) if values.dtype == np.float16 else values

@@ -1,4 +1,4 @@
-"""Rows of an epoch on their way to the disk; memory grows by their ids alone, 8 bytes each."""
+"""Rows of an epoch on their way to the disk; memory grows only by the sample ids, 8 bytes each."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from stripe.messages import only, require, require_unique
 from stripe.store.manifest import KINDS, UNKNOWN_LABEL, Manifest
 from stripe.store.parts import PartWriter
 
-ROW_GROUP_BYTES = 8 * 2**20  # of values: recording holds two row groups in memory, reading holds one
+ROW_GROUP_BYTES = 8 * 2**20  # of values; recording holds two row groups in memory, reading holds one
 
 Block = dict[str, NDArray[Any]]  # column -> (rows,) or (rows, channels)
 
 
 class EpochWriter:
-    """Takes the rows of an epoch; fills one row group while the one before is written and measured, each by a thread.
+    """Collects the rows of an epoch into row groups.
 
-    In a run of moments a row group is measured and not written: memory and disk do not grow with the samples.
+    While one row group fills, one thread writes the previous one and another measures it. In a run of moments, row
+    groups are measured but not written, so that neither memory nor disk grows with the number of samples.
     """
 
     def __init__(
         self, manifest: Manifest, parts: PartWriter, writing: ThreadPoolExecutor, measuring: ThreadPoolExecutor
     ) -> None:
-        """Start without rows; ``RunWriter.epoch`` makes and finishes it."""
+        """Start without rows; ``RunWriter.epoch`` creates and finishes the writer."""
         self._parts, self._writing, self._measuring, self._manifest = parts, writing, measuring, manifest
         schema = manifest.row_schema
         values = [field.type for field in schema if pa.types.is_fixed_size_list(field.type)]
@@ -49,22 +50,22 @@ class EpochWriter:
     ) -> None:
         """Append n rows: ids (n,), labels (n,) or None (negative: unknown), and per gate name an array (n, C).
 
-        The values are copied, so the arrays may be used again. Raises ValueError for missing or unknown gates, wrong
-        shapes, and, by label, a sample without one; OSError when rows appended before could not be written. Sample
-        ids that come again are a ValueError too, but in a run of moments, which does not remember them. Nothing of a
-        batch that is refused is kept. Warns once where float16 rounds values to 0.
+        The values are copied, so the arrays may be reused. Raises ValueError for missing or unknown gates, wrong
+        shapes, and, in a run of "label-moments", a sample without a label; OSError if rows appended earlier could not
+        be written. Repeated sample ids also raise ValueError, except in a run of moments, which does not remember
+        ids. A refused batch leaves nothing behind. Warns once if float16 rounds values to 0.
         """
         shapes = {name: column.shape[1:] for name, column in self._block.items()}
         batch = _as_columns(shapes, sample_ids, labels, attention, squeeze)
         known = self._manifest.contents != "label-moments" or batch["label"].min(initial=0) >= 0
         require(known, "moments by label need a label for every sample: give labels from 0")
         batch = {name: self._cast(values, self._block[name].dtype, name) for name, values in batch.items()}
-        if self._manifest.has_samples:  # the last thing that refuses a batch, since it remembers
+        if self._manifest.has_samples:  # the last check, because it stores the ids of the batch
             self._remember(batch["sample"])
         self._copy(batch, rows=len(batch["sample"]))
 
     def finish(self) -> None:
-        """Wait until every row is on the disk."""
+        """Write and measure the remaining rows, and wait until all are on the disk."""
         self._hand_over()
         self._wait()
         self._writing.submit(self._parts.close).result()
@@ -96,7 +97,7 @@ class EpochWriter:
                 self._hand_over()
 
     def _hand_over(self) -> None:
-        """Give the filled block to the background threads, and go on in the other one."""
+        """Give the filled block to the background threads, and continue with the spare block."""
         if self._filled:
             self._wait()
             block = {name: column[: self._filled] for name, column in self._block.items()}
@@ -106,25 +107,25 @@ class EpochWriter:
             self._block, self._spare, self._filled = self._spare, self._block, 0
 
     def _wait(self) -> None:
-        """Wait for the background threads; what failed there is raised here."""
+        """Wait for the background threads, and raise any exception of theirs."""
         for each in self._pending:
             each.result()
         self._pending.clear()
 
 
 class _Ids:
-    """Integers to look others up among: sorted arrays, each more than twice as long as the next."""
+    """A set of integers with fast look-up, kept as sorted arrays, each more than twice as long as the next."""
 
     def __init__(self) -> None:
         self._arrays: list[NDArray[np.int64]] = []
 
     def among(self, ids: NDArray[np.int64]) -> list[int]:
-        """Return those of `ids` that were added."""
+        """Return those of `ids` that were added before."""
         places = ((held, np.minimum(np.searchsorted(held, ids), len(held) - 1)) for held in self._arrays)
         return [int(each) for held, at in places for each in ids[held[at] == ids]]
 
     def add(self, ids: NDArray[np.int64]) -> None:
-        """Add integers that differ."""
+        """Add integers that differ from each other and from those added before."""
         ids = np.sort(ids)
         while self._arrays and len(self._arrays[-1]) <= 2 * len(ids):
             ids = np.sort(np.concatenate([self._arrays.pop(), ids]), kind="stable")
@@ -139,7 +140,7 @@ def _as_columns(
     attention: Mapping[str, ArrayLike],
     squeeze: Mapping[str, ArrayLike] | None,
 ) -> Block:
-    """Return a batch by column name, refusing other columns than those of ``shapes``, and other shapes of a row."""
+    """Return a batch by column name; ValueError unless its columns and their row shapes are those of ``shapes``."""
     ids = _integers(sample_ids, np.int64, "sample ids")
     unknown = np.full(len(ids), UNKNOWN_LABEL)
     batch: Block = {"sample": ids, "label": _integers(unknown if labels is None else labels, np.int32, "labels")}
@@ -160,14 +161,14 @@ def _as_columns(
 
 
 def _empty(field: pa.Field, rows: int) -> NDArray[Any]:
-    """Make room for ``rows`` values of a column: (rows,) or (rows, channels)."""
+    """Allocate ``rows`` values of a column: (rows,) or (rows, channels)."""
     if pa.types.is_fixed_size_list(field.type):
         return np.empty((rows, field.type.list_size), field.type.value_type.to_pandas_dtype())
     return np.empty(rows, field.type.to_pandas_dtype())
 
 
 def _integers(values: ArrayLike, dtype: type[np.signedinteger[Any]], what: str) -> NDArray[Any]:
-    """Convert to a vector of ``dtype``, refusing other shapes, fractions and numbers beyond its range."""
+    """Convert to a vector of ``dtype``; ValueError for other shapes, non-integers and numbers out of its range."""
     array = np.asarray(values)
     limits = np.iinfo(dtype)
     require(

@@ -1,4 +1,4 @@
-"""Data sets that others wrote as Parquet, in the folder layout of the Hugging Face hub, read by column and row."""
+"""Third-party data sets in Parquet, in the folder layout of the Hugging Face hub, read by column and row."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from numpy.typing import NDArray
 
 from stripe.messages import require
 
-LARGEST_FOLDER = 2**30  # bytes of Parquet that are read into memory column by column
+LARGEST_FOLDER = 2**30  # bytes of Parquet; columns are read into memory, so larger folders are left alone
 _NAME = re.compile(r"(?P<split>\w+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?")
 
 
 class Table:
-    """One split: its columns lie in one file or, one after the other, in several.
+    """One split of a data set, whose rows are in one file or, in order, in several.
 
     Attributes:
-        features: by column what the hub says of it, such as ``{"_type": "ClassLabel", "names": ["cat", "dog"]}``.
+        features: the hub's description of each column, such as ``{"_type": "ClassLabel", "names": ["cat", "dog"]}``.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Read what the files say of their columns; ``pyarrow.ArrowException`` or OSError for files of another kind."""
+        """Read the column descriptions; ``pyarrow.ArrowException`` or OSError if the first file is not Parquet."""
         self._paths = list(paths)
         described = (pq.read_schema(self._paths[0]).metadata or {}).get(b"huggingface", b"{}")
         self.features: Mapping[str, Any] = json.loads(described).get("info", {}).get("features", {})
 
     def integers(self, column: str) -> NDArray[np.int64]:
-        """Return a column of integers, shape (rows,); ValueError where it holds something else, or nothing."""
+        """Return a column of integers, shape (rows,); ValueError if it holds other values or missing ones."""
         found = [pq.read_table(path, columns=[column])[column] for path in self._paths]
         for path, values in zip(self._paths, found, strict=True):
             require(
@@ -46,7 +46,7 @@ class Table:
         return np.concatenate([values.to_numpy() for values in found]).astype(np.int64)
 
     def files(self, column: str, rows: Sequence[int]) -> list[tuple[bytes | None, str | None]]:
-        """Return the content and the path, either of which may be missing, of the files in some rows of a column."""
+        """Return the content and the path, either of which may be None, of the file in each given row of a column."""
         contents, paths, starts = self._files(column)
         found = []
         for row in rows:
@@ -72,8 +72,9 @@ class Table:
 def find_tables(folder: Path) -> dict[str, Table]:
     """Return the splits that a folder holds as ``SPLIT.parquet`` or ``SPLIT-00000-of-00002.parquet`` files.
 
-    Returns nothing for a folder that needs the package `datasets`: without such files that say what their columns
-    are, with several data sets, or of more than LARGEST_FOLDER bytes.
+    Returns an empty dict for a folder that needs the package `datasets`: one with no Parquet files or with files named
+    otherwise, one whose files do not describe their columns, one with several data sets, or one of more than
+    LARGEST_FOLDER bytes.
 
     Raises:
         FileNotFoundError: a split lacks one of its files.

@@ -1,4 +1,4 @@
-"""Recording a run: an epoch is published whole by one rename of the manifest, or not at all."""
+"""Writing a run: an epoch is published whole, by one rename of the manifest, or not at all."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DISTRIBUTIONS = ("stripe-observation", "torch", "torchvision", "timm", "numpy", 
 
 
 class RunWriter:
-    """Opens a new run or continues one; an epoch is recorded whole or not at all.
+    """Creates a run or continues an existing one; an epoch is recorded whole or not at all.
 
     Several processes write one run together when each passes its ``rank`` and a ``barrier`` that waits for
     all of them: rank 0 then publishes what every rank wrote.
@@ -67,11 +67,12 @@ class RunWriter:
     ) -> None:
         """Create the run at ``path``, or continue one that has the same gates, dtype, squeeze, contents and data.
 
-        ``contents`` is one of CONTENTS; ``model``, ``data`` and ``seeds`` are plain JSON values; ``files`` names the
-        file of each sample id, where samples are files; ``overwrite`` lets an epoch replace its earlier recording;
-        ``allow_mixed`` lets epochs be of different networks (by ``model`` and ``seeds``) and samples, which the run
-        says of itself ever after. Raises ValueError where the run on disk differs, FileExistsError for a foreign
-        directory, BlockingIOError while another writer has the run.
+        ``contents`` is one of CONTENTS; ``model``, ``data`` and ``seeds`` are plain JSON values; ``files`` maps each
+        sample id to the name of its file, if samples are files; ``overwrite`` lets an epoch replace its earlier
+        recording; ``allow_mixed`` lets epochs come from different networks (judged by ``model`` and ``seeds``) or
+        from different samples, and the manifest records permanently that they do. Raises ValueError if the run on
+        disk does not match, FileExistsError if the directory holds something other than a run, and BlockingIOError
+        while another writer holds the run.
         """
         wanted = Manifest(
             schema=SCHEMA_VERSION,
@@ -106,7 +107,7 @@ class RunWriter:
         self.close()
 
     def close(self) -> None:
-        """Let another process write the run."""
+        """Release the run, so that another process can write it."""
         self._held.close()
 
     @property
@@ -116,11 +117,12 @@ class RunWriter:
 
     @contextmanager
     def epoch(self, number: int, *, step: int | None = None) -> Iterator[EpochWriter]:
-        """Record epoch ``number``: published when the block ends, gone without a trace when it raises.
+        """Record epoch ``number``: it is published when the block ends, and discarded when the block raises.
 
-        ``step`` is how many updates of the weights the network has had, where that is known. The parts of an
-        overwritten epoch get new names and one rename of the manifest switches from old to new, so a crash leaves
-        either. Raises FileExistsError for a recorded epoch, OSError for a full disk.
+        ``step`` is the number of weight updates that the network has had, if known. The parts that overwrite an
+        epoch get new names, and one rename of the manifest switches from the old parts to the new ones, so a crash
+        leaves one or the other complete. Raises FileExistsError if the epoch is recorded already and ``overwrite``
+        is off, and OSError if the disk is full.
         """
         require_count(number, 0, MAX_COUNT, "epoch")
         require_count(0 if step is None else step, 0, MAX_COUNT, f"step of epoch {number}")
@@ -148,14 +150,14 @@ class RunWriter:
             self._barrier()
             self._manifest = self._directory.read_manifest()
         except BaseException:
-            with suppress(OSError, ValueError):  # what stays is cleared when the run is next opened for writing
+            with suppress(OSError, ValueError):  # leftovers are cleared when the run is next opened for writing
                 if self._rank == 0:
-                    self._confirm()  # what is there now may be another writer's, which took over
+                    self._confirm()  # if another writer has taken over, the staged files may be its own
                     self._directory.clear(number)
             raise
 
     def _begin(self, wanted: Manifest) -> None:
-        """Write the manifest of a new run, or check that the recording fits the run that is there."""
+        """Write the manifest of a new run, or check that this recording fits the existing run."""
         found = self._directory.read_manifest() if self._directory.holds(MANIFEST) else None
         if found and found.epochs:
             self._require_same(found, wanted)
@@ -182,7 +184,7 @@ class RunWriter:
         )
 
     def _require_network(self, found: Manifest, wanted: Manifest) -> None:
-        """Refuse another network than the run's, or note on request that it holds several."""
+        """Refuse a network other than the run's, or, if mixing is allowed, note that the run holds several."""
         for field in ("model", "seeds"):
             old, new = getattr(found, field), getattr(wanted, field)
             if old and new and old != new:
@@ -191,7 +193,7 @@ class RunWriter:
                 return
 
     def _mixed(self, found: Manifest, kind: str, difference: str) -> tuple[str, ...]:
-        """Return what is mixed in the run once it holds different ones of this kind; ValueError where not asked for."""
+        """Return what the run mixes once ``kind`` is among it; ValueError unless mixing is allowed."""
         require(
             self._allow_mixed or kind in found.mixed,
             f"run '{self._directory.path}' is of one {'network' if kind == 'network' else 'list of samples'}, with "
@@ -200,14 +202,14 @@ class RunWriter:
         return tuple(sorted({*found.mixed, kind}))
 
     def _require_samples(self, current: Manifest, number: int, staged: Sequence[str]) -> Manifest:
-        """Refuse other samples than those of the run's first other epoch, or note on request that it holds several."""
+        """Refuse samples other than those of the run's first other epoch, or, if mixing is allowed, note that."""
         others = [epoch for epoch in current.epochs if epoch.epoch != number]
         if not others or not current.has_samples:
             return current
         first = others[0]
         try:
             old = np.sort(samples_of(self._directory, current, first))
-        except FileNotFoundError:  # what is gone cannot be compared; `check` tells of it
+        except FileNotFoundError:  # a missing part cannot be compared; `stripe check` reports it
             return current
         new = np.sort(self._samples(staged))
         if np.array_equal(old, new):
@@ -219,7 +221,7 @@ class RunWriter:
         return replace(current, mixed=self._mixed(current, "samples", told))
 
     def _samples(self, staged: Sequence[str]) -> NDArray[np.int64]:
-        """Return the sample ids in staged parts."""
+        """Return the sample ids that the staged parts hold."""
         ids = []
         for path in staged:
             with self._directory.files.open_input_file(path) as stream:
@@ -227,12 +229,12 @@ class RunWriter:
         return np.concatenate(ids)
 
     def _publish(self, number: int, step: int | None) -> None:
-        """Move the staged parts of all ranks into place, then name them in the manifest: the commit."""
+        """Move the staged parts of all ranks into place, then commit them by naming them in the manifest."""
         staged = self._staged(number)
         require(staged, f"epoch {number} of run '{self._directory.path}' got no samples: append at least one batch")
         self._require_samples_once(staged)
         self._confirm()
-        current = self._directory.read_manifest()  # whoever took over and gave back may have published meanwhile
+        current = self._directory.read_manifest()  # another writer may have published epochs in the meantime
         self._require_same(current, self._manifest)
         current = self._require_samples(current, number, staged)
         epochs = {epoch.epoch: epoch for epoch in current.epochs}
@@ -245,7 +247,7 @@ class RunWriter:
         self._directory.clear(number)
 
     def _staged(self, number: int) -> list[str]:
-        """List the parts of an epoch that have been written and not yet published, by rank and sequence."""
+        """List the parts of an epoch that are written but not yet published, by rank and sequence."""
         infos = self._directory.files_in(f"{STAGING}/{epoch_name(number)}")
         return sorted((info.path for info in infos if not info.path.endswith(MOMENTS_SUFFIX)), key=rank_and_sequence)
 
@@ -262,10 +264,10 @@ class RunWriter:
         self._directory.sync(folder, folder.partition("/")[0])
 
     def _with_moments(self, epoch: Epoch) -> Epoch:
-        """Give the staged moments of an epoch's rows their final name, those of several ranks merged into one file."""
+        """Move the staged moments of an epoch's rows to their final name, merging those of several ranks."""
         infos = self._directory.files_in(f"{STAGING}/{epoch_name(epoch.epoch)}")
         staged = [info.path for info in infos if info.path.endswith(MOMENTS_SUFFIX)]
-        if not staged:  # a run of moments: they are its parts
+        if not staged:  # in a run of moments, the moments are the parts themselves
             return epoch
         target = self._manifest.moments_file(epoch)
         if len(staged) > 1:
@@ -283,7 +285,10 @@ class RunWriter:
             return read_footer(stream), stream.size()
 
     def _require_samples_once(self, staged: Sequence[str]) -> None:
-        """Refuse samples that two ranks recorded; within a rank, ``append`` did. Moments cannot tell."""
+        """Refuse samples that two ranks recorded.
+
+        Within a rank, ``append`` has refused repeated samples already. A run of moments keeps no sample ids to compare.
+        """
         if not self._manifest.has_samples or len({rank_and_sequence(path)[0] for path in staged}) == 1:
             return
         values, times = np.unique(self._samples(staged), return_counts=True)
@@ -293,14 +298,14 @@ class RunWriter:
 
 @contextmanager
 def _thread() -> Iterator[ThreadPoolExecutor]:
-    """Run a thread, and wait for it at the end."""
+    """Provide an executor of one thread, which is joined at the end."""
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(int).result()  # one that is interrupted while it starts would not be waited for
+        thread.submit(int).result()  # a thread that is interrupted while it starts would otherwise never be joined
         yield thread
 
 
 def versions_of(distributions: Iterable[str]) -> dict[str, str]:
-    """Return the versions of Python and of those distributions that are installed."""
+    """Return the versions of Python and of the named distributions, without those that are not installed."""
     found = {"python": platform.python_version()}
     for name in distributions:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -23,10 +23,10 @@ class Callback(Protocol):
 
 
 class TensorBoard:
-    """A callback that writes the metrics as TensorBoard scalars by the names that metrics.csv gives them; use `with`.
+    """A callback that writes the metrics as TensorBoard scalars, named as in metrics.csv; use it in a `with` block.
 
-    Steps are epochs. What a run of earlier noted at the first epoch to come and after it is purged, so a resumed
-    training shows every epoch once. Others may write scalars and images into the same files, as into a SummaryWriter.
+    Steps are epochs. Whatever is already there for the first new epoch and later ones is purged, so a resumed training
+    shows every epoch once. Other code may write scalars and images through it, as through a SummaryWriter.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -56,12 +56,12 @@ class TensorBoard:
         self._at(step).add_image(name, pixels, step, dataformats=dataformats)
 
     def flush(self) -> None:
-        """Push to the disk what was written."""
+        """Write what is still buffered to the disk."""
         if self._writer:
             self._writer.flush()
 
     def _at(self, step: int) -> Any:
-        """Return the writer, which purges what is there from its first step on."""
+        """Return the writer; when it is opened, it purges what is already there from `step` on."""
         self._writer = self._writer or self._open(purge_step=step)
         return self._writer
 

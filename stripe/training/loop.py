@@ -1,8 +1,8 @@
 """One explicit training loop and one evaluation; a resumed run continues as if it had never stopped.
 
-Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint
-holds weights, optimizer state and metrics and nothing else has to be saved. Device and several processes are
-Accelerate's business.
+Learning rate, order of samples and random numbers follow from the recipe and the epoch alone, so a checkpoint needs to
+hold only weights, the state of optimizer and gradient scaler, and metrics. Accelerate chooses the device and connects
+several processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stripe.resuming import CHECKPOINTS, METRICS, changes, read_resumable, requi
 from stripe.training.callbacks import Callback
 
 UNKNOWN_LABEL = -1
-REPORT_EVERY = 20  # steps between two looks at the loss; each look makes an accelerator wait
+REPORT_EVERY = 20  # steps between two looks at the loss, each of which waits for the accelerator
 
 
 # ---- what the loop works with ------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class TrainingBatches(Batches, Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross entropy and top-1 accuracy in percent over a number of samples, those whose label is known."""
+    """Mean cross entropy and top-1 accuracy in percent over the samples whose label is known, and their number."""
 
     loss: float
     accuracy: float
@@ -78,10 +78,10 @@ class Evaluation:
 
 
 def processes(cpu: bool = False) -> PartialState:
-    """Return which of how many processes this is (`process_index`, `num_processes`) and its device.
+    """Return this process's index, the number of processes (`process_index`, `num_processes`) and the device.
 
-    Joins the others on first use, which settles the device: with `cpu` an accelerator is left alone. Without one
-    Accelerate must be told so, or it overlooks the other processes.
+    The first call joins the other processes and settles the device; with `cpu`, an accelerator is left alone. Where
+    there is no accelerator, Accelerate must be told so, or it overlooks the other processes.
     """
     return PartialState(cpu=cpu or not torch.accelerator.is_available())
 
@@ -92,7 +92,7 @@ def processes(cpu: bool = False) -> PartialState:
 def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Evaluation:
     """Evaluate in eval mode on the model's device; several processes add up their parts.
 
-    Labels of -1 are unknown, and their samples are left out. Every module's training flag is put back. Raises
+    Labels of -1 are unknown, and their samples are left out. Every module's training flag is restored. Raises
     ValueError when there is no sample with a label.
 
     Example:
@@ -108,7 +108,7 @@ def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Ev
     scores = []
     try:
         with torch.no_grad():
-            hidden = None if progress else True  # None: unless on a terminal
+            hidden = None if progress else True  # None hides the bar unless stderr is a terminal
             for images, labels, *_ in tqdm(loader, "evaluating", unit="batch", leave=False, disable=hidden):
                 scores.append(_score(logits_of(model(images.to(device))), labels.to(device)))
     finally:
@@ -120,8 +120,8 @@ def evaluate(model: nn.Module, loader: Batches, *, progress: bool = False) -> Ev
 def logits_of(output: Any) -> Tensor:
     """Return the logits (N, classes) in what a network returns.
 
-    That is the tensor itself, what is named "logits" as transformers do, "out" as torchvision's segmentation does, or
-    else the first tensor of a tuple or mapping. Raises ValueError where there is none.
+    They are the tensor itself, or the item named "logits" (as in transformers) or "out" (as in torchvision's
+    segmentation), or else the first tensor of a tuple or mapping. Raises ValueError where there is no tensor.
     """
     if isinstance(output, Tensor):
         return output
@@ -147,7 +147,7 @@ def _evaluation(scores: list[Tensor]) -> Evaluation:
     """Add up the scores of all batches and processes."""
     totals = torch.zeros(3, dtype=torch.float64)
     if scores:
-        totals = sum(torch.stack(scores).cpu().double(), totals)  # one wait for the device, not one a batch
+        totals = sum(torch.stack(scores).cpu().double(), totals)  # one wait for the device, not one per batch
     team = processes()
     if team.num_processes > 1:
         totals = reduce(totals.to(team.device), "sum")
@@ -180,8 +180,8 @@ def fit(
     """Train in place and return the metrics, one row per epoch; epoch k is the state after k epochs.
 
     The model ends on the training device, in eval mode, with the last weights. `directory` gets metrics.csv
-    (mean losses, accuracies in percent, the epoch's first lr) and in checkpoints/ best.pt (by validation, so
-    none without it), epoch=0012.pt every `save_every` epochs (0 for none) and, after all others, last.pt.
+    (mean losses, accuracies in percent, the epoch's first lr) and in checkpoints/ best.pt (by validation accuracy, so
+    only with a validation loader), epoch=0012.pt every `save_every` epochs (0: never) and, after all others, last.pt.
 
     Args:
         model: images to logits; changed in place.
@@ -189,11 +189,11 @@ def fit(
         validation_loader: held-out images that choose best.pt, or None.
         recipe: how to train.
         directory: where to write; it must not hold another training.
-        description: plain values from which the caller can rebuild the model, and all that makes it this training,
-            such as the data and its split; saved in every checkpoint.
+        description: plain values from which the caller can rebuild the model, and that identify the training,
+            such as the data and their split; saved in every checkpoint.
         callbacks: called after each epoch.
-        resume: a last.pt to continue from, by the recipe given here.
-        allow_changed: resume also where the description or the seed is not what the training began with.
+        resume: a last.pt to continue from, with the recipe given here.
+        allow_changed: resume even if the description or the seed is not the one that the training began with.
         save_every: see above.
         progress: show a bar per epoch, where stderr is a terminal.
 
@@ -213,7 +213,7 @@ def fit(
             require_same(Path(resume or ""), changes(saved, recipe, plain))
         history = [] if saved is None else trainer.restore(saved, resume)
         if history and trainer.accelerator.is_main_process:
-            _write_metrics(Path(directory), history)  # what a killed run noted after its last checkpoint is forgotten
+            _write_metrics(Path(directory), history)  # drops what a killed run wrote after its last checkpoint
         for epoch in range(len(history) + 1, recipe.epochs + 1):
             trained = trainer.train(train_loader, epoch, progress)
             validated = trainer.validate(validation_loader)
@@ -235,7 +235,7 @@ def fit(
 
 @contextmanager
 def _alone(directory: Path, resume: Path | None) -> Iterator[None]:
-    """Let the first process take the directory for this training; where it may not, all processes are told."""
+    """Let the first process reserve the directory for this training; if it cannot, all processes raise its error."""
     with ExitStack() as held:
         failure: list[Exception | None] = [None]
         if processes().is_main_process:
@@ -250,12 +250,12 @@ def _alone(directory: Path, resume: Path | None) -> Iterator[None]:
 
 
 class _Trainer:
-    """A model with all that an epoch of training changes."""
+    """A model, with everything else that an epoch of training changes."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
-        self.accelerator = Accelerator(mixed_precision="no")  # it could be set only once in a process
+        self.accelerator = Accelerator(mixed_precision="no")  # not the recipe's: Accelerate sets it once per process
         self.model.to(self.accelerator.device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -264,7 +264,7 @@ class _Trainer:
         self.autocast = functools.partial(torch.autocast, device, dtype, enabled=dtype is not None)
         objective = _Objective(model, self.autocast)
         if recipe.compile and device != "cuda":
-            # in place and around the model, which stays as it is; a graph for each size of batch, so that no graph
+            # compiled in place, around the model, which stays as it is; one graph per batch size, so that no graph
             # depends on what this process ran before, and resuming is exact
             objective.compile(dynamic=False)
         self.objective = self.accelerator.prepare(objective)
@@ -282,7 +282,7 @@ class _Trainer:
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         self.model.train()
         scores: list[Tensor] = []
-        hidden = None if progress and self.accelerator.is_main_process else True  # None: unless on a terminal
+        hidden = None if progress and self.accelerator.is_main_process else True  # None: hidden unless on a terminal
         title = f"epoch {epoch}/{self.recipe.epochs}"
         with tqdm(total=loader.samples, desc=title, unit=" images", disable=hidden) as bar:
             for step, (images, labels, *_) in enumerate(loader):
@@ -291,12 +291,12 @@ class _Trainer:
                 bar.update(len(labels))
                 if (step + 1) % REPORT_EVERY == 0 or step + 1 == len(loader):
                     bar.set_postfix(loss=_finite_loss(scores[-1], epoch, rate), refresh=False)
-        broadcast(list(self.model.buffers()))  # batch-norm statistics differ by process: take the first one's
+        broadcast(list(self.model.buffers()))  # batch-norm statistics differ between processes: take the first's
         self.model.eval()
         return _evaluation(scores)
 
     def validate(self, loader: Batches | None) -> Evaluation:
-        """Evaluate in the recipe's precision; without a loader the scores are not numbers."""
+        """Evaluate in the recipe's precision; without a loader the scores are NaN."""
         if loader is None:
             return Evaluation(math.nan, math.nan, 0)
         with self.autocast():
@@ -315,7 +315,7 @@ class _Trainer:
         return scores.detach()
 
     def state(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, the metrics apart."""
+        """Return what a resumed training needs, except for the metrics."""
         return {
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -324,11 +324,11 @@ class _Trainer:
         }
 
     def restore(self, saved: Mapping[str, Any], path: object) -> list[dict[str, float]]:
-        """Take the state in a last.pt, read from `path`, and return the metrics of the epochs it has behind it."""
+        """Restore the state in a last.pt, read from `path`, and return the metrics of the epochs already trained."""
         own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(saved["state_dict"])
-            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # the file lies under these tensors
+            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # these tensors are mapped from the file
             self.scaler.load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
@@ -336,7 +336,7 @@ class _Trainer:
                 "resume with the options it was trained with"
             ) from error
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings)  # the recipe of this run, not the checkpoint's
+            group.update(settings)  # this training's recipe, not the checkpoint's
         return list(saved["metrics"])
 
 
@@ -355,7 +355,7 @@ class _Objective(nn.Module):
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Make SGD over the parameters that ask for gradients, some of them without weight decay."""
+    """Return SGD over the parameters that require gradients, without weight decay for those in `no_decay`."""
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if not trained:
         raise ValueError("the network has no parameter with requires_grad: there is nothing to train")
@@ -374,7 +374,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     ]
     return torch.optim.SGD(
         groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True
-    )  # fused takes a quarter of the loop's time, also on a processor
+    )  # fused takes a quarter of the for-loop's time, on a CPU too
 
 
 def _finite_loss(scores: Tensor, epoch: int, rate: float) -> float:
@@ -400,7 +400,7 @@ def _save(
     """Write the files of the epoch just finished, last.pt after all others."""
     epoch = len(history)
     accuracies = [row["val_accuracy"] for row in history]
-    best = float(np.fmax.reduce(accuracies))  # not a number where nothing was validated
+    best = float(np.fmax.reduce(accuracies))  # NaN where nothing was validated
     network = {
         "epoch": epoch,
         "state_dict": state["state_dict"],

@@ -1,8 +1,8 @@
 // ---- axes ----
 
 /**
- * Makes a drawing with axes: `x` and `y` are [low, high] (y[0] is at the bottom), ticks [[place, text], ...].
- * Returns it as `root` with `px` and `py`, which turn values into places, and the edges of what they enclose.
+ * Makes a drawing with axes: `x` and `y` are [low, high] (y[0] is at the bottom), ticks are [[value, text], ...].
+ * Returns it as `root`, with `px` and `py`, which turn values into coordinates, and the edges of the plotted area.
  */
 function frame({ width, height, x, y, xlabel, ylabel, xticks, yticks, log = false, top = 8, below = 0 }) {
   const left = ylabel ? 66 : 52, right = 12, bottom = 38 + below;
@@ -48,7 +48,7 @@ function niceTicks([low, high], most, log) {
   return values;
 }
 
-/** Returns about `most` of `count` places from 0, evenly spaced by a round number. */
+/** Returns about `most` of the `count` places from 0 on, spaced by a round number. */
 function placeTicks(count, most) {
   const step = [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000].find((each) => (count - 1) / each < most) || count;
   return Array.from({ length: Math.ceil(count / step) }, (_, i) => i * step);
@@ -69,7 +69,7 @@ function linePath(points) {
   }).join("");
 }
 
-/** Returns a path around each stretch in which both bounds are known. */
+/** Returns a path around each stretch of points of which both bounds are known. */
 function bandPaths({ xs, low, high }, { px, py }) {
   const paths = [];
   let stretch = [];
@@ -85,7 +85,7 @@ function bandPaths({ xs, low, high }, { px, py }) {
   return paths;
 }
 
-/** Makes a place for a drawing with a caption, a button that saves it and a line that says what is pointed at. */
+/** Makes a place for a drawing, with a caption, a button that saves it and a line that shows the value pointed at. */
 function chartIn(host, title, meaning) {
   const chart = { title, holder: make("div"), readout: make("output") };
   const caption = meaning ? explain(make("button", { type: "button", class: "term" }, title), meaning) : title;
@@ -98,9 +98,9 @@ function chartIn(host, title, meaning) {
 }
 
 /**
- * Draws lines, each {name, xs, ys, stroke} and maybe low, high, chosen, dashed, points (no line), dots, key (named in
- * the drawing). `say(line, i)` tells of the point that is pointed at, and of `rest` where none is; `pick(line)` is
- * called on a click.
+ * Draws lines, each {name, xs, ys, stroke} and optionally low, high, chosen, dashed, points (points instead of a line),
+ * dots, key (in the legend). `say(line, i)` returns the text for the point that is pointed at, or for `rest` when the
+ * pointer is elsewhere; `pick(line)` is called on a click.
  */
 function drawLines(chart, { lines, y, log, xlabel, xticks, height = 230, now, say, rest, pick, missing }) {
   const kept = lines.map((line) => ({ ...line, ys: line.ys.map((value) => log && value <= 0 ? null : value) }));
@@ -171,7 +171,7 @@ function drawLine(line, axes) {
   });
 }
 
-/** Draws marks and names of lines in rows that fit `width`; returns the drawing and its height. */
+/** Draws a legend of marks and names in rows that fit `width`; returns the drawing and its height. */
 function keyOf(lines, width) {
   const node = svg("g");
   let x = 0, y = 0;

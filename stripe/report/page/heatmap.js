@@ -1,15 +1,15 @@
 // ---- what was recorded, image by channel, in panels side by side ----
 
 const KINDS = { squeeze: "Before the gate: squeeze", attention: "At the gate: attention" };
-const recorded = runs.map((run) => run.heatmaps); // null where a run is of moments alone
-const unpacked = runs.map(() => new Map()); // by run and gate: all its panels
+const recorded = runs.map((run) => run.heatmaps); // null for a run of moments, or if the page has no room
+const unpacked = runs.map(() => new Map()); // by run, then by gate: all panels of the gate
 let views = []; // the panels shown: {run, gate, kind, epoch, panel, images, order, channels, axes, cursor}
 let turn = 0;
 const NONE =
-  "No heatmap: this was recorded as moments alone, without a row per image, or the page has no room left. Stripes and curves below are of " +
-  "all images.";
+  "No heatmap: the run was recorded as moments alone, without a row per image, or the page has no room left. The stripes and curves below " +
+  "cover all images.";
 
-/** Returns a gate's panels, epoch after epoch, at each the kinds that were recorded. */
+/** Returns a gate's panels, epoch by epoch, and within an epoch kind by kind. */
 async function panelsOf(run, gate) {
   const heat = recorded[run], of = unpacked[run];
   if (of.has(gate)) return of.get(gate);
@@ -30,7 +30,7 @@ async function panelsOf(run, gate) {
 const imagesOf = (heat, epoch) => heat.images[heat.images_of[epoch]];
 const valueOf = ({ codes, low, high }, place) => codes[place] ? low + (codes[place] - 1) / 254 * (high - low) : null;
 
-/** Returns the panels to show, {run, gate, kind, epoch}: run and epoch by their places. */
+/** Returns the panels to show, {run, gate, kind, epoch}, where all but the kind are indices. */
 function chosenViews() {
   return runs.flatMap((_, run) => {
     const heat = recorded[run], gate = gateOf(runs[run], state.gate);
@@ -60,7 +60,7 @@ async function drawHeatmaps() {
     const panel = panels[i][view.epoch * heat.kinds.length + heat.kinds.indexOf(view.kind)];
     return { ...view, panel, images, channels: heat.gates[view.gate].channels, host: host.children[i] };
   });
-  for (const view of views.toReversed()) { // rows of the same images stay side by side: the last panel orders them
+  for (const view of views.toReversed()) { // panels of the same images share the last panel's order of rows
     const last = views.at(-1), same = String(last.images.samples) === String(view.images.samples);
     view.order = same && last.order ? last.order : rowOrder(view);
   }
@@ -90,7 +90,7 @@ function rowOrder({ panel, images }) {
   return [...keys.keys()].sort((a, b) => keys[a] < keys[b] ? -1 : keys[a] > keys[b] ? 1 : 0);
 }
 
-/** Returns what the colours of a panel span: panels of the same kind share it, unless each is to span its own. */
+/** Returns the range of a panel's colours: panels of the same kind share one unless each is to have its own. */
 function colorRange(view, shown) {
   if (state.span === "unit") return [0, 1];
   const kin = shown.flatMap(([each, panels]) => each.kind === view.kind ? panels : []);
@@ -98,7 +98,7 @@ function colorRange(view, shown) {
   return middle(those) ?? [0, 1];
 }
 
-/** Returns between which values the middle 99 % of some panels lie: a single channel must not take all the colours. */
+/** Returns the range of the middle 99 % of some panels' values, so that one channel does not take up all colours. */
 function middle(panels) {
   const counts = new Map();
   for (const panel of panels) {
@@ -187,7 +187,7 @@ function drawPanel(view, [low, high]) {
   host.replaceChildren(root);
 }
 
-/** Returns where classes end in the order of the rows, and their names where these have room. */
+/** Returns where classes end in the order of the rows, and labels for those classes that have room for one. */
 function classesOf({ panel, images, order }) {
   const edges = [], ticks = [];
   let from = 0, above = -Infinity;
@@ -207,7 +207,7 @@ function classesOf({ panel, images, order }) {
 const picture = (canvas, x, y, width, height) =>
   svg("image", { class: "pixels", href: canvas.toDataURL(), x, y, width, height, preserveAspectRatio: "none" });
 
-/** Paints the cells of a panel, a pixel each. */
+/** Paints the cells of a panel, one pixel each. */
 function paint(view, low, high) {
   const { panel, order } = view;
   const table = new Uint8ClampedArray(4 * 256).fill(255);
@@ -236,7 +236,7 @@ const RAMP = pixelsOf(256, 1, (x) => [...colors.subarray(3 * x, 3 * x + 3), 255]
 
 // ---- reading values ----
 
-let cell = null; // {view, x, y}: the channel and row that are read, and in which panel
+let cell = null; // {view, x, y}: the panel, channel and row whose value is shown
 
 function pointAt(view, event) {
   const { axes, panel } = view, box = axes.root.getBoundingClientRect(), scale = axes.width / box.width;
@@ -259,7 +259,7 @@ function moveBy(view, event) {
   readCell();
 }
 
-/** Marks the cell in every panel, and says what it holds in those that show the same image there. */
+/** Marks the cell, and shows its value, in every panel that has the same image in that row. */
 function readCell() {
   const lead = cell && (views[cell.view] ?? views[0]);
   if (!lead) {

@@ -1,4 +1,4 @@
-// ---- what is chosen, which the link keeps ----
+// ---- the choices, which the link keeps ----
 
 const epochs = [...new Set(runs.flatMap((run) => run.heatmaps?.epochs ?? run.epochs))].sort((a, b) => a - b);
 const VIEWS = {
@@ -29,7 +29,7 @@ const CHOICES = {
 };
 const state = { ...USUAL };
 
-/** Returns what the link asks for, where that exists on this page. */
+/** Returns the choices in the link, as far as they exist on this page. */
 function linked() {
   const asked = new URLSearchParams(location.hash.slice(1));
   const known = Object.keys(USUAL).map((key) => [key, CHOICES[key].find((each) => String(each) === asked.get(key))]);
@@ -39,14 +39,14 @@ function linked() {
 let linking = 0;
 
 function keepLink() {
-  clearTimeout(linking); // browsers refuse more than some changes a second
+  clearTimeout(linking); // browsers limit the number of changes per second
   linking = setTimeout(() => {
     const changed = Object.entries(state).filter(([key, value]) => value !== USUAL[key]);
     history.replaceState(null, "", changed.length ? `#${new URLSearchParams(changed)}` : location.pathname);
   }, 150);
 }
 
-// ---- together ----
+// ---- everything together ----
 
 function update(change) {
   const filled = tableLines.length && !("epoch" in change);
@@ -126,7 +126,7 @@ const classCharts = [...runs.keys()].map((run) => ({
   chart: chartIn(
     byId("stripe"),
     `Excitation per class${two ? `, ${letters[run]}` : ""}`,
-    "the mean attention vector over the images of each class: where the lines fall together, the gate does not tell classes apart",
+    "the mean attention vector over the images of each class: where the lines coincide, the gate does not tell classes apart",
   ),
 }));
 setUpTips();

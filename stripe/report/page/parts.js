@@ -1,12 +1,12 @@
 "use strict";
-// All that is shown comes from the JSON block, whose texts are strangers': they reach the page as textContent alone.
+// Everything shown comes from the JSON block, whose texts are untrusted: they reach the page only as textContent.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const two = runs.length > 1;
 const letters = ["A", "B"];
 const gates = [...new Set(runs.flatMap((run) => run.gates.map((gate) => gate.name)))];
-const gateOf = (run, name) => run.gates.findIndex((gate) => gate.name === name); // -1 where the run has none
+const gateOf = (run, name) => run.gates.findIndex((gate) => gate.name === name); // -1 if the run has no such gate
 const byId = (id) => document.getElementById(id);
 
 // ---- elements and numbers ----
@@ -89,7 +89,7 @@ function setUpTips() {
   document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
 }
 
-// ---- to take along ----
+// ---- saving ----
 
 function saveFile(name, content) {
   const link = make("a", { href: URL.createObjectURL(content), download: name.replace(/[^\w.-]+/g, "_") });
@@ -105,7 +105,7 @@ function saveTable(name, columns, rows) {
 
 const DRAWN = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-size", "font-weight"];
 
-/** Returns a drawing as an image, with the colours that the page's style gives it. */
+/** Returns a drawing as an image, in the colours of the page's style. */
 async function imageOf(root) {
   const copy = root.cloneNode(true), nodes = root.querySelectorAll("*");
   const { width, height } = root.viewBox.baseVal;
@@ -124,7 +124,7 @@ async function imageOf(root) {
   return image;
 }
 
-/** Saves drawings side by side, under a title, as one PNG of twice the size on the screen. */
+/** Saves drawings side by side, under a title, as one PNG at twice their size on the screen. */
 async function savePicture(name, title, roots) {
   const images = await Promise.all(roots.map(imageOf));
   const picture = make("canvas"), context = picture.getContext("2d"), head = 56;

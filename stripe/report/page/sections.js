@@ -11,10 +11,10 @@ const TABLE = [
   ["CV", data.columns.cv],
   ["std", data.columns.std],
   ["drift", data.columns.drift],
-  ["settled", `the first epoch after which drift stays below ${data.tolerance}; empty where it does not`],
+  ["settled", `the first epoch after which drift stays below ${data.tolerance}; empty if there is none`],
   ["label share", data.columns.label_share],
   ["sample share", data.columns.sample_share],
-  ["rank", `${data.columns.rank.split(";")[0]}; taken at the last epoch alone`],
+  ["rank", `${data.columns.rank.split(";")[0]}; computed only at the last epoch`],
   ["flags", data.columns.flags],
 ];
 const TITLES = TABLE.map(([title]) => title);
@@ -86,8 +86,8 @@ function fillTable() {
   });
   byId("overview").textContent =
     `${told.join(" ")} Strength 1 means perfect stripes: every image gets the same vector. ` +
-    "CV says how far from constant a gate is; folding costs more where it is high. Point at a column's head, or move to " +
-    "it with Tab, for what it means; press it to sort.";
+    "CV says how far from constant a gate is; folding costs more where it is high. Point at a column's heading, or " +
+    "move to it with Tab, to see what it means; press it to sort.";
 }
 
 function intervalMark(value, low, high) {
@@ -107,7 +107,7 @@ const CURVES = [
   { name: "drift", title: "Drift of the stripe, logarithmic", log: true, meaning: data.columns.drift },
 ];
 
-/** Returns a colour for one of many gates, from the first to the last, without the ends that the ground would swallow. */
+/** Returns the colour of a gate, from dark for the first to light for the last, distinct from the background. */
 function shade(index) {
   const depth = gates.length > 1 ? index / (gates.length - 1) : 0.5;
   return `light-dark(${color(Math.round(205 * depth))}, ${color(Math.round(95 + 160 * depth))})`;
@@ -130,7 +130,7 @@ function drawCurve({ name, chart, y, log }) {
     log,
     xlabel: "epoch",
     now: state.epoch,
-    missing: name === "drift" ? "No drift: it takes two recorded epochs that differ." : undefined,
+    missing: name === "drift" ? "No drift to show: that takes two recorded epochs that differ." : undefined,
     pick: (line) => update({ gate: line.name }),
     rest: [mine, nearest(lines[mine].xs, state.epoch)],
     say: ({ name: gate, run, xs, ys, gate: { curves } }, i) => {
@@ -162,12 +162,12 @@ function drawTraining({ name, chart }) {
   drawLines(chart, { lines, xlabel: "epoch", now: state.epoch, say, rest, missing: "metrics.csv has no such curve." });
 }
 
-// ---- the stripe, what was learned, and the classes ----
+// ---- the stripe, the learned vector, and the classes ----
 
 const RUN_COLORS = ["var(--strong)", "var(--second)"];
 const PALETTE = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split(" ");
 
-/** Returns the place of each channel along the axis: sorted by the stripe of the first run that has the gate. */
+/** Returns the channels in their order along the axis: sorted by the stripe of the first run that has the gate. */
 function stripeOrder() {
   const gate = runs.flatMap((run) => run.gates.filter(({ name }) => name === state.gate))[0];
   return [...gate.mean.keys()].filter((i) => gate.mean[i] !== null).sort((a, b) => gate.mean[a] - gate.mean[b]);

@@ -1,8 +1,9 @@
-// ---- tables that sort ----
+// ---- sortable tables ----
 
 /**
- * Makes a table whose heads sort and explain: `columns` are [title, explanation]; `fill(cell, row, i)` may fill a cell
- * itself; `sorted(column, up)` is told of each new order. `show(rows)` fills it anew, in the order last chosen.
+ * Makes a table whose headings sort it and have explanations: `columns` are [title, explanation]; `fill(cell, row, i)`
+ * returns whether it filled the cell itself; `sorted(column, up)` is called when the user sorts. The `show(rows)` that
+ * is returned fills the table anew, in the order last chosen.
  */
 function sortableTable({ title, columns, fill, sorted }) {
   const body = make("tbody");
@@ -66,7 +67,7 @@ function facts(rows) {
   return make("dl", {}, ...rows.flatMap(([key, value]) => [make("dt", {}, show(key)), make("dd", {}, show(value))]));
 }
 
-/** Adds a button that saves a table, as `rows()` gives it, or another file. */
+/** Returns a button that calls `save`, which saves a table or a picture. */
 function saver(text, label, save) {
   const button = make("button", { type: "button", class: "save", "aria-label": label }, text);
   button.addEventListener("click", save);
