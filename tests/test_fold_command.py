@@ -119,6 +119,15 @@ def test_tables_hold_predictors_latencies_and_onnx(folded):
     assert (folded / "tradeoff.png").stat().st_size > 5000
 
 
+def test_every_column_but_names_is_explained(folded):
+    content = json.loads((folded / "fold.json").read_text())
+    tables = {name: rows for name, rows in content.items() if isinstance(rows, list)}
+    assert set(tables) == {"gates", "variants", "predictors", "latency", "onnx"}
+    for name, rows in tables.items():
+        unexplained = {column for row in rows for column in row} - set(content["legend"][name])
+        assert unexplained <= {"gate", "backend", "batch", "folded", "file"}, name
+
+
 def test_keep_leaves_the_most_sensitive_gates(trained, tmp_path):
     words = ["--ckpt", trained / "checkpoints" / "last.pt", *FOLD, "--keep", "1", "--backends", "--out", tmp_path]
     words += ["--weightings", "mean", "matrix"]
